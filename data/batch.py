@@ -1,0 +1,310 @@
+"""Domain objects that every dataset produces and every model reads.
+
+`Variable`, `Field`, `Query` and `Batch` carry data; `Layout` is what parts of a model need to know before data flows,
+as plain JSON. Letters: B batch, T frames, L lead times, C variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.grids import Grid
+
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A physical quantity. level: pressure (hPa) or depth (m) of this slice; domain: where it exists (all, sea, land)."""
+
+    name: str
+    units: str = ""
+    level: float | None = None
+    domain: str = "all"
+
+    @property
+    def label(self) -> str:
+        return self.name if self.level is None else f"{self.name}@{self.level:g}"
+
+    def to_dict(self) -> dict:
+        return {"name": self.name, "units": self.units, "level": self.level, "domain": self.domain}
+
+
+class _Movable:
+    """Applies a tensor function to every tensor inside, so that batches can be moved, pinned and sliced as one."""
+
+    def map(self, function):
+        return replace(self, **{f.name: _mapped(getattr(self, f.name), function) for f in fields(self)})
+
+    def to(self, device, non_blocking: bool = False):
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        return self.map(lambda tensor: tensor.pin_memory())
+
+
+def _mapped(value: Any, function):
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, _Movable):
+        return value.map(function)
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, function) for key, item in value.items()}
+    return value
+
+
+def calendar(times: Tensor) -> tuple[Tensor, Tensor]:
+    """(second_of_day, day_of_year) as float32 of int64 seconds since 1970 UTC, Gregorian; day 1.0 is 1 January 00:00."""
+    seconds = times.to(torch.int64)
+    day = torch.div(seconds, SECONDS_PER_DAY, rounding_mode="floor")
+    second_of_day = (seconds - day * SECONDS_PER_DAY).float()
+    years = (day.cpu().numpy().astype("datetime64[D]")).astype("datetime64[Y]")
+    first = torch.from_numpy(years.astype("datetime64[D]").astype("int64")).to(day.device)
+    return second_of_day, (day - first + 1).float() + second_of_day / SECONDS_PER_DAY
+
+
+@dataclass(frozen=True)
+class Reference(_Movable):
+    """What a model's output is added to: prediction = values + scale * output, in the normalised units of the target.
+
+    values: (B, T, C, *grid.shape), for example climatology, damped persistence or a background.
+    scale: broadcastable to values, the typical size of the remaining error (1 where nothing is known).
+    """
+
+    values: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Field(_Movable):
+    """Gridded (or pointwise) values of some variables at some times.
+
+    values: (B, T, C, *grid.shape), normalised: physical = values * scale + offset.
+    times: (B, T) int64 seconds since 1970 UTC.
+    valid: bool, broadcastable to values; True = observed. Other values are never read: they may be NaN. None = all.
+    domain: bool, broadcastable to (C, *grid.shape): where the variable exists at all (land is not a cloud). None = all.
+    frame_valid: (B, T) bool; False for padded or missing frames. None = all.
+    scale, offset: broadcastable to values; normalisation towards physical units (None = values are physical).
+    reference: what the model's residual is added to (targets only).
+    second_of_day, day_of_year: (B, T) float32, computed from times unless given (other calendars give their own).
+    Raises ValueError on shapes that do not agree.
+    """
+
+    values: Tensor
+    variables: tuple[Variable, ...]
+    grid: Grid
+    times: Tensor
+    valid: Tensor | None = None
+    domain: Tensor | None = None
+    frame_valid: Tensor | None = None
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    reference: Reference | None = None
+    second_of_day: Tensor | None = None
+    day_of_year: Tensor | None = None
+
+    def __post_init__(self):
+        expected = (len(self.variables), *self.grid.shape)
+        if self.values.ndim < 3 or tuple(self.values.shape[2:]) != expected:
+            raise ValueError(
+                f"a field of {len(self.variables)} variables on a {self.grid.kind} grid {self.grid.shape} needs values of "
+                f"shape (B, T, {', '.join(map(str, expected))}), got {tuple(self.values.shape)}"
+            )
+        if tuple(self.times.shape) != tuple(self.values.shape[:2]) or self.times.dtype != torch.int64:
+            raise ValueError(
+                f"times must be int64 of shape {tuple(self.values.shape[:2])}, got {self.times.dtype} {tuple(self.times.shape)}"
+            )
+        for name in ("valid", "domain", "scale", "offset"):
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            if name in ("valid", "domain") and tensor.dtype != torch.bool:
+                raise ValueError(f"{name} must be bool (True = present), got {tensor.dtype}")
+            try:
+                fits = torch.broadcast_shapes(tensor.shape, self.values.shape) == self.values.shape
+            except RuntimeError:
+                fits = False
+            if not fits:
+                raise ValueError(f"{name} {tuple(tensor.shape)} does not broadcast to values {tuple(self.values.shape)}")
+        if self.second_of_day is None or self.day_of_year is None:
+            second_of_day, day_of_year = calendar(self.times)
+            object.__setattr__(self, "second_of_day", second_of_day)
+            object.__setattr__(self, "day_of_year", day_of_year)
+
+    @property
+    def presence(self) -> Tensor | None:
+        """Bool mask of what may be read, broadcastable to values: valid, inside the domain and in a valid frame; None = all."""
+        mask = self.valid
+        if self.domain is not None:
+            mask = self.domain if mask is None else mask & self.domain
+        if self.frame_valid is not None:
+            frames = self.frame_valid.reshape(*self.frame_valid.shape, *[1] * (self.values.ndim - 2))
+            mask = frames if mask is None else mask & frames
+        return mask
+
+    @property
+    def filled(self) -> Tensor:
+        """values with everything that is not present replaced by 0 (the mean, in normalised units)."""
+        mask = self.presence
+        return self.values if mask is None else torch.where(mask, self.values, 0.0)
+
+    def channels(self, *, gaps: bool) -> Tensor:
+        """(B, T, C or 2 C, *grid.shape): filled values, followed by their 0/1 validity where the layout says gaps occur."""
+        values = self.filled
+        if not gaps:
+            return values
+        mask = self.presence
+        validity = torch.ones_like(values) if mask is None else mask.expand_as(values).to(values.dtype)
+        return torch.cat([values, validity], dim=2)
+
+    def physical(self, values: Tensor | None = None) -> Tensor:
+        """Normalised values of this field's shape (its own by default) in physical units."""
+        values = self.values if values is None else values
+        if self.scale is not None:
+            values = values * self.scale
+        return values if self.offset is None else values + self.offset
+
+
+@dataclass(frozen=True)
+class Query(_Movable):
+    """Where, when and what to predict.
+
+    times: (B, L) int64 seconds since 1970 UTC. lead_time: (B, L) float32 seconds after the last input frame.
+    features: (B, F, *grid.shape) or None: input channels on the query's own grid (all frames, layout order), from which a
+        decoder may build its queries (Perceiver IO, section 3.2: the input itself as the query).
+    """
+
+    grid: Grid
+    variables: tuple[Variable, ...]
+    times: Tensor
+    lead_time: Tensor
+    second_of_day: Tensor
+    day_of_year: Tensor
+    features: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.grid.shape
+
+
+@dataclass(frozen=True)
+class Batch(_Movable):
+    """Named inputs and targets of one step, plus the layout that describes them.
+
+    The first input in layout order sets the time: lead times count from its last frame. Raises ValueError where an input
+    or a target differs from the layout.
+    """
+
+    inputs: dict[str, Field]
+    targets: dict[str, Field]
+    layout: Layout
+
+    def __post_init__(self):
+        for kind, given, described in (
+            ("input", self.inputs, self.layout.inputs),
+            ("target", self.targets, self.layout.targets),
+        ):
+            if list(given) != list(described):
+                raise ValueError(f"batch has {kind}s {list(given)}, the layout describes {list(described)}")
+            for name, field in given.items():
+                if field.variables != described[name].variables or field.grid != described[name].grid:
+                    raise ValueError(f"{kind} {name!r} has other variables or another grid than the layout describes")
+
+    @property
+    def batch_size(self) -> int:
+        return next(iter(self.inputs.values())).values.shape[0]
+
+    @property
+    def base_time(self) -> Tensor:
+        """(B,) int64: the time of the last input frame."""
+        return next(iter(self.inputs.values())).times[:, -1]
+
+    def queries(self) -> dict[str, Query]:
+        """One query a target."""
+        return {name: self._query(name, target) for name, target in self.targets.items()}
+
+    def _query(self, name: str, target: Field) -> Query:
+        shared = [
+            field.channels(gaps=self.layout.inputs[key].gaps).flatten(1, 2)
+            for key, field in self.inputs.items()
+            if field.grid == target.grid
+        ]
+        return Query(
+            grid=target.grid,
+            variables=target.variables,
+            times=target.times,
+            lead_time=(target.times - self.base_time[:, None]).float(),
+            second_of_day=target.second_of_day,
+            day_of_year=target.day_of_year,
+            features=torch.cat(shared, dim=1) if shared else None,
+        )
+
+
+@dataclass(frozen=True)
+class InputLayout:
+    """variables on a grid, `frames` of them `step` seconds apart; gaps: whether values can be missing."""
+
+    variables: tuple[Variable, ...]
+    grid: Grid
+    frames: int
+    step: int
+    gaps: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Channels of one frame as a model reads them: values, and their validity where gaps occur."""
+        return len(self.variables) * (2 if self.gaps else 1)
+
+
+@dataclass(frozen=True)
+class TargetLayout:
+    """variables on a grid at fixed lead_times (seconds after the last input frame)."""
+
+    variables: tuple[Variable, ...]
+    grid: Grid
+    lead_times: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What parts need to know before data flows. Plain JSON through `to_dict` and `Layout.from_dict`."""
+
+    inputs: dict[str, InputLayout]
+    targets: dict[str, TargetLayout]
+
+    def query_features(self, target: str) -> int:
+        """Channels of `Query.features` for this target; 0 where no input shares its grid."""
+        grid = self.targets[target].grid
+        return sum(item.frames * item.channels for item in self.inputs.values() if item.grid == grid)
+
+    def to_dict(self) -> dict:
+        def plain(item):
+            described = {f.name: getattr(item, f.name) for f in fields(item)}
+            described["variables"] = [variable.to_dict() for variable in item.variables]
+            described["grid"] = item.grid.to_dict()
+            return described
+
+        return {
+            "inputs": {name: plain(item) for name, item in self.inputs.items()},
+            "targets": {name: plain(item) for name, item in self.targets.items()},
+        }
+
+    @staticmethod
+    def from_dict(description: dict) -> Layout:
+        def restored(kind, item):
+            arguments = dict(item)
+            arguments["variables"] = tuple(Variable(**variable) for variable in item["variables"])
+            arguments["grid"] = Grid.from_dict(item["grid"])
+            if "lead_times" in arguments:
+                arguments["lead_times"] = tuple(arguments["lead_times"])
+            return kind(**arguments)
+
+        return Layout(
+            inputs={name: restored(InputLayout, item) for name, item in description["inputs"].items()},
+            targets={name: restored(TargetLayout, item) for name, item in description["targets"].items()},
+        )

@@ -1,0 +1,214 @@
+"""Grids: where the values of a field live.
+
+Every grid answers the same questions: `shape`, `coordinates` (points, 2) as (latitude, longitude) in degrees,
+`area_weights` (exact cell areas over `shape`, mean 1), `is_global`, and `cell_of(coordinates)`, the flat index of the
+cell that holds a point (-1 outside). Grids are immutable, compare by value and travel as plain JSON (`to_dict`,
+`Grid.from_dict`), so a checkpoint can name the grid it was trained on.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EARTH_RADIUS_KM = 6371.0
+
+
+class Grid:
+    """Base of all grids. Subclasses set `kind` and list the arrays that define them in `_arrays`."""
+
+    kind: ClassVar[str]
+    _arrays: ClassVar[tuple[str, ...]]
+    _kinds: ClassVar[dict[str, type[Grid]]] = {}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        Grid._kinds[cls.kind] = cls
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def coordinates(self) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def area_weights(self) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def is_global(self) -> bool:
+        raise NotImplementedError
+
+    def cell_of(self, coordinates: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def num_points(self) -> int:
+        return int(np.prod(self.shape))
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, **{name: getattr(self, name).tolist() for name in self._arrays}}
+
+    @staticmethod
+    def from_dict(description: dict) -> Grid:
+        arguments = dict(description)
+        kind = arguments.pop("kind", None)
+        if kind not in Grid._kinds:
+            raise ValueError(f"unknown grid kind {kind!r}; allowed: {', '.join(sorted(Grid._kinds))}")
+        return Grid._kinds[kind](**arguments)
+
+    def __eq__(self, other) -> bool:
+        return type(self) is type(other) and all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in self._arrays
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.kind, *(getattr(self, name).tobytes() for name in self._arrays)))
+
+
+def _axis(values, name: str) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"{name} must be a non-empty 1-D sequence, got shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds NaN or infinite values; give finite degrees")
+    return values
+
+
+def _bounds(centres: np.ndarray) -> np.ndarray:
+    """Cell edges halfway between the centres, the outer cells symmetric about theirs; one cell is 1 degree wide."""
+    if centres.size == 1:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    middle = (centres[1:] + centres[:-1]) / 2
+    first = centres[0] - (middle[0] - centres[0])
+    last = centres[-1] + (centres[-1] - middle[-1])
+    return np.concatenate([[first], middle, [last]])
+
+
+class LatLonGrid(Grid):
+    """A regional or global grid of cells between parallels and meridians.
+
+    latitude: (H,) degrees, strictly increasing or strictly decreasing, within -90..90.
+    longitude: (W,) degrees eastwards; any convention, may cross 0 or 180 (350, 0, 10 is understood as 350, 360, 370).
+    Values on it have the trailing shape (H, W). Raises ValueError when an axis is not monotonic or out of range.
+    """
+
+    kind = "latlon"
+    _arrays = ("latitude", "longitude")
+
+    def __init__(self, latitude, longitude):
+        self.latitude = _axis(latitude, "latitude")
+        longitude = _axis(longitude, "longitude")
+        if np.abs(self.latitude).max() > 90 + 1e-6:
+            bad = self.latitude[np.abs(self.latitude).argmax()]
+            raise ValueError(f"latitude {bad:g} is outside -90..90 degrees")
+        steps = np.diff(self.latitude)
+        if steps.size and not ((steps > 0).all() or (steps < 0).all()):
+            raise ValueError("latitude must be strictly increasing or strictly decreasing")
+        # Steps folded to -180..180, so that an axis may cross the date line or Greenwich.
+        folded = (np.diff(longitude) + 180) % 360 - 180
+        if folded.size and not (folded > 0).all():
+            raise ValueError("longitude must run eastwards in strictly increasing order (it may wrap once)")
+        self.longitude = longitude[0] + np.concatenate([[0.0], np.cumsum(folded)])
+        if self.longitude[-1] - self.longitude[0] >= 360 - 1e-6:
+            raise ValueError("longitude covers more than one turn; drop the repeated columns")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.latitude.size, self.longitude.size
+
+    @cached_property
+    def latitude_bounds(self) -> np.ndarray:
+        return np.clip(_bounds(self.latitude), -90, 90)
+
+    @cached_property
+    def longitude_bounds(self) -> np.ndarray:
+        return _bounds(self.longitude)
+
+    @cached_property
+    def wraps(self) -> bool:
+        """True when the last column touches the first one, once around the globe."""
+        return bool(abs(self.longitude_bounds[-1] - self.longitude_bounds[0] - 360) < 0.5 * 360 / self.longitude.size)
+
+    @cached_property
+    def is_global(self) -> bool:
+        return self.wraps and bool(np.ptp(self.latitude_bounds) > 180 - 1.5 * 180 / self.latitude.size)
+
+    @cached_property
+    def coordinates(self) -> Tensor:
+        latitude, longitude = np.meshgrid(self.latitude, self.longitude, indexing="ij")
+        return torch.from_numpy(np.stack([latitude.ravel(), longitude.ravel()], axis=-1))
+
+    @cached_property
+    def area_weights(self) -> Tensor:
+        height = np.abs(np.diff(np.sin(np.deg2rad(self.latitude_bounds))))
+        area = height[:, None] * np.diff(self.longitude_bounds)[None, :]
+        return torch.from_numpy(area / area.mean())
+
+    @cached_property
+    def cos_weights(self) -> Tensor:
+        """cos(latitude) weights (mean 1), the older convention of the field; `area_weights` are exact at the poles."""
+        cos = np.cos(np.deg2rad(self.latitude)).clip(0)[:, None].repeat(self.longitude.size, axis=1)
+        return torch.from_numpy(cos / cos.mean())
+
+    def cell_of(self, coordinates: Tensor) -> Tensor:
+        """Flat cell index (int64) of each (latitude, longitude) in degrees, shape (..., 2) -> (...); -1 outside."""
+        points = coordinates.detach().cpu().double().numpy()
+        latitude, longitude = points[..., 0], points[..., 1]
+        row_edges, descending = self.latitude_bounds, self.latitude_bounds[0] > self.latitude_bounds[-1]
+        if descending:
+            row_edges = row_edges[::-1]
+        row = np.searchsorted(row_edges, latitude, side="right") - 1
+        row = np.where(latitude == row_edges[-1], self.latitude.size - 1, row)
+        inside = (row >= 0) & (row < self.latitude.size)
+        if descending:
+            row = self.latitude.size - 1 - row
+        west = self.longitude_bounds[0]
+        with np.errstate(invalid="ignore"):
+            turned = west + (longitude - west) % 360
+        column = np.searchsorted(self.longitude_bounds, turned, side="right") - 1
+        if self.wraps:
+            column = np.minimum(column, self.longitude.size - 1)
+        inside &= (column >= 0) & (column < self.longitude.size) & np.isfinite(latitude) & np.isfinite(longitude)
+        return torch.from_numpy(np.where(inside, row * self.longitude.size + column, -1).astype(np.int64))
+
+
+class Points(Grid):
+    """Scattered places: stations or free targets. locations: (P, 2) as (latitude, longitude) in degrees."""
+
+    kind = "points"
+    _arrays = ("locations",)
+
+    def __init__(self, locations):
+        self.locations = np.asarray(locations, dtype=np.float64)
+        if self.locations.ndim != 2 or self.locations.shape[1] != 2 or not np.isfinite(self.locations).all():
+            raise ValueError(f"points need finite (latitude, longitude) pairs of shape (P, 2), got {self.locations.shape}")
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (self.locations.shape[0],)
+
+    @property
+    def coordinates(self) -> Tensor:
+        return torch.from_numpy(self.locations)
+
+    @cached_property
+    def area_weights(self) -> Tensor:
+        return torch.ones(self.locations.shape[0], dtype=torch.float64)
+
+    @property
+    def is_global(self) -> bool:
+        return False
+
+    def cell_of(self, coordinates: Tensor) -> Tensor:
+        """Index of the point at exactly this place (to 1e-6 degrees), -1 where there is none."""
+        points = coordinates.detach().cpu().double()
+        distance = torch.cdist(points.reshape(-1, 2), self.coordinates, p=float("inf"))
+        nearest, index = distance.min(dim=1)
+        return torch.where(nearest <= 1e-6, index, -1).reshape(points.shape[:-1])

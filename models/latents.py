@@ -1,0 +1,42 @@
+"""What flows between the parts of a model: `Latents` and, before any data, `LatentLayout`. B batch, T frames, N tokens, D hidden."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Hidden tokens between encoder, processor and decoder.
+
+    tokens: (B, T, N, D). valid: (B, T, N) bool, False where nothing was observed, or None (all).
+    coordinates: (N, 2) or (B, N, 2), (latitude, longitude) in degrees of each token, or None for free latents.
+    times: (B, T) int64 seconds since 1970 UTC of the latent frames.
+    frames: (first, total), global indices of these frames; positions and masks over time use them.
+    """
+
+    tokens: Tensor
+    times: Tensor
+    valid: Tensor | None = None
+    coordinates: Tensor | None = None
+    frames: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True)
+class LatentLayout:
+    """Shape of the latents an encoder emits: `frames` x `num_tokens` x `hidden_size`.
+
+    grid_shape: (rows, columns) of a latent grid with rows * columns == num_tokens, or None for free latents.
+    patch_size: (height, width) in input cells that one latent cell covers, or None for free latents.
+    coordinates: (N, 2) centres in degrees, or None. wraps: the columns close around the globe.
+    """
+
+    num_tokens: int
+    hidden_size: int
+    frames: int = 1
+    grid_shape: tuple[int, int] | None = None
+    patch_size: tuple[int, int] | None = None
+    coordinates: Tensor | None = None
+    wraps: bool = False
