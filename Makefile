@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml
 	$(if $(TORCH_INDEX),$(RUN) -m pip install --quiet --index-url $(TORCH_INDEX) $(TORCH))
 	$(RUN) -m pip install --quiet --editable '.[test]'
 # A CUDA build of torch brings the Triton it was built with; a CPU build brings none, and the tests interpret kernels with it.
-	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet '.[triton]'
+	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet --editable '.[triton]'
 	@touch $@
 
 clean:
