@@ -1,0 +1,158 @@
+"""Attention backends: one string chooses who computes softmax(scale * q k^T + bias) v.
+
+Letters: B batch, h heads, n queries, m keys, d head width of queries and keys, e head width of values.
+
+auto       the rule of `choose_backend`, per device, dtype, heads and length
+reference  plain matrix products and a softmax: readable, every dtype and device, memory grows with B h n m
+sdpa       torch's scaled_dot_product_attention, which picks among its own kernels
+flash      its flash kernel (on CUDA 16-bit only; masked or biased calls go to the memory-efficient kernel there)
+cudnn      its cuDNN kernel (CUDA, 16-bit)
+flex       torch's flex_attention, compiled (CUDA)
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BACKENDS = ("auto", "reference", "sdpa", "cudnn", "flash", "flex")
+
+# Kernels of scaled_dot_product_attention in order of preference; the second takes what the first refuses (masks).
+_KERNELS = {
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+}
+
+# Below this many logits in a batch row the CPU's plain products beat the tiled kernel's set-up cost.
+_SMALL_LOGITS = 64 * 1024
+# A 16-bit logit matrix above this size (bytes) costs more memory than its speed is worth on CPU.
+_LARGE_LOGIT_BYTES = 2**30
+
+
+def require_backend(backend: str, device: torch.device | str) -> None:
+    """Raises ValueError, one line, when this device cannot run the attention backend."""
+    kind = torch.device(device).type
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; use model.attention={'|'.join(BACKENDS)}")
+    if backend in ("cudnn", "flex") and kind != "cuda":
+        raise ValueError(
+            f"model.attention={backend} needs a CUDA device and this run uses {kind}; "
+            "use model.attention=auto, sdpa, flash or reference"
+        )
+    if backend == "cudnn" and not torch.backends.cudnn.is_available():
+        raise ValueError("model.attention=cudnn needs cuDNN, which this PyTorch lacks; use model.attention=auto")
+
+
+def choose_backend(query: Tensor, num_keys: int) -> str:
+    """The rule behind `auto` for queries (B, h, n, d) and a number of keys.
+
+    CUDA: sdpa. CPU, 16 bit: reference unless its logits pass 1 GiB, since the CPU's 16-bit sdpa kernel is slower than
+    matrix products. CPU, 32 and 64 bit: reference for few logits (n m h), else sdpa, which never writes the logits.
+    """
+    batch, heads, queries, _ = query.shape
+    if query.device.type != "cpu":
+        return "sdpa"
+    logits = heads * queries * num_keys
+    if query.dtype in (torch.bfloat16, torch.float16):
+        return "reference" if batch * logits * query.element_size() <= _LARGE_LOGIT_BYTES else "sdpa"
+    return "reference" if logits <= _SMALL_LOGITS else "sdpa"
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """(B, h, n, d), (B, h, m, d), (B, h, m, e) -> (B, h, n, e).
+
+    key_mask: (B, m) bool, True = keep; masked keys and values must be finite. Rows without any key give exact zeros and
+    finite gradients. bias: broadcastable to (B, h, n, m), added to the logits. dropout: of the attention weights.
+    Raises ValueError when the device or dtype does not suit the backend.
+    """
+    if backend == "auto":
+        backend = choose_backend(query, key.shape[2])
+    else:
+        require_backend(backend, query.device)
+        if backend in _KERNELS and query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"model.attention={backend} computes in 16 bit on CUDA, got {query.dtype}; "
+                "use trainer.precision=bfloat16 or model.attention=auto"
+            )
+    any_key = None
+    if key_mask is not None:
+        any_key = key_mask.any(dim=1, keepdim=True)  # (B, 1)
+        key_mask = key_mask | ~any_key  # no row is empty inside a kernel: softmax and its gradient stay finite
+    bias = None if bias is None else bias.to(query.dtype)
+    attended = _COMPUTE[backend](query, key, value, scale=scale, key_mask=key_mask, bias=bias, dropout=dropout)
+    return attended if any_key is None else torch.where(any_key[:, :, None, None], attended, 0.0)
+
+
+def _reference(query, key, value, *, scale, key_mask, bias, dropout):
+    logits = (query * scale) @ key.transpose(-1, -2)  # (B, h, n, m)
+    if bias is not None:
+        logits = logits + bias
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask[:, None, None, :], -torch.inf)
+    return F.dropout(logits.softmax(dim=-1), dropout) @ value
+
+
+def _sdpa(query, key, value, *, scale, key_mask, bias, dropout):
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    if bias is not None:
+        mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
+    if mask is not None and mask.ndim == 4:
+        mask = mask.expand(-1, -1, query.shape[2], -1)
+    # The tiled kernels take one width only; zero columns change neither logits nor values.
+    width, head_width = value.shape[3], max(query.shape[3], value.shape[3])
+    query, key, value = (F.pad(x, (0, head_width - x.shape[3])) for x in (query, key, value))
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
+    return attended[..., :width]
+
+
+def _kernel(name):
+    def compute(query, key, value, **arguments):
+        with sdpa_kernel(_KERNELS[name], set_priority=True):
+            return _sdpa(query, key, value, **arguments)
+
+    return compute
+
+
+def _flex(query, key, value, *, scale, key_mask, bias, dropout):
+    if dropout:
+        raise ValueError("model.attention=flex has no attention dropout; use model.attention=auto")
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    bias = None if bias is None else bias.expand(shape)
+
+    def score(logit, batch, head, row, column):
+        if bias is not None:
+            logit = logit + bias[batch, head, row, column]
+        return logit if key_mask is None else torch.where(key_mask[batch, column], logit, -torch.inf)
+
+    modifier = None if bias is None and key_mask is None else score
+    return _compiled_flex()(query, key, value, score_mod=modifier, scale=scale)
+
+
+@cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+_COMPUTE = {
+    "reference": _reference,
+    "sdpa": _sdpa,
+    "flash": _kernel("flash"),
+    "cudnn": _kernel("cudnn"),
+    "flex": _flex,
+}

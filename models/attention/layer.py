@@ -1,0 +1,148 @@
+"""The pre-norm attention layer that all parts are made of (Perceiver, arXiv:2103.03206, section 3; spec of its peers).
+
+    y = x + attention(norm(x), norm(context))
+    z = y + mlp(norm(y))
+
+Letters: B batch, n queries, m context tokens, D query width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention.multi_head import Context, MultiHeadAttention, masked_to_zero
+from models.initialisation import linear_
+
+MLPS = ("gelu", "geglu")
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """FiLM after a norm, (1 + scale) * norm(x) + shift, for both branches; each broadcastable to (B, n, D)."""
+
+    attention_scale: Tensor
+    attention_shift: Tensor
+    mlp_scale: Tensor
+    mlp_shift: Tensor
+
+
+class MLP(nn.Module):
+    """Linear, activation, Linear with hidden width ratio * dim. geglu gates the first half by GELU of the second."""
+
+    def __init__(self, dim: int, *, ratio: float, activation: str = "gelu"):
+        super().__init__()
+        if activation not in MLPS:
+            raise ValueError(f"unknown mlp {activation!r}; allowed: {', '.join(MLPS)}")
+        hidden = round(dim * ratio)
+        self.gated = activation == "geglu"
+        self.up = nn.Linear(dim, 2 * hidden if self.gated else hidden)
+        self.down = nn.Linear(hidden, dim)
+        self.initialise()
+
+    def initialise(self) -> None:
+        linear_(self.up)
+        linear_(self.down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        if self.gated:
+            value, gate = hidden.chunk(2, dim=-1)
+            return self.down(value * F.gelu(gate))
+        return self.down(F.gelu(hidden))
+
+
+class AttentionLayer(nn.Module):
+    """Pre-norm attention and MLP: x (B, n, D) [, context (B, m, C)] -> (B, n, D).
+
+    context_dim: None makes it self-attention, whose one norm serves queries and keys.
+    mlp_ratio: widening of the MLP; mlp: gelu or geglu. residual: whether x is added to what attention returns (the
+    MLP's residual is always on). dropout: of both branches' outputs; attention_dropout: of attention weights;
+    drop_path: chance that a sample skips a branch in training.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int | None = None,
+        *,
+        num_heads: int,
+        qk_width: int | None = None,
+        v_width: int | None = None,
+        mlp_ratio: float = 1.0,
+        mlp: str = "gelu",
+        residual: bool = True,
+        qkv_bias: bool = True,
+        output_bias: bool = True,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        backend: str = "auto",
+        kv_mode: str = "auto",
+    ):
+        super().__init__()
+        self.residual, self.drop_path = residual, drop_path
+        self.query_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.context_norm = None if context_dim is None else nn.LayerNorm(context_dim, eps=NORM_EPS)
+        self.attention = MultiHeadAttention(
+            dim,
+            context_dim,
+            num_heads=num_heads,
+            qk_width=qk_width,
+            v_width=v_width,
+            qkv_bias=qkv_bias,
+            output_bias=output_bias,
+            qk_norm=qk_norm,
+            dropout=attention_dropout,
+            backend=backend,
+            kv_mode=kv_mode,
+        )
+        self.mlp_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = MLP(dim, ratio=mlp_ratio, activation=mlp)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | Context | None = None,
+        *,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        modulation: Modulation | None = None,
+    ) -> Tensor:
+        """mask: (B, m) bool, True = keep (of the context, or of x itself in self-attention)."""
+        if self.context_norm is None:
+            x = masked_to_zero(x, mask)
+        elif not isinstance(context, Context):
+            context = self.prepare(context, mask=mask, num_queries=x.shape[1])
+        normed = self.query_norm(x)
+        if modulation is not None:
+            normed = (1 + modulation.attention_scale) * normed + modulation.attention_shift
+        if self.context_norm is None:
+            attended = self.attention(normed, mask=mask, bias=bias, rotary=rotary)
+        else:
+            attended = self.attention(normed, context, bias=bias)
+        attended = self._branch(attended)
+        y = x + attended if self.residual else attended
+        normed = self.mlp_norm(y)
+        if modulation is not None:
+            normed = (1 + modulation.mlp_scale) * normed + modulation.mlp_shift
+        return y + self._branch(self.mlp(normed))
+
+    def prepare(self, context: Tensor, *, mask: Tensor | None = None, num_queries: int) -> Context:
+        """Normalises the context (B, m, C) and computes its keys and values, once for several calls."""
+        context = self.context_norm(masked_to_zero(context, mask))
+        return self.attention.prepare(context, mask=mask, num_queries=num_queries)
+
+    def _branch(self, branch: Tensor) -> Tensor:
+        branch = self.dropout(branch)
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.drop_path
+        return branch * keep.to(branch.dtype) / (1 - self.drop_path)

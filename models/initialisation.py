@@ -1,0 +1,24 @@
+"""Initial weights shared by all layers."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def linear_(layer: nn.Linear) -> None:
+    """Truncated normal of variance 1/inputs, at most 0.05 wide so that small layers start gently; biases zero."""
+    nn.init.trunc_normal_(layer.weight, std=min(0.05, layer.in_features**-0.5))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def table_(table: Tensor) -> None:
+    """Learned tables (latents, trainable queries): normal of width 0.02, as the Perceiver papers."""
+    nn.init.trunc_normal_(table, std=0.02)
+
+
+def zeros_(layer: nn.Linear) -> None:
+    """A zero layer: its branch starts as nothing, so that the model starts as its reference."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,174 @@
+"""Attention against a float64 reference written out head by head."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from models.attention import AttentionLayer, MultiHeadAttention, attend, require_backend
+from models.attention.backends import choose_backend
+from models.attention.multi_head import absorbing_is_cheaper
+
+CPU_BACKENDS = ("auto", "reference", "sdpa", "flash")
+
+
+def slow_attention(module: MultiHeadAttention, x, context, mask=None, bias=None):
+    """softmax(q k^T / sqrt(width)) v, one sample, head and query at a time, over the kept keys only."""
+    heads, output = module.num_heads, torch.zeros(x.shape[0], x.shape[1], module.output.out_features, dtype=x.dtype)
+    for b in range(x.shape[0]):
+        keep = torch.ones(context.shape[1], dtype=torch.bool) if mask is None else mask[b]
+        if not keep.any():
+            continue
+        tokens = context[b, keep]
+        q, k, v = module.query(x[b]), module.key(tokens), module.value(tokens)
+        parts = []
+        for h, (qh, kh, vh) in enumerate(zip(q.chunk(heads, 1), k.chunk(heads, 1), v.chunk(heads, 1), strict=True)):
+            if module.qk_norm:
+                qh = qh / (qh.square().mean(1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+                kh = kh / (kh.square().mean(1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+            logits = qh @ kh.T / kh.shape[1] ** 0.5
+            if bias is not None:
+                logits = logits + bias[b, h][:, keep]
+            parts.append(logits.softmax(1) @ vh)
+        output[b] = module.output(torch.cat(parts, 1))
+    return output
+
+
+def parts(module, x, context):
+    return [x.grad, context.grad, *[parameter.grad for parameter in module.parameters()]]
+
+
+def random_case(*, masked: bool, qk_norm: bool = False, **arguments):
+    torch.manual_seed(0)
+    module = MultiHeadAttention(
+        12, 10, num_heads=2, qk_width=8, v_width=6, output_dim=5, qk_norm=qk_norm, **arguments
+    ).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x, context = torch.randn(3, 4, 12, dtype=torch.float64), torch.randn(3, 7, 10, dtype=torch.float64)
+    mask = None
+    if masked:
+        mask = torch.rand(3, 7) > 0.4
+        mask[0, 0], mask[1] = True, False
+    return module, x, context, mask
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("kv_mode", ("project", "absorb"))
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("biased", (False, True))
+def test_outputs_and_gradients_equal_the_slow_reference(backend, kv_mode, masked, biased):
+    module, x, context, mask = random_case(masked=masked, backend=backend, kv_mode=kv_mode)
+    bias = torch.randn(3, 2, 4, 7, dtype=torch.float64) if biased else None
+    weights = torch.randn(3, 4, 5, dtype=torch.float64)
+    x.requires_grad_(), context.requires_grad_()
+    expected = slow_attention(module, x, context, mask, bias)
+    (expected * weights).sum().backward()
+    expected_gradients = [None if g is None else g.clone() for g in parts(module, x, context)]
+    module.zero_grad(), setattr(x, "grad", None), setattr(context, "grad", None)
+
+    poisoned = context.detach().clone()
+    if masked:
+        poisoned[~mask] = torch.nan
+    poisoned.requires_grad_()
+    output = module(x, poisoned, mask=mask, bias=bias)
+    (output * weights).sum().backward()
+
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+    for name, given, wanted in zip(
+        ["x", "context", *dict(module.named_parameters())], parts(module, x, poisoned), expected_gradients, strict=True
+    ):
+        if (
+            name == "key.bias"
+        ):  # adds a constant to a row of logits: its true gradient is zero, absorption leaves it out
+            assert given is None or given.abs().max() < 1e-12
+            continue
+        torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_row_without_keys_gives_exact_zeros(backend):
+    module, x, context, mask = random_case(masked=True, backend=backend)
+    assert (module(x, context, mask=mask)[1] == 0).all()
+
+
+def test_query_key_norm_equals_the_slow_reference():
+    module, x, context, mask = random_case(masked=True, qk_norm=True)
+    torch.testing.assert_close(module(x, context, mask=mask), slow_attention(module, x, context, mask))
+
+
+def test_prepared_context_is_computed_once_and_equal():
+    layer = AttentionLayer(12, 10, num_heads=2, kv_mode="project").double()
+    x, context = torch.randn(2, 4, 12, dtype=torch.float64), torch.randn(2, 7, 10, dtype=torch.float64)
+    calls = []
+    layer.attention.key.register_forward_hook(lambda *_: calls.append(1))
+    prepared = layer.prepare(context, num_queries=4)
+    for _ in range(2):
+        reused = layer(x, prepared)
+    assert len(calls) == 1
+    torch.testing.assert_close(reused, layer(x, context))
+
+
+def test_the_absorption_rule_is_the_cheaper_of_the_two():
+    case = dict(queries=256, tokens=50_176, context_dim=261, qk_width=256, v_width=256)
+    assert absorbing_is_cheaper(heads=1, **case)
+    assert not absorbing_is_cheaper(heads=8, **case)
+    for heads, n, c, d in itertools.product((1, 2, 4), (4, 64, 512), (16, 300), (32, 256)):
+        cheaper = absorbing_is_cheaper(heads=heads, queries=n, tokens=10**9, context_dim=c, qk_width=d, v_width=d)
+        assert cheaper == (heads * n * c < d * (c + n))
+
+
+def test_auto_chooses_by_dtype_heads_and_length():
+    small, large = torch.zeros(1, 2, 16, 8), torch.zeros(1, 8, 256, 8)
+    assert choose_backend(small, 16) == "reference"
+    assert choose_backend(large, 50_000) == "sdpa"
+    assert choose_backend(large.bfloat16(), 50_000) == "reference"
+    assert choose_backend(large.bfloat16(), 5_000_000) == "sdpa"
+
+
+@pytest.mark.parametrize("backend", ("cudnn", "flex", "nope"))
+def test_backends_that_the_device_lacks_are_one_clear_line(backend):
+    with pytest.raises(ValueError, match=r"model\.attention=") as error:
+        require_backend(backend, "cpu")
+    assert "\n" not in str(error.value)
+    tensor = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match=r"model\.attention="):
+        attend(tensor, tensor, tensor, scale=1.0, backend=backend)
+
+
+def test_widths_must_be_divisible_by_the_heads():
+    with pytest.raises(ValueError, match="not divisible by 3 heads"):
+        MultiHeadAttention(8, num_heads=3)
+
+
+def test_self_attention_layer_never_reads_masked_tokens():
+    layer = AttentionLayer(8, num_heads=2, mlp_ratio=2.0, mlp="geglu").double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    mask = torch.tensor([[True, True, False, True, True], [True] * 5])
+    poisoned = torch.where(mask[..., None], x, torch.nan).requires_grad_()
+    output = layer(poisoned, mask=mask)
+    output[mask].square().sum().backward()
+    expected = layer(x[:1, [0, 1, 3, 4]])
+    torch.testing.assert_close(output[:1, [0, 1, 3, 4]], expected)
+    assert torch.isfinite(poisoned.grad).all()
+
+
+def test_layer_equals_its_formula_without_residual():
+    layer = AttentionLayer(8, 6, num_heads=2, residual=False).double()
+    x, context = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 4, 6, dtype=torch.float64)
+    y = slow_attention(layer.attention, layer.query_norm(x), layer.context_norm(context))
+    hidden = torch.nn.functional.gelu(layer.mlp.up(layer.mlp_norm(y)))
+    torch.testing.assert_close(layer(x, context), y + layer.mlp.down(hidden))
+
+
+def test_drop_path_skips_whole_samples_and_only_in_training():
+    torch.manual_seed(0)
+    layer = AttentionLayer(8, num_heads=2, drop_path=0.5)
+    x = torch.randn(1, 3, 8).expand(64, 3, 8)
+    out = layer(x)
+    unchanged = (out == x).all(dim=(1, 2)).float().mean()
+    assert 0.05 < unchanged < 0.6  # a quarter skips both branches
+    layer.eval()
+    torch.testing.assert_close(layer(x)[0], layer(x)[63])
