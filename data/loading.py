@@ -1,0 +1,170 @@
+"""Batches in a reproducible order, prepared ahead in worker processes, resumable at any sample."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.batch import Batch
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """An endless stream of sample numbers: one permutation of `size` an epoch, drawn from (seed, epoch).
+
+    Sample n of the stream depends on nothing but n, so a position is all that resuming needs.
+    """
+
+    size: int
+    seed: int
+
+    def draw(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) int64: samples number start to stop - 1 of the stream."""
+        epochs = range(start // self.size, (stop - 1) // self.size + 1)
+        stream = np.concatenate([np.random.default_rng((self.seed, epoch)).permutation(self.size) for epoch in epochs])
+        first = epochs[0] * self.size
+        return stream[start - first : stop - first]
+
+
+class _Plan:
+    """Which samples go into which batch, from a position on; one pass (shuffle off) or endless."""
+
+    def __init__(self, size: int, batch_size: int, shuffle: bool, seed: int, rank: int, world: int):
+        self.size, self.batch_size, self.shuffle, self.rank, self.world = size, batch_size, shuffle, rank, world
+        self.order = SampleOrder(size, seed)
+        self.position = 0
+
+    @property
+    def stride(self) -> int:
+        """Samples that one batch of all ranks takes."""
+        return self.batch_size * self.world
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        start = self.position
+        while self.shuffle or start < self.size:
+            first = start + self.rank * self.batch_size
+            stop = first + self.batch_size
+            if self.shuffle:
+                yield self.order.draw(first, stop)
+            elif first < self.size:
+                yield np.arange(first, min(stop, self.size))
+            start += self.stride
+
+
+class _Worker:
+    """What runs in a worker process: a dataset whose batches travel as a plain list of tensors.
+
+    Grids, variables and the layout are the same in every batch: the consumer has them already.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, indices: np.ndarray) -> list[Tensor] | Exception:
+        try:
+            tensors: list[Tensor] = []
+            self.dataset.__getitems__(indices).map(lambda tensor: tensors.append(tensor) or tensor)
+            return tensors
+        except (ValueError, OSError) as error:
+            return error  # raised in the training process, as the one sentence it is
+
+
+def _unchanged(item):
+    return item
+
+
+class BatchLoader:
+    """Iterates over the batches of a dataset (`__len__`, `__getitems__(indices) -> Batch`).
+
+    batch_size: samples a batch on this rank. shuffle: True for training (endless, a new permutation every epoch, batches
+    run across epochs), False for one pass in order (the last batch may be smaller); every `iter` of a pass starts anew.
+    position: samples drawn so far by all ranks; a training loader continues from it exactly, with any num_workers.
+    num_workers: processes (forkserver) that prepare batches ahead; None takes the data's, 0 prepares in this process.
+    fake: repeat the first batch, which shows what loading costs. rank, world: this rank reads its own part of each
+    global batch. `waited` counts the seconds the consumer spent waiting for batches.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        position: int = 0,
+        num_workers: int | None = None,
+        fake: bool | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"trainer.batch_size={batch_size} must be at least 1")
+        assert 0 <= rank < world
+        self.dataset, self.shuffle = dataset, shuffle
+        self.num_workers = dataset.data.num_workers if num_workers is None else num_workers
+        self.fake = dataset.data.fake if fake is None else fake
+        self.waited = 0.0
+        self._plan = _Plan(len(dataset), batch_size, shuffle, seed, rank, world)
+        self._position = position
+        self._template: Batch | None = None
+        self._loader: DataLoader | None = None
+
+    @property
+    def position(self) -> int:
+        """Samples drawn by the consumer, over all ranks (batches prepared ahead do not count)."""
+        return self._position
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues at a recorded position from the next `iter` on."""
+        self._position = int(state["position"])
+
+    def __len__(self) -> int:
+        """Batches of one pass (of one epoch, rounded up, when shuffled)."""
+        return -(-len(self.dataset) // self._plan.stride)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.shuffle:
+            self._position = 0
+        self._plan.position = self._position
+        batches = self._prepared() if self.num_workers else map(self.dataset.__getitems__, self._plan)
+        repeated: Batch | None = None
+        for _ in self._plan if self.fake else iter(int, 1):
+            started = time.perf_counter()
+            batch = repeated if repeated is not None else next(batches, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                return
+            repeated = batch if self.fake else None
+            self._position += self._plan.stride
+            yield batch
+
+    def _prepared(self) -> Iterator[Batch]:
+        """Batches from worker processes, in order."""
+        if self._template is None:
+            self._template = self.dataset.__getitems__([0])
+        if self._loader is None:
+            self._loader = DataLoader(
+                _Worker(self.dataset),
+                batch_sampler=self._plan,
+                collate_fn=_unchanged,
+                num_workers=self.num_workers,
+                # A forked process inherits locks of HDF5 and of thread pools; forkserver starts clean.
+                multiprocessing_context="forkserver",
+                persistent_workers=True,
+                # Its own generator: drawing worker seeds must not disturb the model's random numbers.
+                generator=torch.Generator(),
+            )
+        for tensors in self._loader:
+            if isinstance(tensors, Exception):
+                raise tensors
+            remaining = iter(tensors)
+            yield self._template.map(lambda _, remaining=remaining: next(remaining))

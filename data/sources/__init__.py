@@ -1,0 +1,1 @@
+"""Everything that touches files: `location.locate`, the `catalogue`, the `synthetic` default and `netcdf.open_series`."""
