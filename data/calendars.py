@@ -1,7 +1,7 @@
 """Calendars: integer seconds since 1970-01-01 00:00 of a calendar, and back.
 
-Every time in the project is int64 seconds since 1970-01-01 *in the calendar of its data* (CF: "seconds since 1970-01-01"
-with that calendar), so steps stay constant in the 365-, 366- and 360-day years of climate models too.
+Every time in the project is int64 seconds since 1970-01-01 *in the calendar of its data* (CF: "seconds since
+1970-01-01" with that calendar), so steps stay constant in the 365-, 366- and 360-day years of climate models too.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def clock(times: Tensor, calendar: str = GREGORIAN) -> tuple[Tensor, Tensor]:
 
 
 def decode_times(values: np.ndarray, units: str, calendar: str) -> tuple[np.ndarray, str]:
-    """CF time values ("hours since 1800-01-01") -> (int64 seconds since 1970-01-01 of the calendar, its canonical name).
+    """CF time values ("hours since 1800-01-01") -> (int64 seconds since 1970-01-01 of the calendar, its canonical
+    name).
 
     Months and years are calendar months and years (a fraction is that part of the month), not UDUNITS' constant
     lengths. Raises ValueError on other units, on a calendar that is not supported and on missing times.
@@ -122,9 +123,10 @@ def decode_times(values: np.ndarray, units: str, calendar: str) -> tuple[np.ndar
         "day": 86400,
         "d": 86400,
     }
-    if unit not in lengths and unit not in ("", "month", "year") or not match:
+    if (unit not in lengths and unit not in ("", "month", "year")) or not match:
         raise ValueError(
-            f"cannot read the time units {units!r}; allowed: seconds, minutes, hours, days, months or years since a date"
+            f"cannot read the time units {units!r}; allowed: seconds, minutes, hours, days, months or years "
+            "since a date"
         )
     values = np.asarray(values, dtype=np.float64)
     if not np.isfinite(values).all():

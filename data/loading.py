@@ -82,8 +82,9 @@ def _unchanged(item):
 class BatchLoader:
     """Iterates over the batches of a dataset (`__len__`, `__getitems__(indices) -> Batch`).
 
-    batch_size: samples a batch on this rank. shuffle: True for training (endless, a new permutation every epoch, batches
-    run across epochs), False for one pass in order (the last batch may be smaller); every `iter` of a pass starts anew.
+    batch_size: samples a batch on this rank. shuffle: True for training (endless, a new permutation every epoch,
+    batches run across epochs), False for one pass in order (the last batch may be smaller); every `iter` of a pass
+    starts anew.
     position: samples drawn so far by all ranks; a training loader continues from it exactly, with any num_workers.
     num_workers: processes (forkserver) that prepare batches ahead; None takes the data's, 0 prepares in this process.
     fake: repeat the first batch, which shows what loading costs. rank, world: this rank reads its own part of each

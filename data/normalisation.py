@@ -4,9 +4,9 @@ The climatology of a cell is a least-squares fit of annual times diurnal harmoni
 
     c(t) = sum_a sum_d  C[a, d] f_a(2 pi year(t)) g_d(2 pi day(t)),   f, g in {1, cos, sin, cos 2, sin 2, ...},
 
-so the diurnal cycle changes with the season. Only what the training period resolves is fitted: annual harmonics need 0.9
-of a year, diurnal ones two days and two times of day a harmonic (sin drops out at the highest), and every cell at least four
-times as many frames as coefficients; otherwise only the mean is left.
+so the diurnal cycle changes with the season. Only what the training period resolves is fitted: annual harmonics need
+0.9 of a year, diurnal ones two days and two times of day a harmonic (sin drops out at the highest), and every cell at
+least four times as many frames as coefficients; otherwise only the mean is left.
 Anomalies are departures from it, divided by one scale per variable (their area-weighted standard deviation).
 Damped persistence of lead k is gamma_k times the last anomaly, gamma_k = <a(t) a(t+k)> / <a(t)^2>.
 """
@@ -117,7 +117,8 @@ class Normalisation:
         missing = [step for step in lead_steps if step not in self.lead_steps]
         if missing:
             raise ValueError(
-                f"lead times {missing} (in steps) are not among the fitted ones {list(self.lead_steps)}; train a run with "
+                f"lead times {missing} (in steps) are not among the fitted ones {list(self.lead_steps)}; train "
+                "a run with "
                 "these task.lead_times"
             )
         return [self.lead_steps.index(step) for step in lead_steps]
@@ -210,7 +211,8 @@ def _fit_moments(
     empty = [step for lead, step in enumerate(lead_steps) if not pairs[4, lead].all()]
     if empty:
         raise ValueError(
-            f"no two frames of the training period are {empty[0]} steps apart without a gap; shorten task.lead_times or widen data.split.train"
+            f"no two frames of the training period are {empty[0]} steps apart without a gap; shorten "
+            "task.lead_times or widen data.split.train"
         )
     scale = (total[0] / total[1]).sqrt().clamp_min(1e-30)
     aa, ab, bb, changes = (pairs[row] / pairs[4] / scale**2 for row in range(4))

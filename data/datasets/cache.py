@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data.sources.location import cache_folder
-from data.sources.netcdf import Series
+from data.sources.series import Series
 
 BLOCK_BYTES = 64 * 2**20
 
@@ -56,7 +56,8 @@ def _write(path, series: Series) -> None:
             raise  # reading the source failed: its own sentence says so
         size = 4 * int(np.prod(shape)) / 2**30
         raise OSError(
-            f"cannot write the {size:.1f} GiB cache {path} ({error.strerror}); free some space, set HYDRASPHERE_CACHE to another "
+            f"cannot write the {size:.1f} GiB cache {path} ({error.strerror}); free some space, set "
+            "HYDRASPHERE_CACHE to another "
             "folder or type data.cache=none"
         ) from error
     finally:

@@ -25,7 +25,8 @@ class ForecastDataset:
     reference: what the model's output is added to: climatology (nothing known but the season), persistence (the last
     frame) or damped_persistence (the last anomaly, damped per lead time and variable).
     Batches: inputs `prognostic` (B, T, C, H, W) and, where the data has fields without time, `static` (B, 1, S, H, W);
-    target `forecast` (B, L, C, H, W), whose offset is the climatology. Raises ValueError when the split holds no window.
+    target `forecast` (B, L, C, H, W), whose offset is the climatology. Raises ValueError when the split holds no
+    window.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class ForecastDataset:
             length = self.input_frames + max(self.lead_steps)
             raise ValueError(
                 f"the {self.split} split ({self.data.splits[self.split].size} of {size} time steps) holds no window: "
-                f"{self.input_frames} input frames and lead times up to {max(self.lead_steps)} steps need {length} steps without a gap; "
+                f"{self.input_frames} input frames and lead times up to {max(self.lead_steps)} steps need "
+                f"{length} steps without a gap; "
                 "shorten task.input_frames or task.lead_times, or widen data.split"
             )
         return bases

@@ -160,7 +160,8 @@ class GriddedData:
             if infinite.any():
                 frame, channel = np.argwhere(infinite)[0][:2]
                 raise ValueError(
-                    f"{self.variables[channel].label} holds infinite values, first at {format_time(self.times[block[frame]], self.calendar)}"
+                    f"{self.variables[channel].label} holds infinite values, first at "
+                    f"{format_time(self.times[block[frame]], self.calendar)}"
                     "; replace them by NaN in the file"
                 )
             observed = ~np.isnan(values)
@@ -177,7 +178,8 @@ class GriddedData:
                 )
             if lowest[channel] == highest[channel]:
                 raise ValueError(
-                    f"{variable.label} is constant ({lowest[channel]:g}) in the training period; leave it out of data.variables"
+                    f"{variable.label} is constant ({lowest[channel]:g}) in the training period; leave it out "
+                    "of data.variables"
                 )
         domain = training > 0
         inside = np.where(domain, total, 0).sum(axis=(1, 2)) / (domain.sum(axis=(1, 2)) * self.times.size)

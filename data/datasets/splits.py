@@ -20,15 +20,16 @@ NAMES = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Splits:
-    """indices: split -> (n,) int64 into the times, disjoint. training_period: train plus validation frames withheld from
-    inside its range: what statistics are fitted on."""
+    """indices: split -> (n,) int64 into the times, disjoint. training_period: train plus validation frames withheld
+    from inside its range: what statistics are fitted on."""
 
     indices: dict[str, np.ndarray]
     training_period: np.ndarray
 
 
 def split_times(times: np.ndarray, split: Mapping, calendar: str) -> Splits:
-    """Applies a split description to times (N,), see the module's text. Raises ValueError on empty or overlapping parts."""
+    """Applies a split description to times (N,), see the module's text. Raises ValueError on empty or overlapping
+    parts."""
     if not isinstance(split, Mapping) or set(split) != set(NAMES):
         given = list(split) if isinstance(split, Mapping) else split
         raise ValueError(f"data.split has {given}; give exactly train, validation and test, as dates or as fractions")

@@ -1,1 +1,2 @@
-"""Everything that touches files: `location.locate`, the `catalogue`, the `synthetic` default and `netcdf.open_series`."""
+"""Everything that touches files: `location.locate`, the `catalogue`, the `synthetic` default and
+`netcdf.open_series`."""

@@ -90,12 +90,14 @@ def find_axes(dataset, name: str, path: Path) -> Axes:
     for kind in ("latitude", "longitude"):
         if kind not in found:
             raise ValueError(
-                f"{name!r} in {path} has no {kind} dimension (it has {sizes}); give 1-D coordinates with units degrees_north "
+                f"{name!r} in {path} has no {kind} dimension (it has {sizes}); give 1-D coordinates with units "
+                "degrees_north "
                 "and degrees_east, or choose another variable with data.variables"
             )
     if rest:
         raise ValueError(
-            f"{name!r} in {path} has dimensions that are neither time, level, latitude nor longitude: {', '.join(rest)} "
+            f"{name!r} in {path} has dimensions that are neither time, level, latitude nor longitude: "
+            f"{', '.join(rest)} "
             f"({sizes}); give time units such as 'hours since 2000-01-01', or select one entry along them first"
         )
     time, level = found.get("time", (None, None)), found.get("level", (None, None))
@@ -129,7 +131,8 @@ def select_latitude(latitude: np.ndarray, region: Sequence[float] | None, path: 
         rows = np.flatnonzero((latitude >= south) & (latitude <= north))
         if not rows.size:
             raise ValueError(
-                f"data.region={list(region)} holds no latitude of {path} ({latitude.min():g} to {latitude.max():g}); widen it"
+                f"data.region={list(region)} holds no latitude of {path} ({latitude.min():g} to "
+                f"{latitude.max():g}); widen it"
             )
     selected = slice(int(rows[0]), int(rows[-1]) + 1)
     return selected, latitude[selected]
@@ -155,7 +158,8 @@ def select_longitude(
         columns = columns[offset <= span + 1e-6]
         if not columns.size:
             raise ValueError(
-                f"data.region={list(region)} holds no longitude of {path} ({longitude.min():g} to {longitude.max():g}); widen it"
+                f"data.region={list(region)} holds no longitude of {path} ({longitude.min():g} to "
+                f"{longitude.max():g}); widen it"
             )
         columns = columns[np.argsort((longitude[columns] - west + 1e-6) % 360, kind="stable")]
     selected = longitude[columns]

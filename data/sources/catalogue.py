@@ -33,7 +33,8 @@ CATALOGUE = {
     ),
     "era5_2mt_2019_03_uk.nc": Entry(
         "9e25ba514ec65bbdb92dc8e071dc2c7ab8d4405ec8bd2ab0c907c205862190d6",
-        "ERA5 2 m temperature, hourly March 2019, British Isles, converted from era5-2mt-2019-03-uk.grib of pydata/xarray-data",
+        "ERA5 2 m temperature, hourly March 2019, British Isles, converted from era5-2mt-2019-03-uk.grib of "
+        "pydata/xarray-data",
     ),
     "ncep_slp_natl_2001_2010.nc": Entry(
         "be479679a7a7a03595fbfcdf4e453f0ccdee8ccb20a39873f65f5df9c44ccb52",
@@ -76,7 +77,8 @@ def fetch(name: str) -> Path:
         found = _checksum(own)
         if found != entry.sha256:
             raise OSError(
-                f"{own} is not the catalogue's file: its sha256 is {found[:12]}..., expected {entry.sha256[:12]}...; replace it, "
+                f"{own} is not the catalogue's file: its sha256 is {found[:12]}..., expected "
+                f"{entry.sha256[:12]}...; replace it, "
                 f"or read it as it is with data.path={own}"
             )
         return own
@@ -86,7 +88,8 @@ def fetch(name: str) -> Path:
         return cached
     if entry.url is None:
         raise FileNotFoundError(
-            f"{name} ({entry.origin}) has no public download; put it into a folder and set DATA_DIR to that folder, or into {folder}"
+            f"{name} ({entry.origin}) has no public download; put it into a folder and set DATA_DIR to that "
+            f"folder, or into {folder}"
         )
     return _download(name, entry, folder)
 
@@ -104,11 +107,13 @@ def _download(name: str, entry: Entry, folder: Path) -> Path:
         return Path(pooch.retrieve(entry.url, f"sha256:{entry.sha256}", fname=name, path=folder, downloader=downloader))
     except ValueError as error:
         raise OSError(
-            f"{entry.url} does not have the expected sha256 {entry.sha256[:12]}... (changed, or a proxy page); put the right file "
+            f"{entry.url} does not have the expected sha256 {entry.sha256[:12]}... (changed, or a proxy page); "
+            "put the right file "
             f"into a folder and set DATA_DIR to it"
         ) from error
     except (OSError, requests.RequestException) as error:
         raise OSError(
-            f"cannot download {entry.url} ({type(error).__name__}); without network, put {name} into a folder and set DATA_DIR "
+            f"cannot download {entry.url} ({type(error).__name__}); without network, put {name} into a folder "
+            "and set DATA_DIR "
             f"to it, or into {folder}"
         ) from error

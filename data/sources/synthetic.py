@@ -1,11 +1,11 @@
 """The embedded default: a seeded weather-like temperature on the whole sphere, generated once and kept as NetCDF.
 
 Temperature = climatology + standard deviation * anomaly. The climatology has an equator-pole gradient, a seasonal cycle
-(strong over land, opposite in the hemispheres) and a diurnal cycle over land in local solar time. The anomaly is carried
-by a divergence-free wind (two mid-latitude jets with planetary waves, stronger in winter; easterlies in the tropics) with
-semi-Lagrangian steps of six hours, decays within days and is stirred up by random forcing of synoptic size. So skill
-beyond persistence has to come from learning the wind, and skill beyond climatology fades with lead time as it does in
-nature. All of it is our own; no observed value enters.
+(strong over land, opposite in the hemispheres) and a diurnal cycle over land in local solar time. The anomaly is
+carried by a divergence-free wind (two mid-latitude jets with planetary waves, stronger in winter; easterlies in the
+tropics) with semi-Lagrangian steps of six hours, decays within days and is stirred up by random forcing of synoptic
+size. So skill beyond persistence has to come from learning the wind, and skill beyond climatology fades with lead time
+as it does in nature. All of it is our own; no observed value enters.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def _unit_vectors(latitude, longitude) -> np.ndarray:
 
 
 def _wind(latitude, longitude, north: float, south: float) -> tuple[np.ndarray, np.ndarray]:
-    """(u, v) in m/s from a stream function: jets at 45 degrees scaled by hemisphere, tropical easterlies, planetary waves."""
+    """(u, v) in m/s from a stream function: jets at 45 degrees scaled by hemisphere, tropical easterlies, planetary
+    waves."""
 
     def stream(latitude, longitude):
         strength = np.where(latitude > 0, north, south)
@@ -142,7 +143,8 @@ def _wind(latitude, longitude, north: float, south: float) -> tuple[np.ndarray, 
 
 
 def _advection(grid: LatLonGrid, strength: tuple[float, float]):
-    """Sparse (points, points) operator of one semi-Lagrangian step: departure points back along the wind, cubic weights."""
+    """Sparse (points, points) operator of one semi-Lagrangian step: departure points back along the wind, cubic
+    weights."""
     import scipy.sparse
 
     latitude, longitude = np.deg2rad(grid.coordinates.numpy()).T
@@ -213,7 +215,8 @@ def _write(path: Path, grid: LatLonGrid, times, temperature, land) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(
-            f"cannot write {path} ({error.strerror or error}); free some space or set HYDRASPHERE_CACHE to another folder"
+            f"cannot write {path} ({error.strerror or error}); free some space or set HYDRASPHERE_CACHE to "
+            "another folder"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
