@@ -56,7 +56,7 @@ class ForecastDataset:
         domain = data.domain
         self._domain = None if bool(domain.all()) else domain
         self._static = None if data.static is None else _standardised(data.static)
-        self.layout = self._layout()
+        self.layout = forecast_layout(data, input_frames=input_frames, lead_steps=lead_steps)
 
     def _bases(self) -> np.ndarray:
         """(n,) int64: frames of `data` that can be the last input frame of a window of this split."""
@@ -82,14 +82,6 @@ class ForecastDataset:
                 "shorten task.input_frames or task.lead_times, or widen data.split"
             )
         return bases
-
-    def _layout(self) -> Layout:
-        data = self.data
-        inputs = {"prognostic": InputLayout(data.variables, data.grid, self.input_frames, data.step, gaps=data.gaps)}
-        if self._static is not None:
-            inputs["static"] = InputLayout(data.static_variables, data.grid, frames=1, step=data.step)
-        lead_times = tuple(step * data.step for step in self.lead_steps)
-        return Layout(inputs, {"forecast": TargetLayout(data.variables, data.grid, lead_times)})
 
     @property
     def lead_hours(self) -> tuple[float, ...]:
@@ -165,6 +157,15 @@ class ForecastDataset:
             scale=scale,
             offset=offset,
         )
+
+
+def forecast_layout(data: GriddedData, *, input_frames: int, lead_steps: Sequence[int]) -> Layout:
+    """What the batches of a `ForecastDataset` look like, without fitting anything."""
+    inputs = {"prognostic": InputLayout(data.variables, data.grid, input_frames, data.step, gaps=data.gaps)}
+    if data.static is not None:
+        inputs["static"] = InputLayout(data.static_variables, data.grid, frames=1, step=data.step)
+    lead_times = tuple(step * data.step for step in lead_steps)
+    return Layout(inputs, {"forecast": TargetLayout(data.variables, data.grid, lead_times)})
 
 
 def _standardised(static: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,8 +34,11 @@ class Series:
 
     @property
     def is_monthly(self) -> bool:
+        """Whether frames are about a month apart and no two lie in one calendar month (30-day steps do)."""
         spacing = np.diff(self.times) / 86_400
-        return bool(spacing.size and 27.5 <= np.median(spacing) <= 31.5)
+        if not spacing.size or not 27.5 <= np.median(spacing) <= 31.5:
+            return False
+        return bool(np.diff(month_number(self.times, self.calendar)).min() >= 1)
 
     @property
     def step(self) -> int:
