@@ -123,18 +123,14 @@ class Normalisation:
             )
         return [self.lead_steps.index(step) for step in lead_steps]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors; `description` holds the rest."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("harmonics", "lead_steps")}
-
-    @property
-    def description(self) -> dict:
-        """Plain JSON beside `state_dict`."""
-        return {"harmonics": asdict(self.harmonics), "lead_steps": list(self.lead_steps)}
+    def state_dict(self) -> tuple[dict[str, Tensor], dict]:
+        """(tensors, plain JSON): what a checkpoint stores."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("harmonics", "lead_steps")}
+        return tensors, {"harmonics": asdict(self.harmonics), "lead_steps": list(self.lead_steps)}
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], description: dict) -> Normalisation:
-        """The inverse of `state_dict` and `description`."""
+        """The inverse of `state_dict`."""
         return Normalisation(Harmonics(**description["harmonics"]), tuple(description["lead_steps"]), **tensors)
 
 
