@@ -1,0 +1,46 @@
+"""Trains one model on one task and data set: `python train.py`, any setting as `name=value`, `--help` lists them.
+
+python train.py data=ncep_air_temperature            real data
+python train.py model/encoder=grid_patch             another part
+python train.py -m optimizer.lr=1e-3,3e-4            a sweep
+python train.py dry_run=true                         shapes, parameters and memory, no training
+python train.py resume=<output folder>               goes on where a run stopped
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from conf import schema
+from training import command_line
+
+schema.register()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@command_line.job
+def train(config: DictConfig) -> None:
+    # torch and everything above it only now: --help and typing errors answer at once.
+    from models.composition import build_from_config, check
+
+    from training.run import Run, build_data, build_task, describe
+
+    check(config)
+    data = build_data(config)
+    if config.data.inspect:
+        print(data.describe())
+        return
+    task = build_task(config)
+    layout = task.layout(data)
+    model = build_from_config(config, layout)
+    if config.dry_run:
+        print(describe(config, data, task, model))
+        return
+    run = Run(config, data, task, model)
+    with run.tracked():
+        outcome = run.train()
+        scores = run.score()
+    print(run.summary(outcome, scores))
+
+
+if __name__ == "__main__":
+    command_line.run(train)

@@ -1,0 +1,219 @@
+"""Checkpoints: folders that are complete or absent, the format of `docs/architecture.md`.
+
+A folder is written beside its place, synced to the disk and renamed; `last` and `best` are relative symlinks that are
+replaced atomically. Nothing that is read back can run code: safetensors, JSON and `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from training.averaging import WeightAverage
+
+if TYPE_CHECKING:
+    from data.normalisation import Normalisation
+
+FORMAT = 1
+_STEP = re.compile(r"step_(\d+)")
+
+
+class Checkpoints:
+    """The `checkpoints` folder of a run.
+
+    folder: `<run>/checkpoints`. keep: how many of the newest to keep; `best` is kept besides.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 1):
+        if keep < 1:
+            raise ValueError(f"trainer.keep={keep} must be at least 1")
+        self.folder = folder
+        self.keep = keep
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_STEP.fullmatch(entry.name) for entry in self.folder.iterdir() if not entry.is_symlink())
+        return sorted(int(match.group(1)) for match in matches if match)
+
+    def save(self, step: int, files: dict[str, bytes], *, best_step: int | None) -> Path:
+        """Writes one checkpoint, points `last` at it and `best` at `best_step`, removes what is no longer kept.
+
+        Raises OSError with one sentence when the disk refuses; earlier checkpoints stay as they were.
+        """
+        target, beside = self.path(step), self.folder / f".step_{step:08d}.part"
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            for name, content in files.items():
+                _write(beside / name, content)
+            _sync_folder(beside)
+            if target.exists():  # left by a process that was killed before `last` pointed here
+                shutil.rmtree(target)
+            os.rename(beside, target)
+            self._point("last", step)
+            if best_step is not None:
+                self._point("best", best_step)
+            _sync_folder(self.folder)
+        except OSError as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            kept = self.steps()
+            earlier = f"the checkpoint of step {kept[-1]} is intact" if kept else "no earlier checkpoint exists"
+            raise OSError(
+                f"cannot write the checkpoint of step {step} in {self.folder} ({error.strerror or error}); {earlier}; "
+                f"free some space and type: python train.py resume={self.folder.parent}"
+            ) from error
+        self._prune(best_step)
+        return target
+
+    def recover(self, step: int, best_step: int | None) -> None:
+        """Puts the folder back to how it was right after `step` was saved: what a killed process left behind goes."""
+        for beside in self.folder.glob(".*.part"):
+            shutil.rmtree(beside, ignore_errors=True) if beside.is_dir() else beside.unlink()
+        for newer in self.steps():
+            if newer > step:
+                shutil.rmtree(self.path(newer))
+        self._point("last", step)
+        if best_step is not None:
+            self._point("best", best_step)
+
+    def _point(self, name: str, step: int) -> None:
+        beside = self.folder / f".{name}.part"
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(self.path(step).name)
+        os.replace(beside, self.folder / name)
+
+    def _prune(self, best_step: int | None) -> None:
+        for step in self.steps()[: -self.keep]:
+            if step != best_step:
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
+
+class RunFiles:
+    """The files inside a checkpoint folder.
+
+    description: content of config.json besides the format: model, task, layout (plain JSON).
+    normalisation: what `data.normalisation.Normalisation` stores.
+    """
+
+    def __init__(self, description: dict, normalisation: Normalisation):
+        tensors, metadata = normalisation.state_dict()
+        self._constant = {
+            "config.json": _json({"format": FORMAT, **description}),
+            "normalisation.safetensors": _tensors(tensors),
+            "normalisation.json": _json(metadata),
+        }
+
+    def content(self, model: nn.Module, average: WeightAverage | None, state: dict) -> dict[str, bytes]:
+        """File names and bytes. state: what only training needs; plain containers, numbers and tensors."""
+        files = dict(self._constant, **{"model.safetensors": _tensors(model.state_dict())})
+        if average is not None:
+            files["ema.safetensors"] = _tensors(average.model.state_dict())
+            state = dict(state, average_updates=average.updates)
+        buffer = io.BytesIO()  # straight to a file, torch.save reports a full disk without its errno
+        torch.save(state, buffer)
+        files["training_state.pt"] = buffer.getvalue()
+        return files
+
+    def read(self, checkpoint: Path, model: nn.Module, average: WeightAverage | None) -> dict:
+        """Fills model and average, returns the state. Raises ValueError when a file is damaged or does not fit."""
+        with _readable(checkpoint):
+            _fill(model, checkpoint / "model.safetensors")
+            state = torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
+            if average is not None and "average_updates" in state:
+                _fill(average.model, checkpoint / "ema.safetensors")
+                average.updates = state["average_updates"]
+            elif average is not None:  # averaging starts with this resume
+                average.model.load_state_dict(model.state_dict())
+        return state
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Averaged weights where the checkpoint has them, else the trained ones."""
+    averaged = checkpoint / "ema.safetensors"
+    with _readable(checkpoint):
+        _fill(model, averaged if averaged.exists() else checkpoint / "model.safetensors")
+
+
+def read_normalisation(checkpoint: Path) -> Normalisation:
+    from data.normalisation import Normalisation
+
+    with _readable(checkpoint):
+        tensors = load((checkpoint / "normalisation.safetensors").read_bytes())
+        return Normalisation.from_state(tensors, json.loads((checkpoint / "normalisation.json").read_text()))
+
+
+@contextmanager
+def _readable(checkpoint: Path):
+    """Turns what damaged or foreign files raise into one sentence."""
+    try:
+        yield
+    except (
+        SafetensorError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        pickle.UnpicklingError,
+        EOFError,
+        json.JSONDecodeError,
+    ) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"the checkpoint {checkpoint} is damaged or belongs to another model ({reason}); "
+            "resume with the overrides that the run was started with, or start anew"
+        ) from error
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    """The folder that `checkpoints/last` of a run points at. Raises ValueError when there is none."""
+    last = run_dir / "checkpoints" / "last"
+    if not last.is_dir():
+        raise ValueError(
+            f"resume={run_dir} holds no checkpoint (no checkpoints/last inside); "
+            "give the folder of a run that saved one, or start anew without resume"
+        )
+    return last.resolve()
+
+
+def _fill(model: nn.Module, path: Path) -> None:
+    model.load_state_dict(load(path.read_bytes()))
+
+
+def _tensors(tensors: dict[str, Tensor]) -> bytes:
+    """safetensors on the CPU; tied tensors are written under each of their names."""
+    return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, indent=1).encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,209 @@
+"""One training run from a composed configuration: what is built, where it writes, what it reports at the end."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from data.loading import BatchLoader
+from training import environment
+from training.checkpoints import RunFiles, last_checkpoint, load_weights, read_normalisation
+from training.loop import Outcome, TrainingLoop
+from training.sweep import parent_run
+from training.tracking import build_tracker
+
+VALIDATIONS = 10  # over the budget, where trainer.validate_every is not given
+
+
+def build_data(config: DictConfig):
+    """The data set of `config.data`. Raises ValueError or OSError where its files cannot be understood."""
+    return instantiate(config.data, _convert_="all")
+
+
+def build_task(config: DictConfig):
+    return instantiate(config.task, _convert_="all")
+
+
+def complete(config: DictConfig, data) -> None:
+    """Fills in what depends on the data: the budget, and how often to validate."""
+    trainer = config.trainer
+    if trainer.max_steps is None:
+        trainer.max_steps = data.recommended.get("max_steps", 2000)
+    if trainer.validate_every is None:
+        trainer.validate_every = max(1, trainer.max_steps // VALIDATIONS)
+    for name in ("max_steps", "batch_size", "accumulate", "validate_every", "checkpoint_every", "early_stopping"):
+        if trainer[name] is not None and trainer[name] < 1:
+            raise ValueError(f"trainer.{name}={trainer[name]} must be at least 1")
+
+
+class Run:
+    """Everything of one run. directory: Hydra's output folder.
+
+    Nothing is written before data, statistics and loaders exist. Raises ValueError where a setting does not fit them.
+    """
+
+    def __init__(self, config: DictConfig, data, task, model: nn.Module):
+        complete(config, data)
+        trainer = config.trainer
+        self.config, self.data, self.task = config, data, task
+        self.directory = Path(HydraConfig.get().runtime.output_dir)
+        checkpoint = last_checkpoint(self.directory) if config.resume else None
+        self.normalisation = read_normalisation(checkpoint) if checkpoint else task.fit(data)
+        train_set, validation_set = (task.dataset(data, split, self.normalisation) for split in ("train", "validation"))
+        self.loop = TrainingLoop(
+            model,
+            task,
+            BatchLoader(train_set, batch_size=trainer.batch_size, seed=config.seed),
+            BatchLoader(validation_set, batch_size=trainer.batch_size, shuffle=False),
+            settings=trainer,
+            optimizer=config.optimizer,
+            scheduler=config.scheduler,
+            files=RunFiles(self._description(train_set.layout), self.normalisation),
+            run_dir=self.directory,
+            seed=config.seed,
+        )
+        if checkpoint:
+            self.loop.resume(checkpoint)
+
+    def _description(self, layout) -> dict:
+        """What `models.composition.load` needs to build the same model again."""
+        return {
+            "model": OmegaConf.to_container(self.config.model, resolve=True),
+            "task": OmegaConf.to_container(self.config.task, resolve=True),
+            "layout": layout.to_dict(),
+        }
+
+    @contextmanager
+    def tracked(self):
+        """Writes what the run is made of, and keeps its MLflow run open until the end, however it ends."""
+        self._write_files()
+        hydra = HydraConfig.get()
+        self.tracker = build_tracker(
+            self.config.tracking, self.directory, run_name=run_name(hydra), parent=parent_run()
+        )
+        self.tracker.tags(run_tags(self.config, hydra, self.directory))
+        self.tracker.params(run_parameters(self.config))
+        status = "FAILED"
+        try:
+            yield
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            for name in (
+                "config.yaml",
+                "overrides.txt",
+                "environment.txt",
+                "metrics.jsonl",
+                "scores.json",
+                "report.html",
+            ):
+                self.tracker.artifact(self.directory / name)
+            self.tracker.finish(status)
+
+    def _write_files(self) -> None:
+        overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("resume=")]
+        contents = {
+            "config.yaml": OmegaConf.to_yaml(self.config, resolve=True),
+            "overrides.txt": "".join(f"{item}\n" for item in overrides),
+            "environment.txt": environment.describe(),
+        }
+        for name, text in contents.items():
+            (self.directory / name).write_text(text)
+
+    def train(self) -> Outcome:
+        outcome = self.loop.run(self.tracker)
+        progress = outcome.progress
+        self.tracker.log(
+            progress.step,
+            {
+                "best/val_loss": progress.best_score,
+                "best/step": progress.best_step,
+                "samples_per_second": outcome.samples_per_second,
+                "seconds_per_step": outcome.seconds / max(1, outcome.steps),
+                "waiting_for_data": outcome.waiting,
+                "peak_memory_mb": peak_memory_mb(),
+                "parameters": sum(parameter.numel() for parameter in self.loop.model.parameters()),
+            },
+        )
+        return outcome
+
+    def score(self) -> dict:
+        """Scores of the best checkpoint on the test split, beside the baselines; also written to scores.json."""
+        from evaluation.summary import summarise
+
+        model = self.loop.evaluation_model
+        load_weights(model, self.directory / "checkpoints" / "best")
+        scores = summarise(model, self.task, self.data, self.normalisation, self.directory)
+        flat = {
+            f"test/{metric}/{variable}/{lead}h": values["ours"]
+            for variable, metrics in scores.items()
+            for metric, leads in metrics.items()
+            for lead, values in leads.items()
+        }
+        self.tracker.log(self.loop.progress.step, flat)
+        return scores
+
+
+def run_name(hydra) -> str:
+    """A sweep's job is named by what varies, a single run by its preset."""
+    return hydra.job.override_dirname or hydra.runtime.choices.model
+
+
+def run_tags(config: DictConfig, hydra, directory: Path) -> dict[str, str]:
+    choices = hydra.runtime.choices
+    parts = {part: choices.get(f"model/{part}") for part in ("encoder", "processor", "decoder", "size")}
+    return {
+        "model": choices.model,
+        **parts,
+        "attention": config.model.get("attention"),  # a scalar: model.attention=x leaves the group's choice as it was
+        "data": choices.data,
+        "task": choices.task,
+        "git_commit": environment.git_commit(),
+        "command": environment.command(),
+        "output_dir": str(directory.absolute()),
+    }
+
+
+def run_parameters(config: DictConfig) -> dict[str, str]:
+    """Leaves of the configuration that a user varies, with dots in their names."""
+    kept = {name: config[name] for name in ("model", "task", "data", "optimizer", "scheduler", "trainer")}
+    flat = {"seed": config.seed, "cp": config.cp, "dp": config.dp}
+
+    def walk(node, prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict) and value:
+                walk(value, f"{prefix}{key}.")
+            elif key not in ("_target_", "path", "inspect", "progress"):
+                flat[prefix + str(key)] = value
+
+    walk(OmegaConf.to_container(OmegaConf.create(kept), resolve=True), "")
+    return flat
+
+
+def peak_memory_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def closing_lines(directory: Path, outcome: Outcome) -> str:
+    """What happened and what to type next."""
+    progress = outcome.progress
+    stopped = ", stopped early" if outcome.stopped_early else ""
+    return (
+        f"{progress.step} steps{stopped}, best at step {progress.best_step} (validation loss {progress.best_score:.4f}), "
+        f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s, "
+        f"{outcome.waiting:.1%} of the time spent waiting for data\n\n"
+        f"next:  python evaluate.py run={directory}                maps, spectra, scores by region, a report\n"
+        f"       make ui                                          all runs in MLflow\n"
+        f"       python train.py -m optimizer.lr=1e-3,3e-4        a sweep"
+    )
