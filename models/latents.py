@@ -1,10 +1,15 @@
-"""What flows between the parts of a model: `Latents` and, before any data, `LatentLayout`. B batch, T frames, N tokens, D hidden."""
+"""What flows between the parts of a model: `Latents` and, before any data, `LatentLayout`.
+
+Letters: B batch, T frames, N tokens, D hidden.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+
+from data.grids import Grid
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,9 @@ class Latents:
     coordinates: Tensor | None = None
     frames: tuple[int, int] = (0, 1)
 
+    def with_tokens(self, tokens: Tensor) -> Latents:
+        return replace(self, tokens=tokens)
+
 
 @dataclass(frozen=True)
 class LatentLayout:
@@ -31,6 +39,7 @@ class LatentLayout:
     grid_shape: (rows, columns) of a latent grid with rows * columns == num_tokens, or None for free latents.
     patch_size: (height, width) in input cells that one latent cell covers, or None for free latents.
     coordinates: (N, 2) centres in degrees, or None. wraps: the columns close around the globe.
+    grid: the grid of cells that the patches tile (`models/patches.py`), or None for free latents.
     """
 
     num_tokens: int
@@ -40,3 +49,4 @@ class LatentLayout:
     patch_size: tuple[int, int] | None = None
     coordinates: Tensor | None = None
     wraps: bool = False
+    grid: Grid | None = None

@@ -86,7 +86,7 @@ def attend(
         if backend in _KERNELS and query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(
                 f"model.attention={backend} computes in 16 bit on CUDA, got {query.dtype}; "
-                "use trainer.precision=bfloat16 or model.attention=auto"
+                "use trainer.precision=bf16 or model.attention=auto"
             )
     any_key = None
     if key_mask is not None:

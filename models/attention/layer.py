@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from models.attention.multi_head import Context, MultiHeadAttention, masked_to_zero
@@ -23,12 +24,21 @@ NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class Modulation:
-    """FiLM after a norm, (1 + scale) * norm(x) + shift, for both branches; each broadcastable to (B, n, D)."""
+    """FiLM after a norm, (1 + scale) * norm(x) + shift, for both branches.
+
+    Each (B, L, D): L conditions (lead times) a sample, of which each modulates n / L consecutive queries.
+    """
 
     attention_scale: Tensor
     attention_shift: Tensor
     mlp_scale: Tensor
     mlp_shift: Tensor
+
+
+def modulated(normed: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(B, n, D) under L conditions (B, L, D), condition-major."""
+    groups = rearrange(normed, "b (l s) d -> b l s d", l=scale.shape[1])
+    return rearrange((1 + scale[:, :, None]) * groups + shift[:, :, None], "b l s d -> b (l s) d")
 
 
 class MLP(nn.Module):
@@ -123,7 +133,7 @@ class AttentionLayer(nn.Module):
             context = self.prepare(context, mask=mask, num_queries=x.shape[1])
         normed = self.query_norm(x)
         if modulation is not None:
-            normed = (1 + modulation.attention_scale) * normed + modulation.attention_shift
+            normed = modulated(normed, modulation.attention_scale, modulation.attention_shift)
         if self.context_norm is None:
             attended = self.attention(normed, mask=mask, bias=bias, rotary=rotary)
         else:
@@ -132,13 +142,15 @@ class AttentionLayer(nn.Module):
         y = x + attended if self.residual else attended
         normed = self.mlp_norm(y)
         if modulation is not None:
-            normed = (1 + modulation.mlp_scale) * normed + modulation.mlp_shift
+            normed = modulated(normed, modulation.mlp_scale, modulation.mlp_shift)
         return y + self._branch(self.mlp(normed))
 
     def prepare(self, context: Tensor, *, mask: Tensor | None = None, num_queries: int) -> Context:
         """Normalises the context (B, m, C) and computes its keys and values, once for several calls."""
-        context = self.context_norm(masked_to_zero(context, mask))
-        return self.attention.prepare(context, mask=mask, num_queries=num_queries)
+        norm = self.context_norm
+        standardised = F.layer_norm(masked_to_zero(context, mask), norm.normalized_shape, eps=norm.eps)
+        affine = (norm.weight, norm.bias)
+        return self.attention.prepare(standardised, mask=mask, num_queries=num_queries, affine=affine)
 
     def _branch(self, branch: Tensor) -> Tensor:
         branch = self.dropout(branch)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -30,13 +31,14 @@ class Context:
     """What queries attend to, computed once and reusable by several calls of the same attention.
 
     keys, values: (B, h, m, K/h) and (B, h, m, V/h); both (B, 1, m, C), the context itself, where absorbed.
-    mask: (B, m) bool, True = keep, or None.
+    mask: (B, m) bool, True = keep, or None. affine: scale and shift (C,) that absorbed tokens still lack, or None.
     """
 
     keys: Tensor
     values: Tensor
     mask: Tensor | None
     absorbed: bool
+    affine: tuple[Tensor, Tensor] | None = None
 
 
 def absorbing_is_cheaper(
@@ -142,13 +144,20 @@ class MultiHeadAttention(nn.Module):
         mask: Tensor | None = None,
         num_queries: int,
         rotary: tuple[Tensor, Tensor] | None = None,
+        affine: tuple[Tensor, Tensor] | None = None,
     ) -> Context:
-        """Keys and values of finite context tokens (B, m, C) for about num_queries queries a call."""
+        """Keys and values of finite context tokens (B, m, C) for about num_queries queries a call.
+
+        affine: scale and shift (C,) that the tokens still lack, those of their norm. They are folded into the weights,
+        so that no gradient goes through tokens that need none.
+        """
+        tokens = in_autocast_dtype(tokens)
         if rotary is None and self._absorbs(num_queries, tokens.shape[1]):
             tokens = tokens[:, None]  # (B, 1, m, C): every head reads the same tokens
-            return Context(tokens, tokens, mask, absorbed=True)
-        keys = self._normalised(rearrange(self.key(tokens), "b m (h k) -> b h m k", h=self.num_heads))
-        values = rearrange(self.value(tokens), "b m (h v) -> b h m v", h=self.num_heads)
+            return Context(tokens, tokens, mask, absorbed=True, affine=affine)
+        keys = F.linear(tokens, *folded(self.key, affine))
+        keys = self._normalised(rearrange(keys, "b m (h k) -> b h m k", h=self.num_heads))
+        values = rearrange(F.linear(tokens, *folded(self.value, affine)), "b m (h v) -> b h m v", h=self.num_heads)
         return Context(keys if rotary is None else rotate(keys, *rotary), values, mask, absorbed=False)
 
     def _absorbs(self, queries: int, tokens: int) -> bool:
@@ -164,7 +173,7 @@ class MultiHeadAttention(nn.Module):
         )
 
     def _normalised(self, heads: Tensor) -> Tensor:
-        return nn.functional.rms_norm(heads, heads.shape[-1:]) if self.qk_norm else heads
+        return F.rms_norm(heads, heads.shape[-1:]) if self.qk_norm else heads
 
     def _attend(self, query: Tensor, context: Context, bias: Tensor | None) -> Tensor:
         return attend(
@@ -180,17 +189,34 @@ class MultiHeadAttention(nn.Module):
 
     def _absorbed(self, query: Tensor, context: Context, bias: Tensor | None) -> Tensor:
         heads, count = query.shape[1:3]
-        key_weight = rearrange(self.key.weight, "(h k) c -> h k c", h=heads).to(query.dtype)
-        value_weight = rearrange(self.value.weight, "(h v) c -> h c v", h=heads).to(query.dtype)
-        folded = rearrange(query @ key_weight, "b h n c -> b 1 (h n) c")
+        key_weight, _ = folded(self.key, context.affine)
+        value_weight, value_bias = folded(self.value, context.affine)
+        key_weight = rearrange(key_weight, "(h k) c -> h k c", h=heads).to(query.dtype)
+        value_weight = rearrange(value_weight, "(h v) c -> h c v", h=heads).to(query.dtype)
+        query = rearrange(query @ key_weight, "b h n c -> b 1 (h n) c")
         if bias is not None:
             bias = bias.expand(query.shape[0], heads, count, context.keys.shape[2])
             bias = rearrange(bias, "b h n m -> b 1 (h n) m")
-        mixed = rearrange(self._attend(folded, context, bias), "b 1 (h n) c -> b h n c", h=heads)
+        mixed = rearrange(self._attend(query, context, bias), "b 1 (h n) c -> b h n c", h=heads)
         attended = mixed @ value_weight
-        if self.value.bias is None:
+        if value_bias is None:
             return attended
-        return attended + rearrange(self.value.bias, "(h v) -> h 1 v", h=heads).to(attended.dtype)
+        return attended + rearrange(value_bias, "(h v) -> h 1 v", h=heads).to(attended.dtype)
+
+
+def folded(linear: nn.Linear, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of linear(scale * x + shift) as a linear function of x."""
+    if affine is None:
+        return linear.weight, linear.bias
+    scale, shift = affine
+    bias = (linear.weight * shift).sum(dim=1)
+    return linear.weight * scale, bias if linear.bias is None else bias + linear.bias
+
+
+def in_autocast_dtype(tokens: Tensor) -> Tensor:
+    """Casts once what several matrix products would cast each, and keep each for the backward pass."""
+    kind = tokens.device.type
+    return tokens.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tokens
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,161 @@
+"""From a configuration to a model: `build`, `load`, `compose`. The only file of `models` that knows Hydra.
+
+from models import build, load
+model = build(["model=perceiver_io", "model/encoder=perceiver"])       # as on the command line
+model = load("outputs/2026-01-31/12-00-00/checkpoints/best")
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from data.batch import Layout
+from models.adapters import GridAdapter
+from models.checks import check_config, part_class, part_options
+from models.encode_process_decode import EncodeProcessDecode
+from models.heads import build_head
+from models.latents import LatentLayout
+from models.patches import Patches
+from models.refusals import adapter_grid, refuse
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
+FORMAT = 1
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """The complete, checked training configuration that `python train.py <overrides>` would run with.
+
+    Works inside a running Hydra application: its global state is put back. Raises ValueError, one sentence, where the
+    configuration makes no sense; Hydra's own errors for overrides that do not parse.
+    """
+    return check(_composed(overrides), overrides)
+
+
+def check(config: DictConfig, overrides: Sequence[str] | None = None) -> DictConfig:
+    """The configuration with its automatic size chosen, after every check that needs no data.
+
+    overrides: what it was composed with; None: those of the running Hydra job. Raises ValueError, one sentence.
+    """
+    searched = ()
+    if overrides is None:
+        job = HydraConfig.get()
+        overrides = job.overrides.task
+        searched = [source.path for source in job.runtime.config_sources if source.schema == "file"]
+    check_config(config, overrides)
+    return resolve_size(config, overrides, searched)
+
+
+def resolve_size(config: DictConfig, overrides: Sequence[str], searched: Sequence[str] = ()) -> DictConfig:
+    """Turns `model/size=auto` into the size that the data recommends by composing again; explicit overrides beat it."""
+    if config.model.get("size") != "auto":
+        return config
+    recommended = config.data.get("recommended") or {}
+    size = recommended.get("size") or "small"
+    kept = [override for override in overrides if override.split("=")[0].lstrip("+") != "model/size"]
+    return _composed([*kept, f"model/size={size}"], searched)
+
+
+def build(overrides: Sequence[str] = (), layout: Layout | None = None) -> EncodeProcessDecode:
+    """The model of a configuration, with random weights. layout: None reads it from the configuration's data."""
+    config = compose(overrides)
+    if layout is None:
+        data, task = (instantiate(node, _convert_="all") for node in (config.data, config.task))
+        layout = task.layout(data)
+    return build_from_config(config, layout)
+
+
+def build_from_config(config: DictConfig | Mapping, layout: Layout) -> EncodeProcessDecode:
+    """The model of a composed configuration (`model` and `task` of it) for a layout.
+
+    Raises ValueError where parts and layout make no sense together, naming the override to use instead.
+    """
+    config = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    model = OmegaConf.to_container(config.model, resolve=True, throw_on_missing=True)
+    head = build_head(config.task.head, loss=config.task.loss)
+    refuse(model, layout)
+    encoder = _part(model, "encoder", layout)
+    adapters = nn.ModuleDict()
+
+    def gridded(place: str, latents: LatentLayout, target: str | None = None) -> LatentLayout:
+        grid = adapter_grid(part_class(model[place]), part_options(model[place]), latents, layout, target)
+        if grid is None:
+            return latents
+        patches = Patches.of(grid, model["patch_size"])
+        adapter = GridAdapter(latents, patches, num_heads=model["num_heads"], attention=model["attention"])
+        adapters[target or place] = adapter
+        return adapter.latent_layout
+
+    latents = gridded("processor", encoder.latent_layout)
+    processor = _part(model, "processor", layout, latents)
+    decoders = nn.ModuleDict(
+        {
+            target: _part(
+                model,
+                "decoder",
+                layout,
+                gridded("decoder", latents, target),
+                target=target,
+                outputs_per_variable=head.outputs_per_variable,
+            )
+            for target in layout.targets
+        }
+    )
+    return EncodeProcessDecode(encoder, processor, decoders, layout=layout, head=head, adapter=adapters)
+
+
+def load(directory: str | Path, *, ema: bool = True) -> EncodeProcessDecode:
+    """The model of a checkpoint folder, in evaluation mode; its averaged weights where it has them and `ema` is on.
+
+    Composes nothing: the checkpoint holds its configuration. Runs no code from the folder. Raises ValueError, OSError.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(directory)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a checkpoint (no config.json); give a folder such as <run>/checkpoints/best")
+    stored = json.loads((folder / "config.json").read_text())
+    if stored.get("format") != FORMAT:
+        raise ValueError(f"{folder} has checkpoint format {stored.get('format')}, this version reads {FORMAT}")
+    config = OmegaConf.create({"model": stored["model"], "task": stored["task"]})
+    if config.model.attention in ("cudnn", "flex") and not torch.cuda.is_available():
+        config.model.attention = "auto"  # how attention is computed is no part of the weights
+        for part in ("encoder", "processor", "decoder"):
+            if "attention" in config.model[part]:
+                config.model[part].attention = "auto"
+    model = build_from_config(config, Layout.from_dict(stored["layout"]))
+    averaged = folder / "ema.safetensors"
+    weights = load_file(averaged if ema and averaged.is_file() else folder / "model.safetensors")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _part(model: Mapping[str, Any], place: str, *layouts: Layout | LatentLayout, **injected: Any) -> nn.Module:
+    return part_class(model[place])(*layouts, **injected, **part_options(model[place]))
+
+
+def _composed(overrides: Sequence[str], searched: Sequence[str] = ()) -> DictConfig:
+    """Composes conf/train.yaml in its own Hydra, then restores the running one. searched: folders with more options."""
+    from conf import schema
+
+    schema.register()
+    added = [str(folder) for folder in searched if Path(folder).resolve() != CONFIG_FOLDER]
+    paths = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in added)}]"] if added else []
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_FOLDER)):
+            return hydra_compose("train", overrides=[*overrides, *paths])
+    finally:
+        GlobalHydra.instance().hydra = running

@@ -1,0 +1,214 @@
+"""The Perceiver IO decoder: one query per output place and lead time attends to the latents.
+
+Jaegle et al. 2021, arXiv:2107.14795, section 3.2. Outputs do not depend on each other, so they decode in chunks too.
+Behind gridded latents queries may attend to a local window only. Letters: B batch, L lead times, P places, T frames,
+N latents, D query width, K outputs a place, G groups of s places (`models/decoders/windows.py`), m window tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from data.batch import Layout, Query
+from models.attention import AttentionLayer, Context, Modulation
+from models.conditioning.moment import Moment
+from models.decoders.windows import Windows
+from models.initialisation import linear_, table_, zeros_
+from models.latents import LatentLayout, Latents
+from models.patches import Patches, neighbourhoods
+from models.positions.fourier import fourier_features, frequencies, geographic_features
+
+QUERIES = ("coordinates", "trainable")
+SCOPES = ("auto", "global", "local")
+
+
+class PerceiverIODecoder(nn.Module):
+    """Latents, Query -> (B, L, C * K, *query.shape) for one target.
+
+    queries: coordinates (Fourier features of the places) or trainable (a learned table, one row a place).
+    features: side (odd number of cells) of the neighbourhood of input values that joins each query where an input
+        shares the target's grid; 0: none. The input itself as the query, as the paper does for optical flow.
+    scope: global, local (the `window` x `window` latent cells around each place) or auto (local on gridded latents).
+    query_residual: whether the query is added to what it read. zero_head: start from the target's reference.
+    chunk_size: places decoded at a time (None: all), with the same result. Raises ValueError on values not allowed.
+    """
+
+    frame_local = False
+
+    def __init__(
+        self,
+        layout: Layout,
+        latent_layout: LatentLayout,
+        *,
+        target: str,
+        outputs_per_variable: int,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float = 1.0,
+        mlp: str = "gelu",
+        queries: str = "coordinates",
+        features: int = 0,
+        scope: str = "auto",
+        window: int = 3,
+        num_bands: int = 8,
+        spacing: str = "linear",
+        query_residual: bool = True,
+        zero_head: bool = True,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        chunk_size: int | None = None,
+        attention: str = "auto",
+        kv_mode: str = "auto",
+    ):
+        super().__init__()
+        self._check(queries=queries, features=features, scope=scope, chunk_size=chunk_size)
+        described = layout.targets[target]
+        self.grid, self.zero_head = described.grid, zero_head
+        self.chunk_size = chunk_size or described.grid.num_points
+        gridded = latent_layout.grid_shape is not None
+        self.windows = None
+        if scope == "local" or (scope == "auto" and gridded):
+            patches = Patches.of(latent_layout.grid, latent_layout.patch_size)
+            windows = Windows.of(patches, described.grid.coordinates, window)
+            self.windows = _Buffers(windows, latent_layout.frames, latent_layout.num_tokens)
+            self.window_bias = nn.Sequential(nn.Linear(2, 32), nn.GELU(), nn.Linear(32, num_heads))
+            own = fourier_features(2 * windows.own, [frequencies(4, 4.0).float()] * 2)
+            self.register_buffer("own_features", own, persistent=False)  # (P, F)
+            self.own_position = nn.Linear(own.shape[1], hidden_size, bias=False)
+        if queries == "trainable":
+            self.table = nn.Parameter(torch.empty(described.grid.num_points, hidden_size))
+        else:
+            self.table = None
+            places = geographic_features(described.grid.coordinates, num_bands, described.grid, spacing=spacing)
+            self.register_buffer("places", places, persistent=False)  # (P, F)
+            self.position = nn.Linear(places.shape[1], hidden_size)
+        channels = layout.query_features(target)
+        self.feature_size = features if channels else 0
+        self.feature = nn.Linear(channels * features**2, hidden_size) if self.feature_size else None
+        self.moment = Moment(hidden_size, num_norms=2)
+        self.layer = AttentionLayer(
+            hidden_size,
+            latent_layout.hidden_size,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            mlp=mlp,
+            residual=query_residual,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            backend=attention,
+            kv_mode=kv_mode if self.windows is None else "project",  # windows gather keys and values of heads
+        )
+        self.norm = nn.LayerNorm(hidden_size)
+        self.head = nn.Linear(hidden_size, len(described.variables) * outputs_per_variable)
+        self.initialise()
+
+    @staticmethod
+    def _check(*, queries: str, features: int, scope: str, chunk_size: int | None) -> None:
+        if queries not in QUERIES:
+            raise ValueError(f"model.decoder.queries={queries} is unknown; use one of {', '.join(QUERIES)}")
+        if scope not in SCOPES:
+            raise ValueError(f"model.decoder.scope={scope} is unknown; use one of {', '.join(SCOPES)}")
+        if features < 0 or (features and features % 2 == 0):
+            raise ValueError(f"model.decoder.features={features} must be 0 or an odd number of cells, like 5")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(
+                f"model.decoder.chunk_size={chunk_size} must be at least 1, or null for everything at once"
+            )
+
+    @staticmethod
+    def requires_grid(options: dict) -> bool:
+        return options.get("scope") == "local"
+
+    def initialise(self) -> None:
+        if self.table is None:
+            linear_(self.position)
+        else:
+            table_(self.table)
+        if self.feature is not None:
+            linear_(self.feature)
+        if self.windows is not None:
+            linear_(self.own_position)
+            zeros_(self.window_bias[2])  # every window token starts equally near
+        if self.zero_head:
+            zeros_(self.head)  # the first prediction is the target's reference
+        else:
+            linear_(self.head)
+
+    def forward(self, latents: Latents, query: Query) -> Tensor:
+        tokens = rearrange(latents.tokens, "b t n d -> b (t n) d")
+        valid = None if latents.valid is None else rearrange(latents.valid, "b t n -> b (t n)")
+        moment, film = self.moment(query)  # (B, L, D)
+        places = self._places(query)  # (B or 1, P, D)
+        decode = self._decode_global if self.windows is None else self._decode_local
+        context = self.layer.prepare(tokens, mask=valid, num_queries=moment.shape[1] * places.shape[1])
+        output = decode(places, moment, Modulation(*film), context)  # (B, L, P, K)
+        return rearrange(output, "b l p k -> b l k p").unflatten(-1, query.shape)
+
+    def _places(self, query: Query) -> Tensor:
+        places = (self.position(self.places) if self.table is None else self.table)[None]
+        if self.windows is not None:
+            places = places + self.own_position(self.own_features)
+        if self.feature is None:
+            return places
+        cells = neighbourhoods(query.features, self.feature_size, wraps=self.grid.wraps)  # (B, P, F k k)
+        return places + self.feature(cells)
+
+    def _decode_global(self, places: Tensor, moment: Tensor, modulation: Modulation, context: Context) -> Tensor:
+        decoded = []
+        for chunk in places.split(self.chunk_size, dim=1):
+            queries = rearrange(chunk[:, None] + moment[:, :, None], "b l p d -> b (l p) d")
+            read = self.layer(queries, context, modulation=modulation)
+            decoded.append(rearrange(self.head(self.norm(read)), "b (l p) k -> b l p k", l=moment.shape[1]))
+        return torch.cat(decoded, dim=2)
+
+    def _decode_local(self, places: Tensor, moment: Tensor, modulation: Modulation, context: Context) -> Tensor:
+        windows, leads = self.windows, moment.shape[1]
+        bias = rearrange(self.window_bias(windows.offsets), "u s m h -> u h s m")
+        decoded = []
+        groups = max(1, self.chunk_size // windows.points.shape[1])
+        for points, pattern, tokens, inside in zip(
+            *(table.split(groups) for table in (windows.points, windows.pattern, windows.tokens, windows.inside)),
+            strict=True,
+        ):
+            queries = places[:, points][:, :, None] + moment[:, None, :, None]  # (B, G, L, s, D)
+            repeats = {"b": moment.shape[0], "g": points.shape[0]}
+            read = self.layer(
+                rearrange(queries, "b g l s d -> (b g) (l s) d"),
+                _windowed(context, tokens, inside, moment.shape[0]),
+                bias=repeat(windows.tiled(bias[pattern]), "g h s m -> (b g) h (l s) m", l=leads, b=repeats["b"]),
+                modulation=Modulation(
+                    *(repeat(part, "b l d -> (b g) l d", g=repeats["g"]) for part in vars(modulation).values())
+                ),
+            )
+            decoded.append(rearrange(self.head(self.norm(read)), "(b g) (l s) k -> b l (g s) k", l=leads, **repeats))
+        return torch.cat(decoded, dim=2)[:, :, windows.slot]
+
+
+def _windowed(context: Context, tokens: Tensor, inside: Tensor, batch: int) -> Context:
+    """Keys and values (B, h, N, d) of each group's window: (B G, h, m, d), masked beyond edges and at masked tokens."""
+    keys = rearrange(context.keys[:, :, tokens], "b h g m d -> (b g) h m d")
+    values = rearrange(context.values[:, :, tokens], "b h g m d -> (b g) h m d")
+    mask = inside.expand(batch, -1, -1) if context.mask is None else inside & context.mask[:, tokens]
+    return replace(context, keys=keys, values=values, mask=rearrange(mask, "b g m -> (b g) m"))
+
+
+class _Buffers(nn.Module):
+    """The tables of `Windows` as buffers that follow the model to its device, over all latent frames."""
+
+    def __init__(self, windows: Windows, frames: int, num_tokens: int):
+        super().__init__()
+        self.frames = frames
+        shift = torch.arange(frames, device="cpu")[:, None] * num_tokens
+        tokens = rearrange(windows.tokens[:, None] + shift, "g t m -> g (t m)")
+        inside = repeat(windows.inside, "g m -> g (t m)", t=frames)
+        for name, table in {**vars(windows), "tokens": tokens, "inside": inside}.items():
+            if name != "own":
+                self.register_buffer(name, table, persistent=False)
+
+    def tiled(self, bias: Tensor) -> Tensor:
+        """(G, h, s, m) of one frame -> (G, h, s, T m)."""
+        return repeat(bias, "g h s m -> g h s (t m)", t=self.frames)

@@ -1,0 +1,179 @@
+"""The Perceiver encoder: learned latents read all input cells of all frames through cross-attention.
+
+Perceiver (Jaegle et al. 2021, arXiv:2103.03206), Perceiver IO (arXiv:2107.14795). Every cell of every frame is a token:
+its values, their validity where gaps occur, Fourier features of its place, features of its time. Inputs on different
+grids join one key/value sequence. Letters: B batch, T frames, C channels, P cells, M tokens, N latents, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from data.batch import Batch, Field, InputLayout, Layout
+from models.attention import AttentionLayer
+from models.initialisation import linear_, table_
+from models.latents import LatentLayout, Latents
+from models.positions.fourier import geographic_features
+from models.positions.time import CALENDAR_WIDTH, LEAD_WIDTH, calendar_features, lead_features
+
+SHARES = ("none", "all", "all_but_first")
+FRAMES = ("joint", "each")
+
+
+class InputTokens(nn.Module):
+    """One input: Field -> tokens (B, T, P, D) and their validity (B, T, P) or None.
+
+    A linear layer of the concatenated features, written as a sum so that places are computed once a grid.
+    """
+
+    def __init__(self, described: InputLayout, hidden_size: int, *, num_bands: int, spacing: str):
+        super().__init__()
+        self.gaps = described.gaps
+        places = geographic_features(described.grid.coordinates, num_bands, described.grid, spacing=spacing)
+        self.register_buffer("places", places, persistent=False)  # (P, F)
+        self.value = nn.Linear(described.channels, hidden_size)
+        self.place = nn.Linear(places.shape[1], hidden_size, bias=False)
+        self.time = nn.Linear(CALENDAR_WIDTH + LEAD_WIDTH, hidden_size, bias=False)
+        self.initialise()
+
+    def initialise(self) -> None:
+        for layer in (self.value, self.place, self.time):
+            linear_(layer)
+
+    def forward(self, field: Field, base_time: Tensor) -> tuple[Tensor, Tensor | None]:
+        age = lead_features((field.times - base_time[:, None]).float())
+        moment = torch.cat([calendar_features(field.second_of_day, field.day_of_year), age], dim=-1)  # (B, T, F)
+        values = field.channels(gaps=self.gaps).flatten(3)  # (B, T, C, P)
+        tokens = self.value(rearrange(values, "b t c p -> b t p c"))
+        tokens = tokens + self.place(self.places) + self.time(moment)[:, :, None]
+        presence = field.presence
+        if presence is None:
+            return tokens, None
+        return tokens, presence.expand_as(field.values).any(dim=2).flatten(2)
+
+
+class PerceiverEncoder(nn.Module):
+    """Batch -> Latents without a grid.
+
+    num_cross: cross-attentions to the same tokens, with self_per_cross self-attention layers between them.
+    share_cross, share_self: none, all, or all_but_first repeats use the same weights; shared keys and values are
+        computed once. frames: joint (all frames at once, one latent frame) or each (every frame on its own).
+    cross_heads, num_heads: of cross- and of self-attention. Raises ValueError on values not allowed.
+    """
+
+    frame_local = False
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        hidden_size: int,
+        num_latents: int,
+        num_heads: int,
+        cross_heads: int = 1,
+        num_cross: int = 1,
+        self_per_cross: int = 2,
+        share_cross: str = "all_but_first",
+        share_self: str = "all",
+        mlp_ratio: float = 1.0,
+        mlp: str = "gelu",
+        num_bands: int = 16,
+        spacing: str = "linear",
+        frames: str = "joint",
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        attention: str = "auto",
+        kv_mode: str = "auto",
+    ):
+        super().__init__()
+        for name, value in (("share_cross", share_cross), ("share_self", share_self)):
+            if value not in SHARES:
+                raise ValueError(f"model.encoder.{name}={value} is unknown; use one of {', '.join(SHARES)}")
+        if frames not in FRAMES:
+            raise ValueError(f"model.encoder.frames={frames} is unknown; use one of {', '.join(FRAMES)}")
+        if num_cross < 1:
+            raise ValueError(f"model.encoder.num_cross={num_cross} must be at least 1")
+        self.layout, self.share_cross, self.share_self = layout, share_cross, share_self
+        self.num_cross = num_cross
+        self.num_frames = max(item.frames for item in layout.inputs.values()) if frames == "each" else 1
+        if frames == "each" and any(item.frames not in (1, self.num_frames) for item in layout.inputs.values()):
+            raise ValueError(
+                "model.encoder.frames=each needs inputs of equally many frames; use model.encoder.frames=joint"
+            )
+        self.frames = frames
+        self.inputs = nn.ModuleDict(
+            {
+                name: InputTokens(item, hidden_size, num_bands=num_bands, spacing=spacing)
+                for name, item in layout.inputs.items()
+            }
+        )
+        shared = dict(mlp_ratio=mlp_ratio, mlp=mlp, dropout=dropout, attention_dropout=attention_dropout)
+        self.latents = nn.Parameter(torch.empty(num_latents, hidden_size))
+        self.cross = nn.ModuleList(
+            AttentionLayer(
+                hidden_size, hidden_size, num_heads=cross_heads, backend=attention, kv_mode=kv_mode, **shared
+            )
+            for _ in range(_distinct(num_cross, share_cross))
+        )
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(
+                AttentionLayer(hidden_size, num_heads=num_heads, backend=attention, **shared)
+                for _ in range(self_per_cross)
+            )
+            for _ in range(_distinct(num_cross - 1, share_self))
+        )
+        self.initialise()
+
+    def initialise(self) -> None:
+        table_(self.latents)
+
+    @property
+    def latent_layout(self) -> LatentLayout:
+        return LatentLayout(num_tokens=self.latents.shape[0], hidden_size=self.latents.shape[1], frames=self.num_frames)
+
+    def forward(self, batch: Batch) -> Latents:
+        tokens, valid = self._tokens(batch)  # (B T, M, D)
+        latents = repeat(self.latents, "n d -> b n d", b=tokens.shape[0])
+        contexts = {}
+        for index in range(self.num_cross):
+            which = _which(index, len(self.cross), self.share_cross)
+            if which not in contexts:
+                contexts[which] = self.cross[which].prepare(tokens, mask=valid, num_queries=latents.shape[1])
+            latents = self.cross[which](latents, contexts[which])
+            if index + 1 < self.num_cross:
+                for layer in self.blocks[_which(index, len(self.blocks), self.share_self)]:
+                    latents = layer(latents)
+        times = next(field.times for field in batch.inputs.values() if field.times.shape[1] >= self.num_frames)
+        return Latents(
+            tokens=rearrange(latents, "(b t) n d -> b t n d", t=self.num_frames),
+            times=times[:, -self.num_frames :],
+            frames=(0, self.num_frames),
+        )
+
+    def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        tokens, valid = [], []
+        for name, field in batch.inputs.items():
+            given, present = self.inputs[name](field, batch.base_time)
+            if present is None:
+                present = torch.ones(given.shape[:3], dtype=torch.bool, device=given.device)
+            tokens.append(self._by_frame(given))
+            valid.append(self._by_frame(present))
+        complete = all(field.presence is None for field in batch.inputs.values())
+        return torch.cat(tokens, dim=1), None if complete else torch.cat(valid, dim=1)
+
+    def _by_frame(self, tokens: Tensor) -> Tensor:
+        """(B, T, P, ...) -> (B, T P, ...) where frames are read jointly, (B T, P, ...) where each is read alone."""
+        if self.frames == "joint":
+            return tokens.flatten(1, 2)
+        return tokens.expand(-1, self.num_frames, *tokens.shape[2:]).flatten(0, 1)
+
+
+def _distinct(repeats: int, share: str) -> int:
+    """How many sets of weights `repeats` uses need."""
+    return min(repeats, {"none": repeats, "all": 1, "all_but_first": 2}[share])
+
+
+def _which(index: int, distinct: int, share: str) -> int:
+    return 0 if share == "all" else min(index, distinct - 1)

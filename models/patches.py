@@ -1,0 +1,138 @@
+"""Patches of a latitude-longitude grid: how cells map to latent cells. Shared by grid encoders, decoders and adapters.
+
+A grid whose sides are no multiples of the patch is padded evenly; where the columns close around the globe the padding
+of the columns is the other end of the row. Letters: B batch, C channels, H x W cells, p x q patch, N = rows x columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.grids import Grid, LatLonGrid
+from models.latents import LatentLayout
+
+
+@dataclass(frozen=True)
+class Patches:
+    """size: cells a patch. top, left: padding before the first row and column. rows, columns: of the latent grid."""
+
+    grid: Grid
+    size: tuple[int, int]
+    rows: int
+    columns: int
+    top: int
+    left: int
+
+    @staticmethod
+    def of(grid: Grid, patch_size: int | tuple[int, int]) -> Patches:
+        """Raises ValueError for grids without rows and columns and for patches smaller than a cell."""
+        size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(
+                f"patch_size={patch_size} must be one or two cell counts of at least 1, like model.patch_size=4"
+            )
+        if not isinstance(grid, LatLonGrid):
+            raise ValueError(f"patches need a latitude-longitude grid, not {grid.kind}; use model/encoder=perceiver")
+        rows, columns = (-(-side // cells) for side, cells in zip(grid.shape, size, strict=True))
+        top, left = ((n * cells - side) // 2 for n, cells, side in zip((rows, columns), size, grid.shape, strict=True))
+        return Patches(grid, size, rows, columns, top, left)
+
+    @property
+    def wraps(self) -> bool:
+        return self.grid.wraps
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def padded(self) -> bool:
+        return (self.rows * self.size[0], self.columns * self.size[1]) != self.grid.shape
+
+    @property
+    def coordinates(self) -> Tensor:
+        """(N, 2) centres of the patches in degrees; padding extends the grid's spacing, latitude stays within +-90."""
+        latitude = _extended(self.grid.latitude, self.rows, self.size[0], self.top).clip(-90, 90)
+        longitude = _extended(self.grid.longitude, self.columns, self.size[1], self.left)
+        centres = np.stack(np.meshgrid(latitude, longitude, indexing="ij"), axis=-1)
+        return torch.from_numpy(centres.reshape(-1, 2))
+
+    def locate(self, coordinates: Tensor) -> np.ndarray:
+        """(P, 2) degrees -> (P, 2) float positions in latent cells: cell (r, c) spans r..r+1 and c..c+1."""
+        latitude, longitude = coordinates.double().cpu().numpy().T
+        middle = self.grid.longitude_bounds[[0, -1]].mean()  # places outside a region belong to its nearer side
+        row = _fractional_index(self.grid.latitude, latitude)
+        column = _fractional_index(self.grid.longitude, middle + (longitude - middle + 180) % 360 - 180)
+        return np.stack([(row + self.top + 0.5) / self.size[0], (column + self.left + 0.5) / self.size[1]], axis=-1)
+
+    def latent_layout(self, hidden_size: int, frames: int = 1) -> LatentLayout:
+        return LatentLayout(
+            num_tokens=self.num_tokens,
+            hidden_size=hidden_size,
+            frames=frames,
+            grid_shape=(self.rows, self.columns),
+            patch_size=self.size,
+            coordinates=self.coordinates,
+            wraps=self.wraps,
+            grid=self.grid,
+        )
+
+    def pad(self, values: Tensor, margin: int = 0) -> Tensor:
+        """(B, C, H, W) -> (B, C, rows p + 2 margin, columns q + 2 margin); zeros outside, other end where it wraps."""
+        height, width = values.shape[-2:]
+        bottom = self.rows * self.size[0] - height - self.top
+        right = self.columns * self.size[1] - width - self.left
+        if self.wraps:
+            columns = torch.arange(-self.left - margin, width + right + margin, device=values.device) % width
+            values = values[..., columns]
+            return F.pad(values, (0, 0, self.top + margin, bottom + margin))
+        return F.pad(values, (self.left + margin, right + margin, self.top + margin, bottom + margin))
+
+    def unfold(self, values: Tensor, context: int = 0) -> Tensor:
+        """(B, C, H, W) -> (B, N, C (p + 2 context) (q + 2 context)): each patch with `context` cells around it."""
+        kernel = (self.size[0] + 2 * context, self.size[1] + 2 * context)
+        return F.unfold(self.pad(values, context), kernel, stride=self.size).transpose(1, 2)
+
+    def crop(self, values: Tensor) -> Tensor:
+        """(..., rows p, columns q) -> (..., H, W): drops the padding."""
+        height, width = self.grid.shape
+        return values[..., self.top : self.top + height, self.left : self.left + width]
+
+
+def neighbourhoods(values: Tensor, size: int, *, wraps: bool) -> Tensor:
+    """(B, C, H, W) -> (B, H W, C size size): the size x size (odd) cells around every cell, zeros outside."""
+    margin = size // 2
+    if wraps:
+        width = values.shape[-1]
+        columns = torch.arange(-margin, width + margin, device=values.device) % width
+        values = F.pad(values[..., columns], (0, 0, margin, margin))
+    else:
+        values = F.pad(values, (margin,) * 4)
+    return F.unfold(values, size).transpose(1, 2)
+
+
+def _extended(axis: np.ndarray, patches: int, cells: int, before: int) -> np.ndarray:
+    """Centres (patches,) of groups of `cells` along an axis that continues beyond its ends with its last spacing."""
+    index = np.arange(patches) * cells + (cells - 1) / 2 - before
+    if axis.size == 1:
+        return np.full(patches, axis[0])
+    first, last = axis[1] - axis[0], axis[-1] - axis[-2]
+    inside = np.interp(index, np.arange(axis.size), axis)
+    return inside + np.minimum(index, 0) * first + np.maximum(index - (axis.size - 1), 0) * last
+
+
+def _fractional_index(axis: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Where values fall between the entries of a monotonic axis, continued beyond its ends with its last spacing."""
+    if axis.size == 1:
+        return np.zeros_like(values)
+    index = np.arange(axis.size, dtype=np.float64)
+    if axis[0] > axis[-1]:
+        axis, values = -axis, -values
+    inside = np.interp(values, axis, index)
+    below, above = np.minimum(values - axis[0], 0), np.maximum(values - axis[-1], 0)
+    return inside + below / (axis[1] - axis[0]) + above / (axis[-1] - axis[-2])

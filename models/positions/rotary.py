@@ -1,0 +1,29 @@
+"""Rotary positions on a latent grid: half of each head turns with the row, half with the column.
+
+Logits then depend on offsets only (RoFormer, arXiv:2104.09864, in two dimensions). Where the columns close around the
+globe their frequencies are whole turns, so that the last column is the neighbour of the first. h heads, N tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def grid_rotary(rows: int, columns: int, head_width: int, *, wraps: bool) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (rows * columns, head_width / 2), float32, for tokens in row-major order.
+
+    Angles per cell run from half a turn over the longer side to a quarter turn. Raises ValueError for odd widths.
+    """
+    if head_width % 4:
+        raise ValueError(f"rotary positions need a head width divisible by 4, got {head_width}; change model.num_heads")
+    slowest = math.pi / max(rows, columns, 2)
+    angles = np.geomspace(slowest, math.pi / 2, head_width // 4)
+    turns = np.maximum(1, np.round(angles * columns / (2 * math.pi))) * 2 * math.pi / columns if wraps else angles
+    row = np.repeat(np.arange(rows), columns)[:, None] * angles
+    column = np.tile(np.arange(columns), rows)[:, None] * turns
+    both = torch.from_numpy(np.concatenate([row, column], axis=1))
+    return both.cos().float(), both.sin().float()

@@ -1,0 +1,46 @@
+"""Features of time: calendar (season, hour of day) and lead time. B batch, T frames, L lead times, D hidden."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.initialisation import linear_
+
+CALENDAR_WIDTH = 4
+_DECAY_HOURS = (6.0, 12.0, 24.0, 48.0, 96.0, 240.0)
+LEAD_WIDTH = 2 + len(_DECAY_HOURS) + 2
+
+
+def calendar_features(second_of_day: Tensor, day_of_year: Tensor) -> Tensor:
+    """(..., 4): sine and cosine of the season (365.25 days) and of the hour of day (UTC)."""
+    year = 2 * math.pi * day_of_year / 365.25
+    day = 2 * math.pi * second_of_day / 86_400
+    return torch.stack([year.sin(), year.cos(), day.sin(), day.cos()], dim=-1)
+
+
+def lead_features(lead_time: Tensor) -> Tensor:
+    """(..., LEAD_WIDTH) of seconds: compressed and linear lead, memory decays of six time scales, phase of day."""
+    hours = lead_time / 3600
+    decays = [torch.exp(-hours.abs() / scale) for scale in _DECAY_HOURS]
+    phase = 2 * math.pi * hours / 24
+    return torch.stack([torch.asinh(hours / 6), hours / 72, *decays, phase.sin(), phase.cos()], dim=-1)
+
+
+class LeadTimeEmbedding(nn.Module):
+    """(B, L) seconds -> (B, L, D), two layers."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.up = nn.Linear(LEAD_WIDTH, hidden_size)
+        self.down = nn.Linear(hidden_size, hidden_size)
+        self.initialise()
+
+    def initialise(self) -> None:
+        linear_(self.up)
+        linear_(self.down)
+
+    def forward(self, lead_time: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(lead_features(lead_time))))

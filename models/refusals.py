@@ -1,0 +1,100 @@
+"""Combinations of parts and data that make no sense: one table, each row with its sentence. Everything else runs.
+
+A part that needs latents on a grid gets an adapter (`models/adapters.py`) where they are not: see `adapter_grid`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from data.batch import Layout
+from data.grids import Grid, LatLonGrid
+from models.checks import part_class
+from models.latents import LatentLayout
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """applies(model, layout): whether the combination is refused; sentence: why, and the override to use instead."""
+
+    applies: Callable[[Mapping[str, Any], Layout], bool]
+    sentence: str
+
+
+def _is(model: Mapping[str, Any], place: str, name: str) -> bool:
+    return part_class(model[place]).__name__ == name
+
+
+def _has_grid(layout: Layout) -> bool:
+    described = [*layout.inputs.values(), *layout.targets.values()]
+    return any(isinstance(item.grid, LatLonGrid) for item in described)
+
+
+REFUSALS = (
+    Refusal(
+        lambda model, layout: (
+            _is(model, "encoder", "GridPatchEncoder")
+            and not all(isinstance(item.grid, LatLonGrid) for item in layout.inputs.values())
+        ),
+        "model/encoder=grid_patch cuts latitude-longitude grids into patches, and an input is not on one; "
+        "use model/encoder=perceiver",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "encoder", "GridPatchEncoder") and len({item.grid for item in layout.inputs.values()}) > 1
+        ),
+        "model/encoder=grid_patch needs all inputs on one grid; use model/encoder=perceiver",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "encoder", "PerceiverEncoder")
+            and model["encoder"].get("frames") == "each"
+            and len({item.frames for item in layout.inputs.values()} - {1}) > 1
+        ),
+        "model.encoder.frames=each needs inputs of equally many frames; use model.encoder.frames=joint",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "decoder", "GridPatchDecoder")
+            and not all(isinstance(item.grid, LatLonGrid) for item in layout.targets.values())
+        ),
+        "model/decoder=grid_patch writes latitude-longitude grids, and a target is not on one; "
+        "use model/decoder=perceiver_io",
+    ),
+    Refusal(
+        lambda model, layout: _is(model, "processor", "SpatialTransformer") and not _has_grid(layout),
+        "model/processor=spatial_transformer needs a latitude-longitude grid, and no input or target has one; "
+        "use model/processor=latent_transformer",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "decoder", "PerceiverIODecoder")
+            and model["decoder"].get("scope") == "local"
+            and not _has_grid(layout)
+        ),
+        "model.decoder.scope=local needs a latitude-longitude grid, and no input or target has one; "
+        "use model.decoder.scope=global",
+    ),
+)
+
+
+def refuse(model: Mapping[str, Any], layout: Layout) -> None:
+    """Raises ValueError with the sentence of the first row that applies. model: the resolved `model` configuration."""
+    for row in REFUSALS:
+        if row.applies(model, layout):
+            raise ValueError(row.sentence)
+
+
+def adapter_grid(
+    part: type, options: Mapping[str, Any], latents: LatentLayout, layout: Layout, target: str | None
+) -> Grid | None:
+    """The grid that latents must be adapted to before this part, or None where they suit it."""
+    if not getattr(part, "requires_grid", lambda _: False)(options):
+        return None
+    wanted = layout.targets[target].grid if target is not None else None
+    if latents.grid is not None and (not getattr(part, "writes_latent_grid", False) or latents.grid == wanted):
+        return None
+    grids = [wanted, *(item.grid for item in [*layout.inputs.values(), *layout.targets.values()])]
+    return next(grid for grid in grids if isinstance(grid, LatLonGrid))
