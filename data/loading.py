@@ -137,14 +137,15 @@ class BatchLoader:
             self._position = 0
         self._plan.position = self._position
         batches = self._prepared() if self.num_workers else map(self.dataset.__getitems__, self._plan)
-        repeated: Batch | None = None
-        for _ in self._plan if self.fake else iter(int, 1):
+        if self.fake:
+            first = next(batches)
+            batches = (first for _ in self._plan)
+        while True:
             started = time.perf_counter()
-            batch = repeated if repeated is not None else next(batches, None)
+            batch = next(batches, None)
             self.waited += time.perf_counter() - started
             if batch is None:
                 return
-            repeated = batch if self.fake else None
             self._position += self._plan.stride
             yield batch
 

@@ -185,10 +185,13 @@ def _check_classic_size(path: Path) -> None:
     if magic in (b"CDF\x01", b"CDF\x02"):
         from scipy.io import netcdf_file
 
+        complete = True
         try:
             netcdf_file(path, mmap=True).close()
-        except (ValueError, TypeError) as error:
-            raise OSError("the file ends before its data") from error
+        except (ValueError, TypeError):
+            complete = False  # raised outside, so that the reader is freed while its warnings are silenced
+        if not complete:
+            raise OSError("the file ends before its data")
 
 
 def _stamps(path: Path) -> list[tuple]:
