@@ -21,10 +21,9 @@ schema.register()
 def train(config: DictConfig) -> None:
     # torch and everything above it only now: --help and typing errors answer at once.
     from models.composition import build_from_config, check
-
     from training.run import Run, build_data, build_task, describe
 
-    check(config)
+    config = check(config)
     data = build_data(config)
     if config.data.inspect:
         print(data.describe())

@@ -37,7 +37,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Decorates the body of a job: where it failed before it wrote anything, the empty output folder goes.
+    """Decorates the body of a job: where it wrote nothing, because it failed early or only printed, no folder stays.
 
     In a sweep the sentence is printed at once and the error travels on, so that the other jobs still run.
     """
@@ -50,7 +50,6 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         try:
             function(config)
         except Exception as error:
-            _remove_empty(Path(hydra.runtime.output_dir))
             if hydra.mode == RunMode.MULTIRUN:
                 overrides = " ".join(hydra.overrides.task)
                 print(f"error: job {hydra.job.num} ({overrides}): {sentence(error)}", file=sys.stderr, flush=True)
@@ -58,6 +57,8 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             if TRACEBACKS or not is_user_error(error):
                 raise
             fail(sentence(error))
+        finally:
+            _remove_empty(Path(hydra.runtime.output_dir))
 
     return guarded
 

@@ -19,6 +19,7 @@ from training.averaging import WeightAverage
 from training.checkpoints import Checkpoints, RunFiles
 from training.metrics_log import MetricsLog
 from training.optimizers import build_optimizer, learning_rate
+from training.profiling import profiled
 from training.progress import ProgressBar
 
 PRECISIONS = ("float32", "bf16")
@@ -75,6 +76,9 @@ class TrainingLoop:
         self.task, self.settings, self.seed = task, settings, seed
         self.run_dir, self.files = run_dir, files
         self.device = choose_device(settings.device)
+        if self.device.type == "cpu":  # gradients of gathers would otherwise be summed in an order that threads decide
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         self.model = model.to(self.device)
         self.network = torch.compile(self.model) if settings.compile else self.model
         self.train_loader, self.validation_loader = train_loader, validation_loader
@@ -102,20 +106,26 @@ class TrainingLoop:
         settings, progress = self.settings, self.progress
         log = MetricsLog(self.run_dir / "metrics.jsonl", last_step=progress.step)
         batches = self._batches()
-        first, started, stopped_early = progress.step, time.perf_counter(), False
+        first, started = progress.step, time.perf_counter()
+        stopped_early = self._out_of_patience()
         samples = settings.batch_size * settings.accumulate
         self.model.train()
-        with ProgressBar(progress.step, settings.max_steps, samples=samples, shown=settings.progress) as bar:
+        with (
+            ProgressBar(progress.step, settings.max_steps, samples=samples, shown=settings.progress) as bar,
+            profiled(self.run_dir, enabled=settings.profile) as profile_step,
+        ):
             while progress.step < settings.max_steps and not stopped_early:
-                metrics = self._step(batches)
                 progress.step += 1
+                metrics = self._step(batches)
                 validated = self._due(settings.validate_every)
                 if validated:
                     metrics |= self.validate()
-                    stopped_early = self._note_score(metrics["val/loss"])
+                    self._note_score(metrics["val/loss"])
+                    stopped_early = self._out_of_patience()
                 log.write(progress.step, metrics)
                 tracker.log(progress.step, metrics)
                 bar.update(metrics)
+                profile_step()
                 improved = validated and progress.best_step == progress.step
                 if improved or stopped_early or self._due(settings.checkpoint_every or settings.validate_every):
                     self.save()
@@ -134,17 +144,17 @@ class TrainingLoop:
         return self.progress.step % every == 0 or self.progress.step == self.settings.max_steps
 
     def _batches(self):
-        """Training batches for ever; with trainer.overfit_batches=n the first n of them again and again."""
+        """Training batches for ever, from the first `next` on; with trainer.overfit_batches=n the first n of them again and again."""
         endless, number = iter(self.train_loader), self.settings.overfit_batches
         if not number:
             yield from endless
         kept = [next(endless) for _ in range(number)]
-        for drawn in itertools.count(self.progress.step * self.settings.accumulate):
+        for drawn in itertools.count((self.progress.step - 1) * self.settings.accumulate):
             yield kept[drawn % number]
 
     def _step(self, batches) -> dict[str, float]:
         """One update of the weights from `accumulate` batches; returns what it measured."""
-        step, settings = self.progress.step, self.settings
+        step, settings = self.progress.step - 1, self.settings
         torch.manual_seed(step_seed(self.seed, step))
         drawn = [next(batches) for _ in range(settings.accumulate)]
         drawn = [self.task.augment(batch.to(self.device, non_blocking=True)) for batch in drawn]
@@ -158,7 +168,7 @@ class TrainingLoop:
             part["loss"].backward()
             losses = {name: losses.get(name, 0.0) + value.detach() for name, value in part.items()}
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm or math.inf)
-        self._check_finite(losses, norm)
+        self._check_finite("training loss", losses, norm)
         lr = learning_rate(step, **self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -184,6 +194,7 @@ class TrainingLoop:
                 totals[name] = totals.get(name, 0.0) + weight.double()
         self.model.train()
         losses = self.task.combine(sums, totals, batch.layout)
+        self._check_finite("validation loss", losses)
         return {f"val/{name}" if name == "loss" else f"val/loss/{name}": float(losses[name]) for name in losses}
 
     def save(self) -> None:
@@ -199,29 +210,30 @@ class TrainingLoop:
             progress.step, self.files.content(self.model, self.average, state), best_step=progress.best_step
         )
 
-    def _note_score(self, score: float) -> bool:
-        """Remembers the best validation; True when early stopping has waited long enough."""
-        progress, patience = self.progress, self.settings.early_stopping
+    def _note_score(self, score: float) -> None:
+        """Remembers the best validation."""
+        progress = self.progress
         if score < progress.best_score:
             progress.best_score, progress.best_step, progress.stale = score, progress.step, 0
         else:
             progress.stale += 1
-        return patience is not None and progress.stale >= patience
 
-    def _check_finite(self, losses: dict[str, Tensor], norm: Tensor) -> None:
+    def _out_of_patience(self) -> bool:
+        return self.settings.early_stopping is not None and self.progress.stale >= self.settings.early_stopping
+
+    def _check_finite(self, what: str, losses: dict[str, Tensor], norm: Tensor | float = 0.0) -> None:
+        """Raises ValueError with the step, the variables and the last good checkpoint where something is not finite."""
         if math.isfinite(losses["loss"]) and math.isfinite(norm):
             return
-        what = "gradient" if math.isfinite(losses["loss"]) else "loss"
+        what = what if not math.isfinite(losses["loss"]) else "gradient"
         variables = [name for name in losses if name != "loss"]
         bad = [name for name in variables if not math.isfinite(losses[name])] or variables
         steps = self.checkpoints.steps()
         good = (
-            f"last good checkpoint: {self.checkpoints.path(steps[-1])}"
-            if steps
-            else "no checkpoint was saved before it"
+            f"last good checkpoint: {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint was saved before"
         )
         raise ValueError(
-            f"the {what} is not finite at step {self.progress.step + 1} (variables: {', '.join(bad)}); {good}; "
+            f"the {what} is not finite at step {self.progress.step} (variables: {', '.join(bad)}); {good}; "
             f"use a smaller rate than optimizer.lr={self.schedule['lr']:g}, or see data.inspect=true for wild values"
         )
 

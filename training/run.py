@@ -143,14 +143,67 @@ class Run:
         model = self.loop.evaluation_model
         load_weights(model, self.directory / "checkpoints" / "best")
         scores = summarise(model, self.task, self.data, self.normalisation, self.directory)
-        flat = {
-            f"test/{metric}/{variable}/{lead}h": values["ours"]
-            for variable, metrics in scores.items()
-            for metric, leads in metrics.items()
-            for lead, values in leads.items()
-        }
-        self.tracker.log(self.loop.progress.step, flat)
+        self.tracker.log(
+            self.loop.progress.step,
+            {
+                f"test/{metric}/{variable}/{hours}h": by_method["ours"]
+                for variable, metrics in scores.items()
+                for metric, leads in metrics.items()
+                for hours, by_method in leads.items()
+            },
+        )
         return scores
+
+    def summary(self, outcome: Outcome, scores: dict) -> str:
+        """What a person reads at the end: what happened, the scores, and what to type next."""
+        from evaluation.summary import format_table
+
+        progress, trained = outcome.progress, f"{outcome.progress.step} steps"
+        if outcome.stopped_early:
+            trained += f" (stopped early, {progress.stale} validations without improvement)"
+        return (
+            f"{trained}, best at step {progress.best_step} with validation loss {progress.best_score:.4f}; "
+            f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s, "
+            f"{outcome.waiting:.1%} of the time waiting for data\n\n"
+            f"{format_table(scores)}\n\n"
+            f"next:  python evaluate.py run={self.directory}    maps, spectra, scores by region, a report\n"
+            f"       make ui    every run in MLflow\n"
+            f"       python train.py -m optimizer.lr=1e-3,3e-4    a sweep"
+        )
+
+
+def describe(config: DictConfig, data, task, model: nn.Module) -> str:
+    """`dry_run=true`: parts, parameters and shapes for one training batch, and the memory a step needs."""
+    from models.encode_process_decode import describe as describe_parts
+
+    complete(config, data)
+    normalisation = task.fit(data)
+    batch = task.dataset(data, "train", normalisation).__getitems__(range(config.trainer.batch_size))
+    weights, activations = memory_of_step(model, batch, averaged=config.trainer.ema_decay is not None)
+    return (
+        f"{describe_parts(model, batch)}\n\n"
+        f"memory    about {(weights + activations) / 2**20:.0f} MB a step at float32: {weights / 2**20:.0f} MB for weights, "
+        f"gradients, optimiser and average, {activations / 2**20:.0f} MB for the activations of {config.trainer.batch_size} "
+        f"windows\nbudget    {config.trainer.max_steps} steps"
+    )
+
+
+def memory_of_step(model: nn.Module, batch, *, averaged: bool) -> tuple[int, int]:
+    """(bytes of weights, gradients, AdamW and average; bytes that autograd keeps for the backward pass of this batch)."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    kept: dict[int, int] = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = model.train()(batch)  # kept alive: freed storages would hand their addresses on
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    del outputs
+    return weights * (5 if averaged else 4), sum(kept.values())
 
 
 def run_name(hydra) -> str:
@@ -193,17 +246,3 @@ def peak_memory_mb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def closing_lines(directory: Path, outcome: Outcome) -> str:
-    """What happened and what to type next."""
-    progress = outcome.progress
-    stopped = ", stopped early" if outcome.stopped_early else ""
-    return (
-        f"{progress.step} steps{stopped}, best at step {progress.best_step} (validation loss {progress.best_score:.4f}), "
-        f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s, "
-        f"{outcome.waiting:.1%} of the time spent waiting for data\n\n"
-        f"next:  python evaluate.py run={directory}                maps, spectra, scores by region, a report\n"
-        f"       make ui                                          all runs in MLflow\n"
-        f"       python train.py -m optimizer.lr=1e-3,3e-4        a sweep"
-    )

@@ -118,9 +118,9 @@ class ForecastTask:
     # Model
 
     def head(self) -> DeterministicHead:
-        from models.heads import make_head
+        from models.heads import build_head
 
-        return make_head(self.head_name, loss=self.loss_name)
+        return build_head(self.head_name, loss=self.loss_name)
 
     # Training
 
