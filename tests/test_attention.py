@@ -99,11 +99,12 @@ def test_query_key_norm_equals_the_slow_reference():
     torch.testing.assert_close(module(x, context, mask=mask), slow_attention(module, x, context, mask))
 
 
-def test_prepared_context_is_computed_once_and_equal():
+def test_prepared_context_is_computed_once_and_equal(monkeypatch):
     layer = AttentionLayer(12, 10, num_heads=2, kv_mode="project").double()
     x, context = torch.randn(2, 4, 12, dtype=torch.float64), torch.randn(2, 7, 10, dtype=torch.float64)
     calls = []
-    layer.attention.key.register_forward_hook(lambda *_: calls.append(1))
+    prepare = layer.attention.prepare
+    monkeypatch.setattr(layer.attention, "prepare", lambda *given, **named: calls.append(1) or prepare(*given, **named))
     prepared = layer.prepare(context, num_queries=4)
     for _ in range(2):
         reused = layer(x, prepared)
