@@ -1,0 +1,163 @@
+"""One pass over the windows of a split: the model and every baseline on the same cells, at the same times.
+
+Letters: B windows, L lead times, C variables, R regions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.batch import Variable
+from data.grids import Grid
+from evaluation.baselines import BASELINES, build, situation
+from evaluation.regions import land_fraction, regions_of
+from evaluation.scores import SCORES, ForecastScores, cell_weights
+from evaluation.spectra import ZonalSpectra
+
+OURS = "ours"
+TARGET = "forecast"  # the target's name in a forecast batch
+_VALUES_PER_BATCH = 2**22
+
+
+@dataclass
+class Evaluation:
+    """What one pass found. methods: `ours`, then the baselines; hours: (L,) nominal lead times.
+
+    scores: method -> ForecastScores. squared_error: method -> (windows, L, C), weight: (windows, L, C), over all cells,
+    for intervals. spectra: of `ours`, or None where the grid's rows are unsuited. bases: (windows,) indices of the last
+    input frames.
+    """
+
+    variables: tuple[Variable, ...]
+    grid: Grid
+    hours: tuple[float, ...]
+    lead_steps: tuple[int, ...]
+    split: str
+    weights: str
+    bases: np.ndarray
+    scores: dict[str, ForecastScores]
+    spectra: ZonalSpectra | None
+    squared_error: dict[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | None = None
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return tuple(self.scores)
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        return self.scores[OURS].regions
+
+    def content(self, region: str = "all") -> dict:
+        """{variable: {score: {hours: {method: value}}}}, plain JSON; values that do not exist are left out."""
+        values = {method: scores.values() for method, scores in self.scores.items()}
+        place = self.regions.index(region)
+
+        def by_method(score: str, lead: int, channel: int) -> dict[str, float]:
+            found = {method: float(values[method][score][place, lead, channel]) for method in self.methods}
+            return {method: value for method, value in found.items() if np.isfinite(value)}
+
+        return {
+            variable.label: {
+                score: {f"{hours:g}": by_method(score, lead, channel) for lead, hours in enumerate(self.hours)}
+                for score in SCORES
+            }
+            for channel, variable in enumerate(self.variables)
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    task,
+    data,
+    normalisation,
+    *,
+    split: str = "test",
+    baselines: Sequence[str] = tuple(BASELINES),
+    weights: str = "area",
+    boxes: Mapping[str, Sequence[float]] | None = None,
+    max_windows: int | None = None,
+    spectra: bool = True,
+    on_forecast: Callable[[np.ndarray, Tensor], None] | None = None,
+) -> Evaluation:
+    """Scores a model on the windows of `split`, in evaluation mode on the device of its weights.
+
+    task: a ForecastTask; data: its GriddedData. boxes: further regions, see `regions_of`. max_windows: that many,
+    evenly spread over the split. on_forecast(bases (B,), forecast (B, L, C, *grid.shape) physical) sees every batch.
+    Raises ValueError for unknown names and an empty split.
+    """
+    dataset = task.dataset(data, split, normalisation)
+    positions = np.arange(len(dataset))
+    if max_windows is not None:
+        if max_windows < 1:
+            raise ValueError(f"max_windows={max_windows} must be at least 1; null takes the whole split")
+        positions = np.unique(np.linspace(0, len(dataset) - 1, min(max_windows, len(dataset))).round().astype(int))
+    fitted = build(baselines, data, normalisation, lead_steps=dataset.lead_steps, split=split)
+    cells = cell_weights(data.grid, weights)
+    regions = regions_of(data.grid, land_fraction=land_fraction(data), boxes=boxes)
+    found = Evaluation(
+        data.variables,
+        data.grid,
+        dataset.lead_hours,
+        dataset.lead_steps,
+        split,
+        weights,
+        dataset.base_indices[positions],
+        {method: ForecastScores(cells, regions) for method in (OURS, *fitted)},
+        ZonalSpectra(data.grid) if spectra and ZonalSpectra.fits(data.grid) else None,
+    )
+    per_window: dict[str, list] = {method: [] for method in found.methods}
+    size = int(
+        np.clip(_VALUES_PER_BATCH // (len(data.variables) * len(dataset.lead_steps) * data.grid.num_points), 1, 64)
+    )
+    training = model.training
+    model.eval()
+    for start in range(0, positions.size, size):
+        chosen = positions[start : start + size]
+        bases = dataset.base_indices[chosen]
+        known, truth = situation(data, normalisation, bases, dataset.lead_steps)
+        valid = truth.isfinite() & data.domain
+        forecasts = {OURS: predict(model, dataset, chosen)}
+        forecasts |= {name: baseline.forecast(known) for name, baseline in fitted.items()}
+        for method, forecast in forecasts.items():
+            per_window[method].append(found.scores[method].update(forecast, truth, known.climatology, valid))
+        if found.spectra is not None:
+            found.spectra.update(forecasts[OURS], truth, valid)
+        if on_forecast is not None:
+            on_forecast(bases, forecasts[OURS])
+    model.train(training)
+    found.squared_error = {
+        method: torch.cat([errors.squared_error for errors in parts]) for method, parts in per_window.items()
+    }
+    found.weight = torch.cat([errors.weight for errors in per_window[OURS]])
+    return found
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, dataset, positions: np.ndarray) -> Tensor:
+    """(B, L, C, *grid.shape) physical units, on the CPU: the model's forecast of the dataset's samples `positions`."""
+    batch = dataset.__getitems__(positions)
+    parameter = next(model.parameters(), None)
+    if parameter is not None:
+        batch = batch.to(parameter.device)
+    return model.predict(batch)[TARGET].point.values.float().cpu()
+
+
+def write_windows(found: Evaluation, path: Path) -> None:
+    """Per-window errors as a NumPy archive: what a later comparison needs for its intervals."""
+    arrays = {f"squared_error_{method}": found.squared_error[method].numpy() for method in found.methods}
+    np.savez_compressed(
+        path,
+        weight=found.weight.numpy(),
+        bases=found.bases,
+        hours=np.array(found.hours),
+        variables=np.array([variable.label for variable in found.variables]),
+        **arrays,
+    )

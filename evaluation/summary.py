@@ -1,0 +1,74 @@
+"""`scores.json` and the table that ends a training run: our errors beside those of every baseline."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from torch import nn
+
+from evaluation.evaluation import OURS, Evaluation, evaluate, write_windows
+
+SCORES_FILE = "scores.json"
+REGIONS_FILE = "scores_by_region.json"
+WINDOWS_FILE = "window_errors.npz"
+
+
+def summarise(model: nn.Module, task, data, normalisation, run_dir: Path | None = None, **options) -> dict:
+    """Scores of a model beside the baselines: {variable: {score: {hours: {method: value}}}}, hours printed with %g.
+
+    With run_dir they are also written there. options: those of `evaluation.evaluate`. Raises what it raises.
+    """
+    found = evaluate(model, task, data, normalisation, **{"spectra": False, **options})
+    if run_dir is not None:
+        write_scores(found, Path(run_dir))
+    return found.content()
+
+
+def write_scores(found: Evaluation, run_dir: Path) -> None:
+    """`scores.json`, `scores_by_region.json` ({region: the same}) and `window_errors.npz`."""
+    _write_json(run_dir / SCORES_FILE, found.content())
+    _write_json(run_dir / REGIONS_FILE, {region: found.content(region) for region in found.regions})
+    write_windows(found, run_dir / WINDOWS_FILE)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    os.replace(beside, path)
+
+
+def format_table(scores: dict, *, score: str = "rmse") -> str:
+    """One table a variable, for people: a row a method, a column a lead time, `*` at the best of each column.
+
+    The last row is our difference from the best baseline in per cent (negative: better).
+    """
+    return "\n\n".join(_variable_table(name, scores[name][score], score) for name in scores)
+
+
+def _variable_table(name: str, leads: dict, score: str) -> str:
+    methods = list(dict.fromkeys(method for by_method in leads.values() for method in by_method))
+    heading = f"{score.upper()} of {name}"
+    rows = [[heading, *(f"{hours} h" for hours in leads)]]
+    better = max if score == "acc" else min
+    for method in methods:
+        cells = []
+        for by_method in leads.values():
+            best = by_method.get(method) == better(by_method.values(), key=abs if score == "bias" else None)
+            cells.append(f"{by_method[method]:.4g}{'*' if best else ' '}" if method in by_method else "- ")
+        rows.append([method, *cells])
+    baselines = [{key: value for key, value in by_method.items() if key != OURS} for by_method in leads.values()]
+    if score in ("rmse", "mae") and all(baselines):
+        changes = [
+            f"{100 * (by_method[OURS] / min(others.values()) - 1):+.1f}% " if OURS in by_method else "- "
+            for by_method, others in zip(leads.values(), baselines, strict=True)
+        ]
+        rows.append(["ours vs best baseline", *changes])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        row[0].ljust(widths[0])
+        + "".join("  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
