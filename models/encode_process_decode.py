@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from data.batch import Batch, Layout
 from models.heads import DeterministicHead, Prediction
 from models.latents import Latents
+from models.summary import describe
+
+__all__ = ["EncodeProcessDecode", "describe"]
 
 
 class EncodeProcessDecode(nn.Module):

@@ -14,7 +14,7 @@ from models.positions.time import CALENDAR_WIDTH, LeadTimeEmbedding, calendar_fe
 
 
 class Moment(nn.Module):
-    """Query -> embedding (B, L, D) to add to queries, and FiLM: scale and shift (B, L, D) of each of num_norms norms."""
+    """Query -> embedding (B, L, D) to add to queries, and FiLM of num_norms norms, scale and shift (B, L, D) each."""
 
     def __init__(self, hidden_size: int, *, num_norms: int):
         super().__init__()
