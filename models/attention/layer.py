@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from models.attention.multi_head import Context, MultiHeadAttention, masked_to_zero
@@ -34,11 +34,15 @@ class Modulation:
     mlp_scale: Tensor
     mlp_shift: Tensor
 
+    def repeated(self, groups: int) -> Modulation:
+        """For queries in groups that are folded into the batch, sample-major: (B groups, L, D)."""
+        return Modulation(*(repeat(part, "b l d -> (b g) l d", g=groups) for part in vars(self).values()))
+
 
 def modulated(normed: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(B, n, D) under L conditions (B, L, D), condition-major."""
     groups = rearrange(normed, "b (l s) d -> b l s d", l=scale.shape[1])
-    return rearrange((1 + scale[:, :, None]) * groups + shift[:, :, None], "b l s d -> b (l s) d")
+    return rearrange(torch.addcmul(shift[:, :, None], groups, 1 + scale[:, :, None]), "b l s d -> b (l s) d")
 
 
 class MLP(nn.Module):
@@ -58,12 +62,17 @@ class MLP(nn.Module):
         linear_(self.up)
         linear_(self.down)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, readout: nn.Linear | None = None) -> Tensor:
+        """readout: applies its weight (not its bias) to the result by multiplying the two matrices first."""
         hidden = self.up(x)
         if self.gated:
             value, gate = hidden.chunk(2, dim=-1)
-            return self.down(value * F.gelu(gate))
-        return self.down(F.gelu(hidden))
+            hidden = value * F.gelu(gate)
+        else:
+            hidden = F.gelu(hidden)
+        if readout is None:
+            return self.down(hidden)
+        return F.linear(hidden, readout.weight @ self.down.weight, readout.weight @ self.down.bias)
 
 
 class AttentionLayer(nn.Module):
@@ -125,8 +134,13 @@ class AttentionLayer(nn.Module):
         bias: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         modulation: Modulation | None = None,
+        readout: nn.Linear | None = None,
     ) -> Tensor:
-        """mask: (B, m) bool, True = keep (of the context, or of x itself in self-attention)."""
+        """mask: (B, m) bool, True = keep (of the context, or of x itself in self-attention).
+
+        x may have batch 1 where the context has B: queries that all samples share. readout: a linear layer of the
+        result, (B, n, E) is then returned; it is folded into the MLP where that takes fewer multiplications.
+        """
         if self.context_norm is None:
             x = masked_to_zero(x, mask)
         elif not isinstance(context, Context):
@@ -143,7 +157,16 @@ class AttentionLayer(nn.Module):
         normed = self.mlp_norm(y)
         if modulation is not None:
             normed = modulated(normed, modulation.mlp_scale, modulation.mlp_shift)
-        return y + self._branch(self.mlp(normed))
+        if readout is None:
+            return y + self._branch(self.mlp(normed))
+        if self._readout_folds(readout):
+            return readout(y) + self.mlp(normed, readout=readout)
+        return readout(y + self._branch(self.mlp(normed)))
+
+    def _readout_folds(self, readout: nn.Linear) -> bool:
+        """Whether the readout may skip the branch's width (dropout acts on it) and is narrow enough to gain by it."""
+        untouched = not self.training or (self.dropout.p == 0 and self.drop_path == 0)
+        return untouched and readout.out_features < readout.in_features
 
     def prepare(self, context: Tensor, *, mask: Tensor | None = None, num_queries: int) -> Context:
         """Normalises the context (B, m, C) and computes its keys and values, once for several calls."""

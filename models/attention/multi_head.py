@@ -131,6 +131,7 @@ class MultiHeadAttention(nn.Module):
         query = self._normalised(rearrange(self.query(x), "b n (h k) -> b h n k", h=self.num_heads))
         if rotary is not None:
             query = rotate(query, *rotary)
+        query = query.expand(context.keys.shape[0], -1, -1, -1)
         attended = self._absorbed(query, context, bias) if context.absorbed else self._attend(query, context, bias)
         output = self.output(rearrange(attended, "b h n v -> b n (h v)"))
         if context.mask is None:

@@ -33,7 +33,10 @@ class PerceiverIODecoder(nn.Module):
     features: side (odd number of cells) of the neighbourhood of input values that joins each query where an input
         shares the target's grid; 0: none. The input itself as the query, as the paper does for optical flow.
     scope: global, local (the `window` x `window` latent cells around each place) or auto (local on gridded latents).
-    query_residual: whether the query is added to what it read. zero_head: start from the target's reference.
+    query_residual: whether the query is added to what it read. moment: whether queries and norms know the calendar and
+        the lead time; without it all lead times are decoded alike. output_norm: a norm before the head.
+    qk_width, v_width: of queries and keys, and of values, over all heads (None: hidden_size, qk_width).
+    zero_head: start from the target's reference.
     chunk_size: places decoded at a time (None: all), with the same result. Raises ValueError on values not allowed.
     """
 
@@ -50,6 +53,8 @@ class PerceiverIODecoder(nn.Module):
         num_heads: int,
         mlp_ratio: float = 1.0,
         mlp: str = "gelu",
+        qk_width: int | None = None,
+        v_width: int | None = None,
         queries: str = "coordinates",
         features: int = 0,
         scope: str = "auto",
@@ -57,6 +62,8 @@ class PerceiverIODecoder(nn.Module):
         num_bands: int = 8,
         spacing: str = "linear",
         query_residual: bool = True,
+        moment: bool = True,
+        output_norm: bool = True,
         zero_head: bool = True,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
@@ -89,11 +96,13 @@ class PerceiverIODecoder(nn.Module):
         channels = layout.query_features(target)
         self.feature_size = features if channels else 0
         self.feature = nn.Linear(channels * features**2, hidden_size) if self.feature_size else None
-        self.moment = Moment(hidden_size, num_norms=2)
+        self.moment = Moment(hidden_size, num_norms=2) if moment else None
         self.layer = AttentionLayer(
             hidden_size,
             latent_layout.hidden_size,
             num_heads=num_heads,
+            qk_width=qk_width,
+            v_width=v_width,
             mlp_ratio=mlp_ratio,
             mlp=mlp,
             residual=query_residual,
@@ -102,7 +111,7 @@ class PerceiverIODecoder(nn.Module):
             backend=attention,
             kv_mode=kv_mode if self.windows is None else "project",  # windows gather keys and values of heads
         )
-        self.norm = nn.LayerNorm(hidden_size)
+        self.norm = nn.LayerNorm(hidden_size) if output_norm else None
         self.head = nn.Linear(hidden_size, len(described.variables) * outputs_per_variable)
         self.initialise()
 
@@ -141,12 +150,21 @@ class PerceiverIODecoder(nn.Module):
     def forward(self, latents: Latents, query: Query) -> Tensor:
         tokens = rearrange(latents.tokens, "b t n d -> b (t n) d")
         valid = None if latents.valid is None else rearrange(latents.valid, "b t n -> b (t n)")
-        moment, film = self.moment(query)  # (B, L, D)
         places = self._places(query)  # (B or 1, P, D)
+        moment, modulation = self._moment(query, places)
         decode = self._decode_global if self.windows is None else self._decode_local
         context = self.layer.prepare(tokens, mask=valid, num_queries=moment.shape[1] * places.shape[1])
-        output = decode(places, moment, Modulation(*film), context)  # (B, L, P, K)
+        output = decode(places, moment, modulation, context)  # (B, L or 1, P, K)
+        output = output.expand(-1, query.times.shape[1], -1, -1)
         return rearrange(output, "b l p k -> b l k p").unflatten(-1, query.shape)
+
+    def _moment(self, query: Query, places: Tensor) -> tuple[Tensor, Modulation | None]:
+        """What is added to all queries of a lead time, (B, L, D), and how it modulates norms; one zero without it."""
+        if self.moment is None:
+            batch = 1 if self.windows is None else query.times.shape[0]
+            return places.new_zeros(batch, 1, places.shape[2]), None
+        moment, film = self.moment(query)
+        return moment, Modulation(*film)
 
     def _places(self, query: Query) -> Tensor:
         places = (self.position(self.places) if self.table is None else self.table)[None]
@@ -157,15 +175,21 @@ class PerceiverIODecoder(nn.Module):
         cells = neighbourhoods(query.features, self.feature_size, wraps=self.grid.wraps)  # (B, P, F k k)
         return places + self.feature(cells)
 
-    def _decode_global(self, places: Tensor, moment: Tensor, modulation: Modulation, context: Context) -> Tensor:
+    def _read(self, queries: Tensor, context: Context, **arguments) -> Tensor:
+        """(B, n, D) -> (B, n, K)."""
+        if self.norm is None:
+            return self.layer(queries, context, readout=self.head, **arguments)
+        return self.head(self.norm(self.layer(queries, context, **arguments)))
+
+    def _decode_global(self, places: Tensor, moment: Tensor, modulation: Modulation | None, context: Context) -> Tensor:
         decoded = []
         for chunk in places.split(self.chunk_size, dim=1):
             queries = rearrange(chunk[:, None] + moment[:, :, None], "b l p d -> b (l p) d")
-            read = self.layer(queries, context, modulation=modulation)
-            decoded.append(rearrange(self.head(self.norm(read)), "b (l p) k -> b l p k", l=moment.shape[1]))
+            read = self._read(queries, context, modulation=modulation)
+            decoded.append(rearrange(read, "b (l p) k -> b l p k", l=moment.shape[1]))
         return torch.cat(decoded, dim=2)
 
-    def _decode_local(self, places: Tensor, moment: Tensor, modulation: Modulation, context: Context) -> Tensor:
+    def _decode_local(self, places: Tensor, moment: Tensor, modulation: Modulation | None, context: Context) -> Tensor:
         windows, leads = self.windows, moment.shape[1]
         bias = rearrange(self.window_bias(windows.offsets), "u s m h -> u h s m")
         decoded = []
@@ -176,15 +200,13 @@ class PerceiverIODecoder(nn.Module):
         ):
             queries = places[:, points][:, :, None] + moment[:, None, :, None]  # (B, G, L, s, D)
             repeats = {"b": moment.shape[0], "g": points.shape[0]}
-            read = self.layer(
+            read = self._read(
                 rearrange(queries, "b g l s d -> (b g) (l s) d"),
                 _windowed(context, tokens, inside, moment.shape[0]),
                 bias=repeat(windows.tiled(bias[pattern]), "g h s m -> (b g) h (l s) m", l=leads, b=repeats["b"]),
-                modulation=Modulation(
-                    *(repeat(part, "b l d -> (b g) l d", g=repeats["g"]) for part in vars(modulation).values())
-                ),
+                modulation=modulation and modulation.repeated(points.shape[0]),
             )
-            decoded.append(rearrange(self.head(self.norm(read)), "(b g) (l s) k -> b l (g s) k", l=leads, **repeats))
+            decoded.append(rearrange(read, "(b g) (l s) k -> b l (g s) k", l=leads, **repeats))
         return torch.cat(decoded, dim=2)[:, :, windows.slot]
 
 

@@ -8,7 +8,7 @@ grids join one key/value sequence. Letters: B batch, T frames, C channels, P cel
 from __future__ import annotations
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from data.batch import Batch, Field, InputLayout, Layout
@@ -48,10 +48,25 @@ class InputTokens(nn.Module):
         values = field.channels(gaps=self.gaps).flatten(3)  # (B, T, C, P)
         tokens = self.value(rearrange(values, "b t c p -> b t p c"))
         tokens = tokens + self.place(self.places) + self.time(moment)[:, :, None]
-        presence = field.presence
-        if presence is None:
-            return tokens, None
-        return tokens, presence.expand_as(field.values).any(dim=2).flatten(2)
+        return tokens, _any_present(field)
+
+
+class RawTokens(nn.Module):
+    """One input whose cells already are features: Field -> tokens (B, T, P, C), validity (B, T, P) or None."""
+
+    def __init__(self, described: InputLayout):
+        super().__init__()
+        self.gaps = described.gaps
+
+    def forward(self, field: Field, base_time: Tensor) -> tuple[Tensor, Tensor | None]:
+        tokens = rearrange(field.channels(gaps=self.gaps).flatten(3), "b t c p -> b t p c")
+        return tokens, _any_present(field)
+
+
+def _any_present(field: Field) -> Tensor | None:
+    """(B, T, P): a token is masked only when all of it is missing."""
+    presence = field.presence
+    return None if presence is None else presence.expand_as(field.values).any(dim=2).flatten(2)
 
 
 class PerceiverEncoder(nn.Module):
@@ -60,7 +75,11 @@ class PerceiverEncoder(nn.Module):
     num_cross: cross-attentions to the same tokens, with self_per_cross self-attention layers between them.
     share_cross, share_self: none, all, or all_but_first repeats use the same weights; shared keys and values are
         computed once. frames: joint (all frames at once, one latent frame) or each (every frame on its own).
-    cross_heads, num_heads: of cross- and of self-attention. Raises ValueError on values not allowed.
+    cross_heads, num_heads: of cross- and of self-attention; likewise the widths of queries and keys (qk), of values (v)
+        and of the MLP; None takes the latents' width, and cross_mlp_ratio=None the mlp_ratio.
+    embed: false reads the values of a cell as its token: no projection, place or time (preprocessed features).
+    query_residual: whether cross-attention adds to the latents or replaces them.
+    Raises ValueError on values not allowed.
     """
 
     frame_local = False
@@ -78,7 +97,14 @@ class PerceiverEncoder(nn.Module):
         share_cross: str = "all_but_first",
         share_self: str = "all",
         mlp_ratio: float = 1.0,
+        cross_mlp_ratio: float | None = None,
         mlp: str = "gelu",
+        qk_width: int | None = None,
+        v_width: int | None = None,
+        cross_qk_width: int | None = None,
+        cross_v_width: int | None = None,
+        query_residual: bool = True,
+        embed: bool = True,
         num_bands: int = 16,
         spacing: str = "linear",
         frames: str = "joint",
@@ -103,23 +129,44 @@ class PerceiverEncoder(nn.Module):
                 "model.encoder.frames=each needs inputs of equally many frames; use model.encoder.frames=joint"
             )
         self.frames = frames
+        widths = {item.channels for item in layout.inputs.values()}
+        if not embed and len(widths) > 1:
+            raise ValueError(
+                f"model.encoder.embed=false needs inputs of equally many channels, got {sorted(widths)}; "
+                "use model.encoder.embed=true"
+            )
         self.inputs = nn.ModuleDict(
             {
-                name: InputTokens(item, hidden_size, num_bands=num_bands, spacing=spacing)
+                name: InputTokens(item, hidden_size, num_bands=num_bands, spacing=spacing) if embed else RawTokens(item)
                 for name, item in layout.inputs.items()
             }
         )
-        shared = dict(mlp_ratio=mlp_ratio, mlp=mlp, dropout=dropout, attention_dropout=attention_dropout)
+        shared = dict(mlp=mlp, dropout=dropout, attention_dropout=attention_dropout, backend=attention)
         self.latents = nn.Parameter(torch.empty(num_latents, hidden_size))
         self.cross = nn.ModuleList(
             AttentionLayer(
-                hidden_size, hidden_size, num_heads=cross_heads, backend=attention, kv_mode=kv_mode, **shared
+                hidden_size,
+                hidden_size if embed else next(iter(widths)),
+                num_heads=cross_heads,
+                qk_width=cross_qk_width,
+                v_width=cross_v_width,
+                mlp_ratio=mlp_ratio if cross_mlp_ratio is None else cross_mlp_ratio,
+                residual=query_residual,
+                kv_mode=kv_mode,
+                **shared,
             )
             for _ in range(_distinct(num_cross, share_cross))
         )
         self.blocks = nn.ModuleList(
             nn.ModuleList(
-                AttentionLayer(hidden_size, num_heads=num_heads, backend=attention, **shared)
+                AttentionLayer(
+                    hidden_size,
+                    num_heads=num_heads,
+                    qk_width=qk_width,
+                    v_width=v_width,
+                    mlp_ratio=mlp_ratio,
+                    **shared,
+                )
                 for _ in range(self_per_cross)
             )
             for _ in range(_distinct(num_cross - 1, share_self))
@@ -135,7 +182,7 @@ class PerceiverEncoder(nn.Module):
 
     def forward(self, batch: Batch) -> Latents:
         tokens, valid = self._tokens(batch)  # (B T, M, D)
-        latents = repeat(self.latents, "n d -> b n d", b=tokens.shape[0])
+        latents = self.latents[None]  # (1, N, D), broadcast over the batch by the first cross-attention
         contexts = {}
         for index in range(self.num_cross):
             which = _which(index, len(self.cross), self.share_cross)
@@ -161,7 +208,8 @@ class PerceiverEncoder(nn.Module):
             tokens.append(self._by_frame(given))
             valid.append(self._by_frame(present))
         complete = all(field.presence is None for field in batch.inputs.values())
-        return torch.cat(tokens, dim=1), None if complete else torch.cat(valid, dim=1)
+        joined = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+        return joined, None if complete else torch.cat(valid, dim=1)
 
     def _by_frame(self, tokens: Tensor) -> Tensor:
         """(B, T, P, ...) -> (B, T P, ...) where frames are read jointly, (B T, P, ...) where each is read alone."""

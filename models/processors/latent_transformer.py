@@ -17,6 +17,7 @@ from models.latents import LatentLayout, Latents
 class LatentTransformer(nn.Module):
     """Latents -> Latents of the same shape; `depth` layers, applied `num_blocks` times with shared weights.
 
+    qk_width, v_width: of queries and keys, and of values, over all heads (None: hidden_size, qk_width).
     dropout: of branch outputs. drop_path: chance to skip a branch in the last layer, growing linearly from 0.
     """
 
@@ -32,6 +33,8 @@ class LatentTransformer(nn.Module):
         num_blocks: int = 1,
         mlp_ratio: float = 1.0,
         mlp: str = "gelu",
+        qk_width: int | None = None,
+        v_width: int | None = None,
         qk_norm: bool = False,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
@@ -46,6 +49,8 @@ class LatentTransformer(nn.Module):
                 num_heads=num_heads,
                 mlp_ratio=mlp_ratio,
                 mlp=mlp,
+                qk_width=qk_width,
+                v_width=v_width,
                 qk_norm=qk_norm,
                 dropout=dropout,
                 attention_dropout=attention_dropout,
