@@ -24,7 +24,6 @@ _EPOCH = np.datetime64("2001-01-01T00", "s")
 _FRAMES = 3 * 365 * 24 // STEP_HOURS  # 2001 to 2003
 _DECAY_DAYS = 6.0
 _FORCING_RADIUS_KM = 700.0
-_MODES = 600  # of the forcing's covariance; more than 99 % of its variance
 
 
 def materialise(name: str) -> Path:
@@ -77,22 +76,24 @@ def _climatology(latitude, longitude, land, season, times) -> np.ndarray:
     phase = np.cos(season - 2 * np.pi * 15 / 365.25)[:, None, None]  # coldest in mid-January in the north
     mean = 300.0 - 48.0 * np.sin(latitude) ** 2 - 6.0 * land * np.sin(latitude) ** 2
     seasonal = -np.sin(latitude) * (5.0 + 13.0 * land) * phase
-    local = 2 * np.pi * (hour[:, None, None] - 14.0) / 24 + longitude  # warmest at 14 h local solar time
-    return mean + seasonal + 4.0 * land * np.cos(latitude) * np.cos(local)
+    utc = (2 * np.pi * (hour - 14.0) / 24)[:, None, None]
+    # cos(utc + longitude): warmest at 14 h local solar time.
+    diurnal = np.cos(utc) * np.cos(longitude) - np.sin(utc) * np.sin(longitude)
+    return mean + seasonal + 4.0 * land * np.cos(latitude) * diurnal
 
 
 def _anomalies(grid: LatLonGrid, season: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(N, H, W) of unit variance: advected, decaying, randomly forced."""
     winter, summer = (_advection(grid, strength) for strength in ((1.25, 0.75), (0.75, 1.25)))
-    forcing = _forcing_modes(grid)
-    decay = np.exp(-STEP_HOURS / (24 * _DECAY_DAYS))
-    state = np.zeros(grid.num_points)
-    frames = np.empty((season.size, grid.num_points))
+    decay = np.float32(np.exp(-STEP_HOURS / (24 * _DECAY_DAYS)))
     spin_up = 40
+    forcing = rng.standard_normal((spin_up + season.size, grid.num_points), dtype=np.float32) @ _smoothing(grid).T
+    state = np.zeros(grid.num_points, dtype=np.float32)
+    frames = np.empty((season.size, grid.num_points), dtype=np.float32)
     for index in range(-spin_up, season.size):
-        northern_winter = 0.5 + 0.5 * np.cos(season[max(index, 0)])
+        northern_winter = np.float32(0.5 + 0.5 * np.cos(season[max(index, 0)]))
         carried = northern_winter * (winter @ state) + (1 - northern_winter) * (summer @ state)
-        state = decay * carried + forcing @ rng.standard_normal(forcing.shape[1])
+        state = decay * carried + forcing[spin_up + index]
         if index >= 0:
             frames[index] = state
     # The same variance everywhere, so that only the prescribed spread shapes it.
@@ -100,13 +101,16 @@ def _anomalies(grid: LatLonGrid, season: np.ndarray, rng: np.random.Generator) -
     return frames.reshape(-1, *grid.shape)
 
 
-def _forcing_modes(grid: LatLonGrid) -> np.ndarray:
-    """(points, modes): factor of a Gaussian covariance in great-circle distance."""
+def _smoothing(grid: LatLonGrid):
+    """Sparse (points, points): makes white noise smooth over _FORCING_RADIUS_KM, of unit variance at every point."""
+    import scipy.sparse
+
     places = _unit_vectors(*np.deg2rad(grid.coordinates.numpy()).T)
     distance = EARTH_RADIUS_KM * np.arccos((places @ places.T).clip(-1, 1))
-    covariance = np.exp(-0.5 * (distance / _FORCING_RADIUS_KM) ** 2)
-    variance, modes = np.linalg.eigh(covariance)
-    return modes[:, -_MODES:] * np.sqrt(variance[-_MODES:].clip(0))
+    # Two passes of a Gaussian of radius r / sqrt(2) make a covariance of radius r; points stand for their area.
+    kernel = np.exp(-((distance / _FORCING_RADIUS_KM) ** 2)) * np.sqrt(grid.area_weights.numpy().ravel())
+    kernel[distance > 3 * _FORCING_RADIUS_KM] = 0.0
+    return scipy.sparse.csr_matrix(kernel / np.linalg.norm(kernel, axis=1, keepdims=True), dtype=np.float32)
 
 
 def _unit_vectors(latitude, longitude) -> np.ndarray:
@@ -174,7 +178,7 @@ def _advection(grid: LatLonGrid, strength: tuple[float, float]):
                 (row_weight * column_weight, (points, i * width + j)), shape=operator.shape
             )
             operator = operator + entries
-    return operator
+    return operator.astype(np.float32)
 
 
 def _cubic(offset: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -213,10 +217,10 @@ def _write(path: Path, grid: LatLonGrid, times, temperature, land) -> None:
     try:
         dataset.to_netcdf(temporary, engine="netcdf4", encoding=encoding)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the HDF5 library reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error)
         raise OSError(
-            f"cannot write {path} ({error.strerror or error}); free some space or set HYDRASPHERE_CACHE to "
-            "another folder"
+            f"cannot write {path} ({reason}); free some space or set HYDRASPHERE_CACHE to another folder"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
