@@ -9,6 +9,7 @@ Letters: B batch, n queries, m context tokens, D query width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 from models.attention.multi_head import Context, MultiHeadAttention, masked_to_zero
 from models.initialisation import linear_
 
-MLPS = ("gelu", "geglu")
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "geglu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "squared_relu": lambda x: F.relu(x).square(),
+}
 NORM_EPS = 1e-5
 
 
@@ -50,10 +58,11 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, *, ratio: float, activation: str = "gelu"):
         super().__init__()
-        if activation not in MLPS:
-            raise ValueError(f"unknown mlp {activation!r}; allowed: {', '.join(MLPS)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown mlp {activation!r}; use model.mlp={'|'.join(ACTIVATIONS)}")
         hidden = round(dim * ratio)
         self.gated = activation == "geglu"
+        self.activation = ACTIVATIONS[activation]
         self.up = nn.Linear(dim, 2 * hidden if self.gated else hidden)
         self.down = nn.Linear(hidden, dim)
         self.initialise()
@@ -67,9 +76,9 @@ class MLP(nn.Module):
         hidden = self.up(x)
         if self.gated:
             value, gate = hidden.chunk(2, dim=-1)
-            hidden = value * F.gelu(gate)
+            hidden = value * self.activation(gate)
         else:
-            hidden = F.gelu(hidden)
+            hidden = self.activation(hidden)
         if readout is None:
             return self.down(hidden)
         return F.linear(hidden, readout.weight @ self.down.weight, readout.weight @ self.down.bias)
@@ -79,7 +88,7 @@ class AttentionLayer(nn.Module):
     """Pre-norm attention and MLP: x (B, n, D) [, context (B, m, C)] -> (B, n, D).
 
     context_dim: None makes it self-attention, whose one norm serves queries and keys.
-    mlp_ratio: widening of the MLP; mlp: gelu or geglu. residual: whether x is added to what attention returns (the
+    mlp_ratio: widening of the MLP; mlp: one of ACTIVATIONS. residual: whether x is added to what attention returns (the
     MLP's residual is always on). dropout: of both branches' outputs; attention_dropout: of attention weights;
     drop_path: chance that a sample skips a branch in training.
     """

@@ -194,28 +194,27 @@ class PerceiverIODecoder(nn.Module):
         bias = rearrange(self.window_bias(windows.offsets), "u s m h -> u h s m")
         decoded = []
         groups = max(1, self.chunk_size // windows.points.shape[1])
-        for points, pattern, tokens, inside in zip(
-            *(table.split(groups) for table in (windows.points, windows.pattern, windows.tokens, windows.inside)),
-            strict=True,
-        ):
+        tables = (windows.points, windows.pattern, windows.tokens, windows.inside)
+        for points, pattern, tokens, inside in zip(*(table.split(groups) for table in tables), strict=True):
             queries = places[:, points][:, :, None] + moment[:, None, :, None]  # (B, G, L, s, D)
             repeats = {"b": moment.shape[0], "g": points.shape[0]}
+            near = torch.where(inside[:, None, None], windows.tiled(bias[pattern]), -torch.inf)  # (G, h, s, m)
             read = self._read(
                 rearrange(queries, "b g l s d -> (b g) (l s) d"),
-                _windowed(context, tokens, inside, moment.shape[0]),
-                bias=repeat(windows.tiled(bias[pattern]), "g h s m -> (b g) h (l s) m", l=leads, b=repeats["b"]),
+                _windowed(context, tokens, inside),
+                bias=repeat(near, "g h s m -> (b g) h (l s) m", l=leads, b=repeats["b"]),
                 modulation=modulation and modulation.repeated(points.shape[0]),
             )
             decoded.append(rearrange(read, "(b g) (l s) k -> b l (g s) k", l=leads, **repeats))
         return torch.cat(decoded, dim=2)[:, :, windows.slot]
 
 
-def _windowed(context: Context, tokens: Tensor, inside: Tensor, batch: int) -> Context:
-    """Keys and values (B, h, N, d) of each group's window: (B G, h, m, d), masked beyond edges and at masked tokens."""
+def _windowed(context: Context, tokens: Tensor, inside: Tensor) -> Context:
+    """Keys and values (B, h, N, d) of each group's window, (B G, h, m, d), and their mask where tokens are masked."""
     keys = rearrange(context.keys[:, :, tokens], "b h g m d -> (b g) h m d")
     values = rearrange(context.values[:, :, tokens], "b h g m d -> (b g) h m d")
-    mask = inside.expand(batch, -1, -1) if context.mask is None else inside & context.mask[:, tokens]
-    return replace(context, keys=keys, values=values, mask=rearrange(mask, "b g m -> (b g) m"))
+    mask = None if context.mask is None else rearrange(inside & context.mask[:, tokens], "b g m -> (b g) m")
+    return replace(context, keys=keys, values=values, mask=mask)
 
 
 class _Buffers(nn.Module):
