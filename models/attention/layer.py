@@ -19,13 +19,18 @@ from torch import Tensor, nn
 from models.attention.multi_head import Context, MultiHeadAttention, masked_to_zero
 from models.initialisation import linear_
 
+
+def squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "geglu": F.gelu,
     "silu": F.silu,
     "relu": F.relu,
-    "squared_relu": lambda x: F.relu(x).square(),
+    "squared_relu": squared_relu,
 }
 NORM_EPS = 1e-5
 

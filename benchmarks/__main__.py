@@ -1,0 +1,36 @@
+"""`python -m benchmarks <name> [options]`: runs one benchmark, prints its table and stores the numbers."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+NAMES = {
+    "perceiver": "Perceiver IO, forward and backward on CPU, against krasserm's, lucidrains' and transformers'",
+    "loader": "samples/s from RAM, memmap, NetCDF and Zarr against xbatcher, and the share of a step spent waiting",
+    "startup": "seconds until `train.py --help` and until `train.py dry_run=true` return",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    listing = "\n".join(f"  {name:10} {text}" for name, text in NAMES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Numbers go to benchmarks/results/<name>.json and into the table of docs/performance.md.",
+        epilog=f"benchmarks:\n{listing}\n\n`python -m benchmarks <name> --help` shows the options of one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("options", nargs=argparse.REMAINDER)
+    chosen = parser.parse_args(arguments)
+    try:
+        importlib.import_module(f"benchmarks.{chosen.name}").main(chosen.options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""How benchmarks measure: interleaved steps by process CPU time, memory by the growth of peak RSS, results as JSON.
+
+CPU time of the process instead of wall time, so that other work on the machine disturbs a comparison less;
+implementations take turns within one run (A B C A B C ...), so that what disturbs one of them disturbs all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+
+
+def paired_cpu_seconds(steps: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each step in each round, after one warm-up of each. Steps take turns within a round."""
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.process_time()
+            step()
+            seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def ratio(of: list[float], to: list[float]) -> float:
+    """Median over the rounds of of/to: what disturbs a whole round cancels."""
+    return median(numerator / denominator for numerator, denominator in zip(of, to, strict=True))
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident memory of this process so far (Linux counts it from exec, unlike getrusage)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def run_python(arguments: list[str], *, threads: int, timeout: float) -> str:
+    """stdout of a fresh Python process in the repository root. Raises RuntimeError with its last line when it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    if done.returncode:
+        raise RuntimeError(
+            f"{shlex.join(arguments)} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+        )
+    return done.stdout
+
+
+def environment(packages: tuple[str, ...]) -> dict:
+    """Where and with what a benchmark ran: date, processor, load, versions (packages that are absent are left out)."""
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": _processor(),
+        "cores": os.cpu_count(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    """Model name and the instruction sets that decide matrix products."""
+    information = Path("/proc/cpuinfo")
+    if not information.exists():
+        return platform.processor() or platform.machine()
+    lines = information.read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines[: lines.index("") if "" in lines else None] if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in fields.get("flags", "").split()]
+    return f"{fields.get('model name', platform.machine())} ({', '.join(sets) or 'no vector extensions reported'})"
+
+
+def publish(name: str, result: dict, table: str, *, store: bool) -> None:
+    """Prints the table; with store also writes results/<name>.json and the table between its markers in the page."""
+    print(table)
+    if not store:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    page = PAGE.read_text()
+    start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    head, rest = page.split(start)
+    PAGE.write_text(f"{head}{start}\n{table}\n{end}{rest.split(end)[1]}")
+    print(f"stored in {RESULTS.relative_to(ROOT)}/{name}.json and {PAGE.relative_to(ROOT)}")
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+    return "\n".join(lines)
