@@ -144,7 +144,8 @@ class SeriesFile:
             key[axes.level] = selection.level_index or 0
         order = [name for name in (axes.time if times is not None else None, axes.latitude, axes.longitude) if name]
         try:
-            values = self._dataset()[selection.name].isel(key).transpose(*order).values
+            # The bare variable: selecting through a DataArray costs more than reading a small frame.
+            values = self._dataset().variables[selection.name].isel(key).transpose(*order).values
         except (OSError, RuntimeError, ValueError, IndexError) as error:
             raise OSError(
                 f"cannot read {selection.name!r} from {self.path}: {first_line(error)}; the file looks truncated or "
