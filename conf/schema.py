@@ -1,5 +1,5 @@
-"""Typed schema of the configuration's trunk. Parts with a `_target_` (model slots, data, task) are checked against their
-constructors' signatures instead (`models/composition.py`)."""
+"""Typed schema of the configuration's trunk. Parts with a `_target_` (model slots, data, task) are checked against
+their constructors' signatures instead (`models/checks.py`)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,27 @@ class Train:
     tracking: Tracking = field(default_factory=Tracking)
 
 
+@dataclass
+class Evaluate:
+    run: Optional[str] = None
+    compare: Any = None
+    checkpoint: str = "best"
+    split: str = "test"
+    weights: str = "area"
+    baselines: list[str] = field(default_factory=list)
+    regions: dict[str, list[float]] = field(default_factory=dict)
+    max_windows: Optional[int] = None
+    plots: bool = True
+    predictions: bool = True
+    device: str = "auto"
+    num_threads: Optional[int] = None
+    output: Optional[str] = None
+    tracking: bool = True
+    uri: Optional[str] = None
+
+
 def register() -> None:
     """Makes the schema known to Hydra's configuration store (idempotent)."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=Train)
+    store.store(name="evaluate_schema", node=Evaluate)

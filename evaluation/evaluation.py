@@ -158,6 +158,7 @@ def write_windows(found: Evaluation, path: Path) -> None:
         weight=found.weight.numpy(),
         bases=found.bases,
         hours=np.array(found.hours),
+        lead_steps=np.array(found.lead_steps),
         variables=np.array([variable.label for variable in found.variables]),
         **arrays,
     )

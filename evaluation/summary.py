@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from evaluation.evaluation import OURS, Evaluation, evaluate, write_windows
@@ -52,11 +53,13 @@ def _variable_table(name: str, leads: dict, score: str) -> str:
     heading = f"{score.upper()} of {name}"
     rows = [[heading, *(f"{hours} h" for hours in leads)]]
     better = max if score == "acc" else min
+    largest = max((abs(value) for by_method in leads.values() for value in by_method.values()), default=0)
+    decimals = int(np.clip(3 - np.floor(np.log10(largest)), 0, 9)) if largest else 3
     for method in methods:
         cells = []
         for by_method in leads.values():
             best = by_method.get(method) == better(by_method.values(), key=abs if score == "bias" else None)
-            cells.append(f"{by_method[method]:.4g}{'*' if best else ' '}" if method in by_method else "- ")
+            cells.append(f"{by_method[method]:.{decimals}f}{'*' if best else ' '}" if method in by_method else "- ")
         rows.append([method, *cells])
     baselines = [{key: value for key, value in by_method.items() if key != OURS} for by_method in leads.values()]
     if score in ("rmse", "mae") and all(baselines):

@@ -1,0 +1,181 @@
+"""Figures of a report, drawn without a display. Colours are Okabe and Ito's, told apart with any colour vision."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from data.grids import LatLonGrid
+from evaluation.evaluation import OURS, Evaluation
+from evaluation.spectra import ZonalSpectra
+
+COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+OUR_COLOUR = "#D55E00"
+MARKERS = "sD^vPX"
+MISSING = "0.75"
+TITLES = {"rmse": "RMSE", "mae": "MAE", "bias": "Bias", "acc": "Anomaly correlation"}
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """(figure, axes (rows, columns)) drawn in memory; needs no display and leaves pyplot's global state alone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def png(figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def data_address(image: bytes) -> str:
+    """A PNG as an address that a page can embed."""
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def _style(methods: Sequence[str], method: str) -> dict:
+    if method == OURS:
+        return {"color": OUR_COLOUR, "marker": "o", "linewidth": 2.2, "zorder": 3}
+    place = [name for name in methods if name != OURS].index(method)
+    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+    return {"color": colour, "marker": marker, "linewidth": 1.2, "linestyle": "--", "markersize": 4.5}
+
+
+def _lead_axis(axis, hours: Sequence[float]) -> None:
+    unit, length = ("days", 24) if max(hours) > 96 else ("h", 1)
+    axis.set_xlabel(f"lead time ({unit})")
+    axis.set_xticks(hours, [f"{value / length:g}" for value in hours])
+
+
+def lead_time_curves(found: Evaluation, channel: int):
+    """RMSE, bias and anomaly correlation of one variable against lead time, every method."""
+    variable = found.variables[channel]
+    figure, axes = _figure(11, 3.4, 1, 3)
+    values = {method: scores.values() for method, scores in found.scores.items()}
+    for axis, score in zip(axes[0], ("rmse", "bias", "acc"), strict=True):
+        for method in found.methods:
+            curve = values[method][score][0, :, channel].numpy()
+            if np.isfinite(curve).any():
+                axis.plot(found.hours, curve, label=method.replace("_", " "), **_style(found.methods, method))
+        _lead_axis(axis, found.hours)
+        axis.set_ylabel(f"{TITLES[score]}" + (f" ({variable.units or 'data units'})" if score != "acc" else ""))
+        axis.grid(alpha=0.25)
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 1].axhline(0, color="0.3", linewidth=0.8)
+    figure.suptitle(f"{variable.label}: scores by lead time", fontsize=12)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def maps(
+    grid: LatLonGrid, label: str, units: str, truth: Tensor, forecast: Tensor, leads: Sequence[str], title: str = ""
+):
+    """Truth, forecast and error, a row a lead time. truth, forecast: (L, H, W); grey where the truth is NaN.
+
+    Limits: the 1st and 99th percentile of the truth for the fields, symmetric about 0 for the error (its 99th).
+    """
+    truth, forecast = truth.double().numpy(), forecast.double().numpy()
+    error = forecast - truth
+    seen = np.isfinite(truth)
+    forecast = np.where(seen, forecast, np.nan)
+    low, high = np.percentile(truth[seen], [1, 99]) if seen.any() else (0.0, 1.0)
+    largest = (np.percentile(np.abs(error[np.isfinite(error)]), 99) if np.isfinite(error).any() else 0) or 1.0
+    height, width = np.ptp(grid.latitude_bounds), np.ptp(grid.longitude_bounds)
+    row_height = float(np.clip(3.9 * height / width, 1.4, 3.6))
+    figure, axes = _figure(12.5, row_height * len(leads) + 1.4, len(leads), 3)
+    for row, lead in enumerate(leads):
+        for column, (name, values) in enumerate((("truth", truth), ("forecast", forecast), ("error", error))):
+            axis = axes[row, column]
+            limits = {"vmin": low, "vmax": high, "cmap": "viridis"}
+            if name == "error":
+                limits = {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}
+            axis.set_facecolor(MISSING)
+            image = axis.pcolormesh(grid.longitude_bounds, grid.latitude_bounds, values[row], rasterized=True, **limits)
+            axis.set_title(f"{name}, {lead}", fontsize=10)
+            _degrees(axis, first=column == 0, last=row == len(leads) - 1)
+            if row == len(leads) - 1 and column in (1, 2):
+                where = axes[:, :2] if column == 1 else axes[:, 2:]
+                text = (
+                    f"{label} ({units or 'data units'})"
+                    if column == 1
+                    else f"forecast - truth ({units or 'data units'})"
+                )
+                figure.colorbar(image, ax=where, location="bottom", extend="both", aspect=40, shrink=0.7, label=text)
+    figure.suptitle(f"{label}: {title}" if title else label, fontsize=12)
+    return figure
+
+
+def _degrees(axis, *, first: bool, last: bool) -> None:
+    """Degrees as a reader of maps expects them; labels only at the figure's edge."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    def east(value, _):
+        turned = (value + 180) % 360 - 180
+        return f"{abs(turned):g}°{'' if turned in (0, -180) else 'E' if turned > 0 else 'W'}"
+
+    axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 6, 10]))
+    axis.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 3, 6, 10]))
+    axis.xaxis.set_major_formatter(FuncFormatter(east))
+    axis.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{abs(value):g}°{'N' if value > 0 else 'S' if value < 0 else ''}")
+    )
+    axis.tick_params(labelsize=8, labelbottom=last, labelleft=first)
+
+
+def spectra(found: ZonalSpectra, label: str, units: str, channel: int, leads: Sequence[str]):
+    """Zonal power of truth and forecast, and their ratio, by wavenumber; a colour a lead time."""
+    forecast, truth = (values[:, channel].numpy() for values in found.values())
+    waves = found.wavenumbers.numpy()
+    figure, axes = _figure(11, 3.6, 1, 2)
+    power, ratio = axes[0]
+    for lead, text in enumerate(leads):
+        colour = COLOURS[lead % len(COLOURS)]
+        power.loglog(waves[1:], forecast[lead, 1:], color=colour, label=f"forecast, {text}")
+        ratio.semilogx(waves[1:], forecast[lead, 1:] / truth[lead, 1:], color=colour, label=text)
+    power.loglog(waves[1:], truth[0, 1:], color="black", linestyle=":", linewidth=2, label="truth")
+    ratio.axhline(1, color="black", linestyle=":", linewidth=2)
+    power.set_ylabel(f"power ({units or 'data units'})²")
+    ratio.set_ylabel("power of forecast / power of truth")
+    ratio.set_ylim(0, max(1.3, min(2.5, float(np.nanmax(forecast[:, 1:] / truth[:, 1:], initial=1.0)) * 1.05)))
+    for axis in axes[0]:
+        axis.set_xlabel("zonal wavenumber (cycles around the globe)")
+        axis.grid(alpha=0.25, which="both")
+        axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{label}: zonal spectra (below 1 at high wavenumbers: the forecast is too smooth)", fontsize=12)
+    return figure
+
+
+def training_curve(metrics: Sequence[dict]):
+    """Training and validation loss against the step, from the lines of metrics.jsonl; None where there are none."""
+    train = np.array([(line["step"], line["train/loss"]) for line in metrics if "train/loss" in line]).reshape(-1, 2)
+    validation = np.array([(line["step"], line["val/loss"]) for line in metrics if "val/loss" in line]).reshape(-1, 2)
+    if not train.size:
+        return None
+    figure, axes = _figure(8, 3.4)
+    axis = axes[0, 0]
+    axis.plot(train[:, 0], train[:, 1], color="0.75", linewidth=0.8, label="training, every step")
+    window = max(1, len(train) // 50)
+    if window > 1:
+        smooth = np.convolve(train[:, 1], np.ones(window) / window, mode="valid")
+        axis.plot(train[window - 1 :, 0], smooth, color=COLOURS[0], label=f"training, mean of {window} steps")
+    if validation.size:
+        axis.plot(validation[:, 0], validation[:, 1], color=OUR_COLOUR, marker="o", markersize=4, label="validation")
+        best = validation[np.nanargmin(validation[:, 1])]
+        axis.annotate(f"best {best[1]:.4g}", best, xytext=(0, 10), textcoords="offset points", ha="center", fontsize=8)
+    positive = np.concatenate([train[:, 1], validation[:, 1]])
+    if (positive > 0).all() and positive.max() > 5 * positive.min():
+        axis.set_yscale("log")
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss (in units of the reference's error)")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8)
+    axis.set_title("Training", fontsize=12)
+    return figure

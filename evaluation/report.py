@@ -1,0 +1,182 @@
+"""`report.html`: one self-contained page about one evaluated run; it loads nothing from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from data.calendars import format_time
+from evaluation import plots
+from evaluation.evaluation import OURS, Evaluation
+from evaluation.intervals import method_interval, read_windows
+from evaluation.run_folder import RunFolder
+from evaluation.scores import SCORES
+from evaluation.summary import WINDOWS_FILE
+
+MAX_FIGURE_VARIABLES = 12
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1150px; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.6em; margin-bottom: 0 } h2 { font-size: 1.25em; margin-top: 2em; border-bottom: 1px solid #ccc }
+table { border-collapse: collapse; margin: .8em 0 } th, td { padding: .2em .8em; text-align: right }
+th:first-child, td:first-child { text-align: left } thead th { border-bottom: 1.5px solid #444 }
+tr.ours { background: #fdf0e6 } td.best { font-weight: 700 } caption { text-align: left; font-weight: 600 }
+.note { color: #666; font-size: .9em } img { max-width: 100% }
+pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
+dl { display: grid; grid-template-columns: max-content auto; gap: .1em 1.2em } dt { color: #666 } dd { margin: 0 }
+summary { cursor: pointer; color: #0072B2 }
+"""
+
+
+def write_report(
+    found: Evaluation,
+    run: RunFolder,
+    folder: Path,
+    *,
+    checkpoint: str,
+    parameters: int,
+    data,
+    example: tuple[int, Tensor, Tensor] | None,
+) -> Path:
+    """Writes the page into `folder`, which holds the scores of the same evaluation.
+
+    data: the GriddedData. example: (base index, truth (L, C, H, W), forecast) of the window to draw, or None for a page
+    without pictures.
+    """
+    body = [
+        f"<h1>{escape(run.path.resolve().name)}</h1>",
+        _facts(found, run, checkpoint, parameters, data),
+        "<h2>Scores</h2>",
+        _score_tables(found, folder),
+    ]
+    if example is not None:
+        body += _pictures(found, run, data, example)
+    body += [
+        "<h2>Configuration</h2>",
+        f"<p class=note>Overrides: {escape(' '.join(run.overrides)) or 'none'}</p>",
+        f"<details><summary>config.yaml</summary><pre>{escape((run.path / 'config.yaml').read_text())}</pre></details>",
+    ]
+    title = escape(f"{run.path.resolve().name}: evaluation")
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _facts(found: Evaluation, run: RunFolder, checkpoint: str, parameters: int, data) -> str:
+    config = run.config
+
+    def when(base: int) -> str:
+        return format_time(data.times[base], data.calendar)
+
+    parts = [
+        str(config.model[slot].get("_target_", "")).rpartition(".")[2] for slot in ("encoder", "processor", "decoder")
+    ]
+    grid = found.grid
+    facts = {
+        "model": f"{' → '.join(parts)}, {parameters:,} parameters, checkpoint {checkpoint}",
+        "data": f"{config.data.get('path')}: {', '.join(variable.label for variable in found.variables)}, "
+        f"{grid.shape[0]} x {grid.shape[1]} cells, {'global' if grid.is_global else 'regional'}",
+        "evaluated": f"{found.split} split, {found.bases.size} forecasts started {when(found.bases[0])} to "
+        f"{when(found.bases[-1])}",
+        "weights": {"area": "exact cell area", "cos": "cosine of latitude"}[found.weights],
+        "folder": str(run.path.resolve()),
+    }
+    if run.metrics:
+        facts["training"] = f"{run.metrics[-1]['step']} steps"
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
+    return f"<dl>{rows}</dl>"
+
+
+def _score_tables(found: Evaluation, folder: Path) -> str:
+    windows = read_windows(folder / WINDOWS_FILE)
+    content, tables = found.content(), []
+    for channel, variable in enumerate(found.variables):
+        for score in SCORES:
+            intervals = None
+            if score == "rmse" and windows is not None:
+                intervals = [method_interval(windows, OURS, lead, channel) for lead in range(len(found.hours))]
+            units = "" if score == "acc" else f" ({variable.units or 'data units'})"
+            caption = f"{plots.TITLES[score]} of {variable.label}{units}"
+            tables.append(_table(caption, content[variable.label][score], score, intervals))
+    html = "".join(tables)
+    html += "<p class=note>Bold: best of the column. In brackets: 95 % interval from blocks of at least a week.</p>"
+    for region in found.regions[1:]:
+        content = found.content(region)
+        inside = "".join(
+            _table(f"{plots.TITLES[score]} of {name}, {region}", content[name][score], score, None)
+            for name in content
+            for score in ("rmse", "bias", "acc")
+        )
+        html += f"<details><summary>Region: {escape(region)}</summary>{inside}</details>"
+    return html
+
+
+def _table(caption: str, leads: dict, score: str, intervals: Sequence[tuple[float, float]] | None) -> str:
+    methods = list(dict.fromkeys(method for by_method in leads.values() for method in by_method))
+    head = "".join(f"<th>{hours} h</th>" for hours in leads)
+    rows = []
+    for method in methods:
+        cells = []
+        for place, by_method in enumerate(leads.values()):
+            if method not in by_method:
+                cells.append("<td>-</td>")
+                continue
+            best = (max if score == "acc" else min)(by_method.values(), key=abs if score == "bias" else None)
+            text = f"{by_method[method]:.4g}"
+            if method == OURS and intervals is not None and np.isfinite(intervals[place]).all():
+                text += f' <span class="note">[{intervals[place][0]:.3g}, {intervals[place][1]:.3g}]</span>'
+            cells.append(f"<td{' class=best' if by_method[method] == best else ''}>{text}</td>")
+        name = escape(method.replace("_", " "))
+        rows.append(f"<tr{' class=ours' if method == OURS else ''}><td>{name}</td>{''.join(cells)}</tr>")
+    return (
+        f"<table><caption>{escape(caption)}</caption><thead><tr><th></th>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _pictures(found: Evaluation, run: RunFolder, data, example: tuple[int, Tensor, Tensor]) -> list[str]:
+    base, truth, forecast = example
+    leads = [f"{hours:g} h" for hours in found.hours]
+    channels = range(min(len(found.variables), MAX_FIGURE_VARIABLES))
+    body = ["<h2>Scores by lead time</h2>"]
+    if len(found.variables) > len(channels):
+        body.append(f"<p class=note>Pictures show the first {len(channels)} of {len(found.variables)} variables.</p>")
+    body += [_image(plots.lead_time_curves(found, channel), "scores against lead time") for channel in channels]
+    body.append("<h2>A typical forecast</h2>")
+    started = f"started {format_time(data.times[base], data.calendar)}"
+    for channel in channels:
+        variable = found.variables[channel]
+        figure = plots.maps(
+            found.grid, variable.label, variable.units, truth[:, channel], forecast[:, channel], leads, started
+        )
+        body.append(_image(figure, f"maps of truth, forecast and error of {variable.label}"))
+    body.append("<p class=note>The forecast whose error is the median of all. Grey: no observation.</p>")
+    if found.spectra is not None:
+        body.append("<h2>Zonal spectra</h2>")
+        for channel in channels:
+            variable = found.variables[channel]
+            body.append(
+                _image(plots.spectra(found.spectra, variable.label, variable.units, channel, leads), "zonal spectra")
+            )
+    curve = plots.training_curve(run.metrics)
+    if curve is not None:
+        body += ["<h2>Training</h2>", _image(curve, "training and validation loss")]
+    return body
+
+
+def _image(figure, description: str) -> str:
+    return f'<p><img alt="{escape(description)}" src="{plots.data_address(plots.png(figure))}"></p>'
+
+
+def typical_window(found: Evaluation) -> int:
+    """Position in `found.bases` of the window whose error at the longest lead is the median, over all variables."""
+    error = found.squared_error[OURS][:, -1] / found.weight[:, -1].clamp_min(1e-30)
+    relative = (error / error.mean(dim=0).clamp_min(1e-30)).mean(dim=1)
+    return int(relative.argsort()[relative.numel() // 2])
