@@ -20,7 +20,7 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True)
 class Variable:
-    """A physical quantity. level: pressure (hPa) or depth (m) of this slice; domain: where it exists (all, sea, land)."""
+    """A physical quantity. level: pressure (hPa) or depth (m) of this slice; domain: where it exists: all, sea, land."""
 
     name: str
     units: str = ""
@@ -59,7 +59,7 @@ def _mapped(value: Any, function):
 
 
 def calendar(times: Tensor) -> tuple[Tensor, Tensor]:
-    """(second_of_day, day_of_year) as float32 of int64 seconds since 1970 UTC, Gregorian; day 1.0 is 1 January 00:00."""
+    """(second_of_day, day_of_year), float32, of int64 seconds since 1970 UTC, Gregorian; day 1.0 is 1 January 00:00."""
     seconds = times.to(torch.int64)
     day = torch.div(seconds, SECONDS_PER_DAY, rounding_mode="floor")
     second_of_day = (seconds - day * SECONDS_PER_DAY).float()
@@ -112,12 +112,13 @@ class Field(_Movable):
         expected = (len(self.variables), *self.grid.shape)
         if self.values.ndim < 3 or tuple(self.values.shape[2:]) != expected:
             raise ValueError(
-                f"a field of {len(self.variables)} variables on a {self.grid.kind} grid {self.grid.shape} needs values of "
-                f"shape (B, T, {', '.join(map(str, expected))}), got {tuple(self.values.shape)}"
+                f"a field of {len(self.variables)} variables on a {self.grid.kind} grid {self.grid.shape} needs values "
+                f"of shape (B, T, {', '.join(map(str, expected))}), got {tuple(self.values.shape)}"
             )
         if tuple(self.times.shape) != tuple(self.values.shape[:2]) or self.times.dtype != torch.int64:
             raise ValueError(
-                f"times must be int64 of shape {tuple(self.values.shape[:2])}, got {self.times.dtype} {tuple(self.times.shape)}"
+                f"times must be int64 of shape {tuple(self.values.shape[:2])}, got {self.times.dtype} "
+                f"{tuple(self.times.shape)}"
             )
         for name in ("valid", "domain", "scale", "offset"):
             tensor = getattr(self, name)
@@ -130,7 +131,9 @@ class Field(_Movable):
             except RuntimeError:
                 fits = False
             if not fits:
-                raise ValueError(f"{name} {tuple(tensor.shape)} does not broadcast to values {tuple(self.values.shape)}")
+                raise ValueError(
+                    f"{name} {tuple(tensor.shape)} does not broadcast to values {tuple(self.values.shape)}"
+                )
         if self.second_of_day is None or self.day_of_year is None:
             second_of_day, day_of_year = calendar(self.times)
             object.__setattr__(self, "second_of_day", second_of_day)
@@ -138,7 +141,10 @@ class Field(_Movable):
 
     @property
     def presence(self) -> Tensor | None:
-        """Bool mask of what may be read, broadcastable to values: valid, inside the domain and in a valid frame; None = all."""
+        """Bool mask of what may be read, broadcastable to values; None = all.
+
+        Present means valid, inside the domain and in a valid frame.
+        """
         mask = self.valid
         if self.domain is not None:
             mask = self.domain if mask is None else mask & self.domain
@@ -154,7 +160,7 @@ class Field(_Movable):
         return self.values if mask is None else torch.where(mask, self.values, 0.0)
 
     def channels(self, *, gaps: bool) -> Tensor:
-        """(B, T, C or 2 C, *grid.shape): filled values, followed by their 0/1 validity where the layout says gaps occur."""
+        """(B, T, C or 2 C, *grid.shape): filled values, and after them their 0/1 validity where the layout has gaps."""
         values = self.filled
         if not gaps:
             return values
@@ -175,8 +181,8 @@ class Query(_Movable):
     """Where, when and what to predict.
 
     times: (B, L) int64 seconds since 1970 UTC. lead_time: (B, L) float32 seconds after the last input frame.
-    features: (B, F, *grid.shape) or None: input channels on the query's own grid (all frames, layout order), from which a
-        decoder may build its queries (Perceiver IO, section 3.2: the input itself as the query).
+    features: (B, F, *grid.shape) or None: input channels on the query's own grid (all frames, layout order), from which
+        a decoder may build its queries (Perceiver IO, section 3.2: the input itself as the query).
     """
 
     grid: Grid
@@ -196,8 +202,8 @@ class Query(_Movable):
 class Batch(_Movable):
     """Named inputs and targets of one step, plus the layout that describes them.
 
-    The first input in layout order sets the time: lead times count from its last frame. Raises ValueError where an input
-    or a target differs from the layout.
+    The first input in layout order sets the time: lead times count from its last frame. Raises ValueError where an
+    input or a target differs from the layout.
     """
 
     inputs: dict[str, Field]

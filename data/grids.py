@@ -188,7 +188,9 @@ class Points(Grid):
     def __init__(self, locations):
         self.locations = np.asarray(locations, dtype=np.float64)
         if self.locations.ndim != 2 or self.locations.shape[1] != 2 or not np.isfinite(self.locations).all():
-            raise ValueError(f"points need finite (latitude, longitude) pairs of shape (P, 2), got {self.locations.shape}")
+            raise ValueError(
+                f"points need finite (latitude, longitude) pairs of shape (P, 2), got {self.locations.shape}"
+            )
 
     @property
     def shape(self) -> tuple[int]:
