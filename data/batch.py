@@ -20,7 +20,10 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True)
 class Variable:
-    """A physical quantity. level: pressure (hPa) or depth (m) of this slice; domain: where it exists: all, sea, land."""
+    """A physical quantity.
+
+    level: pressure (hPa) or depth (m) of this slice. domain: where it exists (all, sea, land).
+    """
 
     name: str
     units: str = ""
