@@ -120,12 +120,13 @@ def load(directory: str | Path, *, ema: bool = True) -> EncodeProcessDecode:
 
     Composes nothing: the checkpoint holds its configuration. Runs no code from the folder. Raises ValueError, OSError.
     """
-    from safetensors.torch import load_file
-
     folder = Path(directory)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a checkpoint (no config.json); give a folder such as <run>/checkpoints/best")
-    stored = json.loads((folder / "config.json").read_text())
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged ({error}); use another checkpoint of the run") from error
     if stored.get("format") != FORMAT:
         raise ValueError(f"{folder} has checkpoint format {stored.get('format')}, this version reads {FORMAT}")
     config = OmegaConf.create({"model": stored["model"], "task": stored["task"]})
@@ -136,9 +137,19 @@ def load(directory: str | Path, *, ema: bool = True) -> EncodeProcessDecode:
                 config.model[part].attention = "auto"
     model = build_from_config(config, Layout.from_dict(stored["layout"]))
     averaged = folder / "ema.safetensors"
-    weights = load_file(averaged if ema and averaged.is_file() else folder / "model.safetensors")
-    model.load_state_dict(weights)
+    _fill(model, averaged if ema and averaged.is_file() else folder / "model.safetensors")
     return model.eval()
+
+
+def _fill(model: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is damaged or of another model ({reason}); use another checkpoint") from error
 
 
 def _part(model: Mapping[str, Any], place: str, *layouts: Layout | LatentLayout, **injected: Any) -> nn.Module:

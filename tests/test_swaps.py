@@ -20,7 +20,14 @@ from models.composition import build_from_config, compose
 from tests.model_examples import tiny_batch, tiny_layout
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "model"
-TINY = ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.num_latents=6", "model.patch_size=3"]
+TINY = [
+    "model/size=tiny",
+    "model.hidden_size=16",
+    "model.depth=1",
+    "model.num_heads=2",
+    "model.num_latents=6",
+    "model.patch_size=3",
+]
 CPU_ATTENTION = ("auto", "reference", "sdpa", "flash")
 
 

@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from data.batch import Layout, Query
+from data.grids import LatLonGrid
 from models.attention import AttentionLayer, Context, Modulation
 from models.conditioning.moment import Moment
 from models.decoders.windows import Windows
@@ -95,7 +96,9 @@ class PerceiverIODecoder(nn.Module):
             self.position = nn.Linear(places.shape[1], hidden_size)
         channels = layout.query_features(target)
         self.feature_size = features if channels else 0
-        self.feature = nn.Linear(channels * features**2, hidden_size) if self.feature_size else None
+        if self.feature_size and not isinstance(described.grid, LatLonGrid):
+            self.feature_size = 1  # scattered places have no neighbours
+        self.feature = nn.Linear(channels * self.feature_size**2, hidden_size) if self.feature_size else None
         self.moment = Moment(hidden_size, num_norms=2) if moment else None
         self.layer = AttentionLayer(
             hidden_size,
@@ -172,6 +175,8 @@ class PerceiverIODecoder(nn.Module):
             places = places + self.own_position(self.own_features)
         if self.feature is None:
             return places
+        if self.feature_size == 1:
+            return places + self.feature(query.features.flatten(2).transpose(1, 2))
         cells = neighbourhoods(query.features, self.feature_size, wraps=self.grid.wraps)  # (B, P, F k k)
         return places + self.feature(cells)
 
