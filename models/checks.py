@@ -132,6 +132,8 @@ def _check_ranks(config: DictConfig) -> None:
     for key in ("cp", "dp"):
         if config[key] is not None and config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be at least 1; leave it out for one rank")
+    if (config.dp or 1) > 1:
+        raise ValueError(f"dp={config.dp} asks for several ranks, and a run trains on one; leave dp out")
     if (config.cp or 1) == 1:
         return
     for slot in SLOTS:
@@ -140,6 +142,7 @@ def _check_ranks(config: DictConfig) -> None:
             raise ValueError(
                 f"cp={config.cp} spreads frames over ranks, and model.{slot} ({name}) mixes frames; leave cp out"
             )
+    raise ValueError(f"cp={config.cp} asks for several ranks, and a run trains on one; leave cp out")
 
 
 def _check_attention(config: DictConfig) -> None:
