@@ -71,11 +71,10 @@ REFUSALS = (
     Refusal(
         lambda model, layout: (
             _is(model, "decoder", "PerceiverIODecoder")
-            and model["decoder"].get("scope") == "local"
+            and "local" in (model["decoder"].get("scope"), model["decoder"].get("queries"))
             and not _has_grid(layout)
         ),
-        "model.decoder.scope=local needs a latitude-longitude grid, and no input or target has one; "
-        "use model.decoder.scope=global",
+        "local queries need a latitude-longitude grid, and no input or target has one; use model.decoder.scope=global",
     ),
 )
 

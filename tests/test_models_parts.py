@@ -300,3 +300,26 @@ def test_description_lists_parts_in_order_and_leaves_the_model_as_it_was():
     assert lines == ["input", "encoder", "processor", "adapter.forecast", "decoder.forecast", "total", "training"]
     assert f"{count(model):,}" in text and f"{count(model.encoder):,}" in text
     assert "2 x 1 x 6 x 16" in text and "2 x 3 x 2 x 6 x 10" in text
+
+
+def test_a_model_can_be_kept_from_knowing_date_and_place():
+    layout = tiny_layout(LatLonGrid(np.linspace(60, -60, 6), np.arange(12) * 30.0))
+    blind = ["model.calendar=none", "model.encoder.positions=false", "model.decoder.queries=local"]
+    model = built(["model/processor=spatial_transformer", *blind], layout)
+    batch = tiny_batch(layout)
+    before = model(batch)["forecast"]
+    field, target = batch.inputs["prognostic"], batch.targets["forecast"]
+    later = {
+        "inputs": {
+            "prognostic": replace(field, day_of_year=field.day_of_year + 90, second_of_day=field.second_of_day * 0)
+        },
+        "targets": {"forecast": replace(target, day_of_year=target.day_of_year + 90)},
+    }
+    assert torch.equal(model(replace(batch, **later))["forecast"], before)
+    turned = replace(batch, inputs={"prognostic": replace(field, values=field.values.roll(3, dims=-1))})
+    torch.testing.assert_close(model(turned)["forecast"], before.roll(3, dims=-1), rtol=1e-4, atol=1e-5)
+    hourly = built(["model.calendar=hour"], layout)
+    other_day = replace(batch, inputs={"prognostic": replace(field, day_of_year=field.day_of_year + 90)})
+    other_hour = replace(batch, inputs={"prognostic": replace(field, second_of_day=field.second_of_day + 6 * HOUR)})
+    assert torch.equal(hourly(other_day)["forecast"], hourly(batch)["forecast"])
+    assert not torch.allclose(hourly(other_hour)["forecast"], hourly(batch)["forecast"], atol=1e-4)

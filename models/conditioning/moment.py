@@ -9,26 +9,25 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from data.batch import Query
-from models.initialisation import linear_, zeros_
-from models.positions.time import CALENDAR_WIDTH, LeadTimeEmbedding, calendar_features
+from models.initialisation import zeros_
+from models.positions.time import CalendarEmbedding, LeadTimeEmbedding
 
 
 class Moment(nn.Module):
     """Query -> embedding (B, L, D) to add to queries, and FiLM of num_norms norms, scale and shift (B, L, D) each."""
 
-    def __init__(self, hidden_size: int, *, num_norms: int):
+    def __init__(self, hidden_size: int, *, num_norms: int, calendar: str):
         super().__init__()
         self.num_norms = num_norms
         self.lead_time = LeadTimeEmbedding(hidden_size)
-        self.calendar = nn.Linear(CALENDAR_WIDTH, hidden_size, bias=False)
+        self.calendar = CalendarEmbedding(hidden_size, calendar)
         self.film = nn.Linear(hidden_size, 2 * num_norms * hidden_size)
         self.initialise()
 
     def initialise(self) -> None:
-        linear_(self.calendar)
         zeros_(self.film)  # every lead time starts with the plain norm
 
     def forward(self, query: Query) -> tuple[Tensor, tuple[Tensor, ...]]:
         lead_time = self.lead_time(query.lead_time)
-        season = self.calendar(calendar_features(query.second_of_day, query.day_of_year))
-        return lead_time + season, self.film(lead_time).chunk(2 * self.num_norms, dim=-1)
+        calendar = self.calendar(query.second_of_day, query.day_of_year)
+        return lead_time + calendar, self.film(lead_time).chunk(2 * self.num_norms, dim=-1)

@@ -19,7 +19,8 @@ from models.patches import Patches
 class GridPatchDecoder(nn.Module):
     """Latents on the target's grid, Query -> (B, L, C * K, H, W): an MLP under FiLM of the lead time, a linear layer.
 
-    mlp_ratio: widening of the MLP. dropout: of its output. zero_head: start from the target's reference.
+    mlp_ratio: widening of the MLP; dropout: of its output. zero_head: start from the target's reference.
+    calendar: what is known of the target's date (season_and_hour, hour, none).
     """
 
     frame_local = False
@@ -33,6 +34,7 @@ class GridPatchDecoder(nn.Module):
         target: str,
         outputs_per_variable: int,
         mlp_ratio: float = 4.0,
+        calendar: str = "season_and_hour",
         zero_head: bool = True,
         dropout: float = 0.0,
     ):
@@ -42,7 +44,7 @@ class GridPatchDecoder(nn.Module):
         self.patches = Patches.of(latent_layout.grid, latent_layout.patch_size)
         self.zero_head = zero_head
         outputs = len(described.variables) * outputs_per_variable
-        self.moment = Moment(hidden, num_norms=1)
+        self.moment = Moment(hidden, num_norms=1, calendar=calendar)
         self.mlp_norm = nn.LayerNorm(hidden)
         self.mlp = MLP(hidden, ratio=mlp_ratio)
         self.dropout = nn.Dropout(dropout)

@@ -23,19 +23,21 @@ from models.latents import LatentLayout, Latents
 from models.patches import Patches, neighbourhoods
 from models.positions.fourier import fourier_features, frequencies, geographic_features
 
-QUERIES = ("coordinates", "trainable")
+QUERIES = ("coordinates", "trainable", "local")
 SCOPES = ("auto", "global", "local")
 
 
 class PerceiverIODecoder(nn.Module):
     """Latents, Query -> (B, L, C * K, *query.shape) for one target.
 
-    queries: coordinates (Fourier features of the places) or trainable (a learned table, one row a place).
+    queries: coordinates (Fourier features of the places), trainable (a learned table, one row a place) or local (only
+        where a place lies in its latent cell and the input around it; needs local windows).
     features: side (odd number of cells) of the neighbourhood of input values that joins each query where an input
         shares the target's grid; 0: none. The input itself as the query, as the paper does for optical flow.
     scope: global, local (the `window` x `window` latent cells around each place) or auto (local on gridded latents).
     query_residual: whether the query is added to what it read. moment: whether queries and norms know the calendar and
-        the lead time; without it all lead times are decoded alike. output_norm: a norm before the head.
+        the lead time; without it all lead times are decoded alike. calendar: what is known of the target's date
+        (season_and_hour, hour, none). output_norm: a norm before the head.
     qk_width, v_width: of queries and keys, and of values, over all heads (None: hidden_size, qk_width).
     zero_head: start from the target's reference.
     chunk_size: places decoded at a time (None: all), with the same result. Raises ValueError on values not allowed.
@@ -64,6 +66,7 @@ class PerceiverIODecoder(nn.Module):
         spacing: str = "linear",
         query_residual: bool = True,
         moment: bool = True,
+        calendar: str = "season_and_hour",
         output_norm: bool = True,
         zero_head: bool = True,
         dropout: float = 0.0,
@@ -79,6 +82,8 @@ class PerceiverIODecoder(nn.Module):
         self.chunk_size = chunk_size or described.grid.num_points
         gridded = latent_layout.grid_shape is not None
         self.windows = None
+        if scope == "global" and queries == "local":
+            raise ValueError("model.decoder.queries=local needs windows; use model.decoder.scope=local")
         if scope == "local" or (scope == "auto" and gridded):
             patches = Patches.of(latent_layout.grid, latent_layout.patch_size)
             windows = Windows.of(patches, described.grid.coordinates, window)
@@ -87,10 +92,10 @@ class PerceiverIODecoder(nn.Module):
             own = fourier_features(2 * windows.own, [frequencies(4, 4.0).float()] * 2)
             self.register_buffer("own_features", own, persistent=False)  # (P, F)
             self.own_position = nn.Linear(own.shape[1], hidden_size, bias=False)
+        self.table = self.position = None
         if queries == "trainable":
             self.table = nn.Parameter(torch.empty(described.grid.num_points, hidden_size))
-        else:
-            self.table = None
+        elif queries == "coordinates":
             places = geographic_features(described.grid.coordinates, num_bands, described.grid, spacing=spacing)
             self.register_buffer("places", places, persistent=False)  # (P, F)
             self.position = nn.Linear(places.shape[1], hidden_size)
@@ -99,7 +104,7 @@ class PerceiverIODecoder(nn.Module):
         if self.feature_size and not isinstance(described.grid, LatLonGrid):
             self.feature_size = 1  # scattered places have no neighbours
         self.feature = nn.Linear(channels * self.feature_size**2, hidden_size) if self.feature_size else None
-        self.moment = Moment(hidden_size, num_norms=2) if moment else None
+        self.moment = Moment(hidden_size, num_norms=2, calendar=calendar) if moment else None
         self.layer = AttentionLayer(
             hidden_size,
             latent_layout.hidden_size,
@@ -133,12 +138,12 @@ class PerceiverIODecoder(nn.Module):
 
     @staticmethod
     def requires_grid(options: dict) -> bool:
-        return options.get("scope") == "local"
+        return options.get("scope") == "local" or options.get("queries") == "local"
 
     def initialise(self) -> None:
-        if self.table is None:
+        if self.position is not None:
             linear_(self.position)
-        else:
+        if self.table is not None:
             table_(self.table)
         if self.feature is not None:
             linear_(self.feature)
@@ -170,9 +175,12 @@ class PerceiverIODecoder(nn.Module):
         return moment, Modulation(*film)
 
     def _places(self, query: Query) -> Tensor:
-        places = (self.position(self.places) if self.table is None else self.table)[None]
+        parts = [] if self.table is None else [self.table]
+        if self.position is not None:
+            parts.append(self.position(self.places))
         if self.windows is not None:
-            places = places + self.own_position(self.own_features)
+            parts.append(self.own_position(self.own_features))
+        places = sum(parts)[None]
         if self.feature is None:
             return places
         if self.feature_size == 1:

@@ -16,14 +16,15 @@ from models.initialisation import linear_
 from models.latents import LatentLayout, Latents
 from models.patches import Patches
 from models.positions.fourier import geographic_features
-from models.positions.time import CALENDAR_WIDTH, calendar_features
+from models.positions.time import CalendarEmbedding
 
 
 class GridPatchEncoder(nn.Module):
     """Batch -> Latents of one frame on the grid of patches.
 
     patch_size: cells a side, any size; grids that are no multiples are padded. context: cells of overlap on every side
-    that a token also sees. num_bands: Fourier bands of the tokens' positions. dropout: of the tokens.
+    that a token also sees. positions: whether tokens know their place, by num_bands Fourier bands.
+    calendar: what they know of the date (season_and_hour, hour, none). dropout: of the tokens.
     A token is masked when nothing was observed in its patch. Raises ValueError when inputs live on different grids.
     """
 
@@ -36,8 +37,10 @@ class GridPatchEncoder(nn.Module):
         hidden_size: int,
         patch_size: int,
         context: int = 0,
+        positions: bool = True,
         num_bands: int = 8,
         spacing: str = "linear",
+        calendar: str = "season_and_hour",
         dropout: float = 0.0,
     ):
         super().__init__()
@@ -54,18 +57,21 @@ class GridPatchEncoder(nn.Module):
         self.marks_padding = self.patches.padded or context > 0  # an extra channel: 1 on the grid, 0 beyond it
         channels = sum(item.frames * item.channels for item in layout.inputs.values()) + self.marks_padding
         area = (self.patches.size[0] + 2 * context) * (self.patches.size[1] + 2 * context)
-        positions = geographic_features(self.patches.coordinates, num_bands, first.grid, spacing=spacing)
-        self.register_buffer("positions", positions, persistent=False)  # (N, F)
         self.register_buffer("coordinates", self.patches.coordinates, persistent=False)
         self.embed = nn.Linear(channels * area, hidden_size)
-        self.position = nn.Linear(positions.shape[1], hidden_size, bias=False)
-        self.calendar = nn.Linear(CALENDAR_WIDTH, hidden_size, bias=False)
+        self.position = None
+        if positions:
+            places = geographic_features(self.patches.coordinates, num_bands, first.grid, spacing=spacing)
+            self.register_buffer("places", places, persistent=False)  # (N, F)
+            self.position = nn.Linear(places.shape[1], hidden_size, bias=False)
+        self.calendar = CalendarEmbedding(hidden_size, calendar)
         self.dropout = nn.Dropout(dropout)
         self.initialise()
 
     def initialise(self) -> None:
-        for layer in (self.embed, self.position, self.calendar):
-            linear_(layer)
+        linear_(self.embed)
+        if self.position is not None:
+            linear_(self.position)
 
     @property
     def latent_layout(self) -> LatentLayout:
@@ -73,9 +79,10 @@ class GridPatchEncoder(nn.Module):
 
     def forward(self, batch: Batch) -> Latents:
         field = next(iter(batch.inputs.values()))
-        season = calendar_features(field.second_of_day[:, -1], field.day_of_year[:, -1])  # (B, 4)
         tokens = self.embed(self.patches.unfold(self._image(batch), self.context))  # (B, N, D)
-        tokens = tokens + self.position(self.positions) + self.calendar(season)[:, None]
+        tokens = tokens + self.calendar(field.second_of_day[:, -1:], field.day_of_year[:, -1:])
+        if self.position is not None:
+            tokens = tokens + self.position(self.places)
         valid = self._valid(batch)
         return Latents(
             tokens=self.dropout(tokens)[:, None],

@@ -16,7 +16,7 @@ from models.attention import AttentionLayer
 from models.initialisation import linear_, table_
 from models.latents import LatentLayout, Latents
 from models.positions.fourier import geographic_features
-from models.positions.time import CALENDAR_WIDTH, LEAD_WIDTH, calendar_features, lead_features
+from models.positions.time import LEAD_WIDTH, CalendarEmbedding, lead_features
 
 SHARES = ("none", "all", "all_but_first")
 FRAMES = ("joint", "each")
@@ -28,26 +28,27 @@ class InputTokens(nn.Module):
     A linear layer of the concatenated features, written as a sum so that places are computed once a grid.
     """
 
-    def __init__(self, described: InputLayout, hidden_size: int, *, num_bands: int, spacing: str):
+    def __init__(self, described: InputLayout, hidden_size: int, *, num_bands: int, spacing: str, calendar: str):
         super().__init__()
         self.gaps = described.gaps
         places = geographic_features(described.grid.coordinates, num_bands, described.grid, spacing=spacing)
         self.register_buffer("places", places, persistent=False)  # (P, F)
         self.value = nn.Linear(described.channels, hidden_size)
         self.place = nn.Linear(places.shape[1], hidden_size, bias=False)
-        self.time = nn.Linear(CALENDAR_WIDTH + LEAD_WIDTH, hidden_size, bias=False)
+        self.age = nn.Linear(LEAD_WIDTH, hidden_size, bias=False)
+        self.calendar = CalendarEmbedding(hidden_size, calendar)
         self.initialise()
 
     def initialise(self) -> None:
-        for layer in (self.value, self.place, self.time):
+        for layer in (self.value, self.place, self.age):
             linear_(layer)
 
     def forward(self, field: Field, base_time: Tensor) -> tuple[Tensor, Tensor | None]:
         age = lead_features((field.times - base_time[:, None]).float())
-        moment = torch.cat([calendar_features(field.second_of_day, field.day_of_year), age], dim=-1)  # (B, T, F)
+        moment = self.age(age) + self.calendar(field.second_of_day, field.day_of_year)  # (B, T, D)
         values = field.channels(gaps=self.gaps).flatten(3)  # (B, T, C, P)
         tokens = self.value(rearrange(values, "b t c p -> b t p c"))
-        tokens = tokens + self.place(self.places) + self.time(moment)[:, :, None]
+        tokens = tokens + self.place(self.places) + moment[:, :, None]
         return tokens, _any_present(field)
 
 
@@ -77,6 +78,7 @@ class PerceiverEncoder(nn.Module):
         computed once. frames: joint (all frames at once, one latent frame) or each (every frame on its own).
     cross_heads, num_heads: of cross- and of self-attention; likewise the widths of queries and keys (qk), of values (v)
         and of the MLP; None takes the latents' width, and cross_mlp_ratio=None the mlp_ratio.
+    num_bands, spacing: of the places; calendar: what is known of the date (season_and_hour, hour, none).
     embed: false reads the values of a cell as its token: no projection, place or time (preprocessed features).
     query_residual: whether cross-attention adds to the latents or replaces them.
     Raises ValueError on values not allowed.
@@ -107,6 +109,7 @@ class PerceiverEncoder(nn.Module):
         embed: bool = True,
         num_bands: int = 16,
         spacing: str = "linear",
+        calendar: str = "season_and_hour",
         frames: str = "joint",
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
@@ -137,7 +140,9 @@ class PerceiverEncoder(nn.Module):
             )
         self.inputs = nn.ModuleDict(
             {
-                name: InputTokens(item, hidden_size, num_bands=num_bands, spacing=spacing) if embed else RawTokens(item)
+                name: InputTokens(item, hidden_size, num_bands=num_bands, spacing=spacing, calendar=calendar)
+                if embed
+                else RawTokens(item)
                 for name, item in layout.inputs.items()
             }
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.initialisation import linear_
 
-CALENDAR_WIDTH = 4
+CALENDARS = {"season_and_hour": slice(0, 4), "hour": slice(2, 4), "none": slice(0, 0)}
 _DECAY_HOURS = (6.0, 12.0, 24.0, 48.0, 96.0, 240.0)
 LEAD_WIDTH = 2 + len(_DECAY_HOURS) + 2
 
@@ -27,6 +27,31 @@ def lead_features(lead_time: Tensor) -> Tensor:
     decays = [torch.exp(-hours.abs() / scale) for scale in _DECAY_HOURS]
     phase = 2 * math.pi * hours / 24
     return torch.stack([torch.asinh(hours / 6), hours / 72, *decays, phase.sin(), phase.cos()], dim=-1)
+
+
+class CalendarEmbedding(nn.Module):
+    """Season and hour of day, (...) each -> (..., D). kind: season_and_hour, hour or none (zeros, no weights).
+
+    A model trained on one year can learn its weather by date: then `hour` or `none` generalise better.
+    """
+
+    def __init__(self, hidden_size: int, kind: str):
+        super().__init__()
+        if kind not in CALENDARS:
+            raise ValueError(f"unknown calendar {kind!r}; use model.calendar={'|'.join(CALENDARS)}")
+        self.hidden_size, self.columns = hidden_size, CALENDARS[kind]
+        width = self.columns.stop - self.columns.start
+        self.linear = nn.Linear(width, hidden_size, bias=False) if width else None
+        self.initialise()
+
+    def initialise(self) -> None:
+        if self.linear is not None:
+            linear_(self.linear)
+
+    def forward(self, second_of_day: Tensor, day_of_year: Tensor) -> Tensor:
+        if self.linear is None:
+            return second_of_day.new_zeros(*second_of_day.shape, self.hidden_size)
+        return self.linear(calendar_features(second_of_day, day_of_year)[..., self.columns])
 
 
 class LeadTimeEmbedding(nn.Module):
