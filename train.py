@@ -7,16 +7,18 @@ python train.py dry_run=true                         shapes, parameters and memo
 python train.py resume=<output folder>               goes on where a run stopped
 """
 
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
 from conf import schema
-from training import command_line
+from training import arguments, command_line
 
 schema.register()
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="train")
 @command_line.job
 def train(config: DictConfig) -> None:
     # torch and everything above it only now: --help and typing errors answer at once.
@@ -42,4 +44,4 @@ def train(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(train)
+    command_line.run(train, rewrite=arguments.rewrite)

@@ -49,7 +49,9 @@ def tiny_data(folder: Path, **kwargs) -> GriddedData:
 
 
 def tiny_task(**changes) -> ForecastTask:
-    settings = dict(input_frames=2, lead_times=[6, 24], reference="damped_persistence", head="deterministic", loss="mse")
+    settings = dict(
+        input_frames=2, lead_times=[6, 24], reference="damped_persistence", head="deterministic", loss="mse"
+    )
     return ForecastTask(**(settings | changes))
 
 
@@ -76,7 +78,9 @@ def settings(**changes):
     return OmegaConf.structured(Trainer(**(tiny | changes)))
 
 
-def tiny_loop(folder: Path, data, *, task=None, model=None, seed: int = 0, lr: float = 1e-2, **changes) -> TrainingLoop:
+def tiny_loop(
+    folder: Path, data, *, task=None, model=None, seed: int = 0, lr: float = 1e-2, optimizer: str = "adamw", **changes
+):
     torch.manual_seed(seed)
     task = task or tiny_task()
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +93,7 @@ def tiny_loop(folder: Path, data, *, task=None, model=None, seed: int = 0, lr: f
         BatchLoader(train_set, batch_size=trainer.batch_size, seed=seed),
         BatchLoader(validation_set, batch_size=trainer.batch_size, shuffle=False),
         settings=trainer,
-        optimizer=OmegaConf.structured(Optimizer(lr=lr)),
+        optimizer=OmegaConf.structured(Optimizer(name=optimizer, lr=lr)),
         scheduler=OmegaConf.structured(Scheduler(warmup_steps=2)),
         files=RunFiles({"model": {}, "task": {}, "layout": layout.to_dict()}, normalisation),
         run_dir=folder,

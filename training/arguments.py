@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-RECORDED = "overrides.txt"
+from training.run_folder import OVERRIDES, last_checkpoint
 
 
 def rewrite(arguments: list[str]) -> list[str]:
@@ -25,12 +25,12 @@ def rewrite(arguments: list[str]) -> list[str]:
     given = [argument for argument in arguments if argument not in resumes]
     keys = {_key(argument) for argument in given}
     recorded = [
-        line for line in (run_dir / RECORDED).read_text().splitlines() if line.strip() and _key(line) not in keys
+        line for line in (run_dir / OVERRIDES).read_text().splitlines() if line.strip() and _key(line) not in keys
     ]
     for line in recorded:
         # The folder may come from a stranger, and Hydra's own node can start programs.
         if line.startswith("-") or _key(line).split(".")[0].split("/")[0] == "hydra":
-            raise ValueError(f"{run_dir / RECORDED} holds {line!r}, which is no setting of a run; remove that line")
+            raise ValueError(f"{run_dir / OVERRIDES} holds {line!r}, which is no setting of a run; remove that line")
     return [*recorded, *given, f"resume={_quoted(run_dir)}", f"hydra.run.dir={_quoted(run_dir)}"]
 
 
@@ -42,10 +42,11 @@ def _run_dir(text: str) -> Path:
         raise ValueError(
             f"resume={text} is not a folder; give the output folder of a run, like resume=outputs/<date>/<time>"
         )
-    if not (path / RECORDED).exists():
+    if not (path / OVERRIDES).exists():
         raise ValueError(
-            f"resume={text} is not the folder of a run (it has no {RECORDED}); give a folder that train.py wrote"
+            f"resume={text} is not the folder of a run (it has no {OVERRIDES}); give a folder that train.py wrote"
         )
+    last_checkpoint(path)
     return path.absolute()
 
 

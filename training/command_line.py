@@ -11,20 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
+MODEL_GROUPS = ("encoder", "processor", "decoder", "attention", "size")
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
 _job_started = False
 
 
-def run(main: Callable[[], None]) -> None:
-    """Calls a `hydra.main` function; an error that the user can repair ends as `error: one sentence`, exit code 1."""
+def run(main: Callable[[], None], *, rewrite: Callable[[list[str]], list[str]] = list) -> None:
+    """Calls a `hydra.main` function; an error that the user can repair ends as `error: one sentence`, exit code 1.
+
+    rewrite: changes the arguments before Hydra reads them.
+    """
+    global _job_started
+    _job_started = False
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors, which it otherwise prints over several lines
     try:
+        sys.argv[1:] = rewrite(sys.argv[1:])
         main()
     except KeyboardInterrupt:
         fail("interrupted", code=130)
@@ -90,25 +97,38 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _composition_sentence(error: Exception) -> str:
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    """Hydra's and OmegaConf's errors, which name search paths and object types over several lines."""
     text = str(error).split("Config search path")[0]
-    unknown = re.search(r"Could not (?:override|append to config\. An item is already at) '([^']+)'", text)
-    if unknown and "already at" not in text:
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        if not value:
+            return f"cannot read {error.override!r}; settings are typed as name=value"
+        return f"cannot read {error.override}; quote what holds spaces, commas or =, like \"{key}='{value}'\""
+    if choice := re.search(r"Could not find '(.+)/(.+)'(?:\s+Available options in '.+':)?([\s\S]*)", text):
+        group, name, available = choice.groups()
+        options = f"choose one of {', '.join(available.split())}" if available.split() else "there is none to choose"
+        return f"there is no {group}={name}; {options}"
+    if wrong := re.search(r"Error merging override \+*(\S+)", text):
+        return f"{wrong.group(1)} does not fit: {str(cause).splitlines()[0]}"
+    if unknown := re.search(r"Could not override '([^']+)'", text):
         return _unknown_option(unknown.group(1), cause)
-    if cause is not error:
-        text = f"{text} ({str(cause).split('object_type')[0]})"
+    if twice := re.search(r"An item is already at '([^']+)'", text):
+        return f"{twice.group(1)} exists already; change it with {twice.group(1)}=<value>, without the +"
     return _one_line(re.sub(r"(?m)^\s*(object_type|reference_type)=.*$", "", text))
 
 
 def _unknown_option(key: str, cause: BaseException) -> str:
     node = getattr(cause, "parent_node", None)
-    known = [str(name) for name in node] if isinstance(node, DictConfig) else []
+    known = [str(name) for name in node if name != "hydra"] if isinstance(node, DictConfig) else []
     parent, _, name = key.rpartition(".")
+    if not parent and name in MODEL_GROUPS:
+        return f"there is no option {name}; it belongs to the model: model/{name}=<option>"
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"there is no option {key}; did you mean {parent + '.' if parent else ''}{near[0]}?"
-    allowed = f" ({parent or 'the root'} has {', '.join(known)})" if known else ""
-    return f"there is no option {key}{allowed}; python train.py --help lists what can be set"
+    allowed = f"{parent or 'the root'} has {', '.join(known)}" if known else "python train.py --help lists the options"
+    return f"there is no option {key}; {allowed}"
 
 
 def _one_line(text: str) -> str:

@@ -84,6 +84,7 @@ class TrainingLoop:
         self.train_loader, self.validation_loader = train_loader, validation_loader
         self.optimizer = build_optimizer(self.model, **optimizer)
         self.schedule = dict(scheduler, max_steps=settings.max_steps, lr=optimizer.lr)
+        learning_rate(0, **self.schedule)  # a wrong scheduler ends here, not after data were read
         self.average = None if settings.ema_decay is None else WeightAverage(self.model, settings.ema_decay)
         self.checkpoints = Checkpoints(run_dir / "checkpoints", keep=settings.keep)
         self.progress = Progress()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 
 class ProgressBar:
@@ -11,7 +12,7 @@ class ProgressBar:
     def __init__(self, first: int, total: int, *, samples: int, shown: bool):
         from tqdm import tqdm
 
-        self._samples = samples
+        self._samples, self._steps, self._started = samples, 0, time.perf_counter()
         self._validation = ""
         self._bar = tqdm(
             initial=first,
@@ -26,8 +27,8 @@ class ProgressBar:
     def update(self, metrics: dict[str, float]) -> None:
         if "val/loss" in metrics:
             self._validation = f"validation {metrics['val/loss']:.4f}, "
-        state = self._bar.format_dict
-        rate = (state["n"] + 1 - state["initial"]) * self._samples / max(state["elapsed"], 1e-9)
+        self._steps += 1
+        rate = self._steps * self._samples / max(time.perf_counter() - self._started, 1e-9)
         text = f"loss {metrics['train/loss']:.4f}, {self._validation}{rate:.0f} samples/s"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()

@@ -14,10 +14,12 @@ from torch import nn
 
 from data.loading import BatchLoader
 from training import environment
-from training.checkpoints import RunFiles, last_checkpoint, load_weights, read_normalisation
+from training.checkpoints import RunFiles, load_weights, read_normalisation
 from training.loop import Outcome, TrainingLoop
+from training.run_folder import OVERRIDES, last_checkpoint
 from training.sweep import parent_run
 from training.tracking import build_tracker
+from training.tracking_store import resolve_uri
 
 VALIDATIONS = 10  # over the budget, where trainer.validate_every is not given
 
@@ -38,9 +40,19 @@ def complete(config: DictConfig, data) -> None:
         trainer.max_steps = data.recommended.get("max_steps", 2000)
     if trainer.validate_every is None:
         trainer.validate_every = max(1, trainer.max_steps // VALIDATIONS)
-    for name in ("max_steps", "batch_size", "accumulate", "validate_every", "checkpoint_every", "early_stopping"):
+    for name in (
+        "max_steps",
+        "batch_size",
+        "accumulate",
+        "validate_every",
+        "checkpoint_every",
+        "early_stopping",
+        "num_threads",
+    ):
         if trainer[name] is not None and trainer[name] < 1:
             raise ValueError(f"trainer.{name}={trainer[name]} must be at least 1")
+    if trainer.num_threads is not None:
+        torch.set_num_threads(trainer.num_threads)
 
 
 class Run:
@@ -52,6 +64,8 @@ class Run:
     def __init__(self, config: DictConfig, data, task, model: nn.Module):
         complete(config, data)
         trainer = config.trainer
+        if config.tracking.enabled:
+            resolve_uri(config.tracking.uri)
         self.config, self.data, self.task = config, data, task
         self.directory = Path(HydraConfig.get().runtime.output_dir)
         checkpoint = last_checkpoint(self.directory) if config.resume else None
@@ -113,7 +127,7 @@ class Run:
         overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("resume=")]
         contents = {
             "config.yaml": OmegaConf.to_yaml(self.config, resolve=True),
-            "overrides.txt": "".join(f"{item}\n" for item in overrides),
+            OVERRIDES: "".join(f"{item}\n" for item in overrides),
             "environment.txt": environment.describe(),
         }
         for name, text in contents.items():

@@ -1,0 +1,147 @@
+"""Killed at any step and resumed, a run is bit for bit the run that was never interrupted (CPU)."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny_data, tiny_loop
+
+from training.arguments import rewrite
+from training.run_folder import last_checkpoint
+from training.tracking import NoTracker
+
+TESTS = Path(__file__).resolve().parent
+SETTINGS = dict(max_steps=40, validate_every=4, checkpoint_every=3, accumulate=2, early_stopping=6, keep=2)
+
+SLOW_RUN = """
+import sys, time
+from pathlib import Path
+from tiny_run import tiny_data, tiny_loop
+from training.tracking import NoTracker
+
+class Paced(NoTracker):  # slow enough to be killed between, before and inside steps
+    def log(self, step, values):
+        time.sleep(0.02)
+
+folder = Path(sys.argv[1])
+tiny_loop(folder / "run", tiny_data(folder), **{settings}).run(Paced())
+"""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    tiny_loop(folder / "run", tiny_data(folder), **SETTINGS).run(NoTracker())
+    return folder / "run"
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """Losses, weights, averages and every checkpoint that is kept, as bytes."""
+    kept = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*.safetensors")}
+    return kept | {"metrics.jsonl": (run / "metrics.jsonl").read_bytes()}
+
+
+def test_sigkill_and_resume_repeat_the_uninterrupted_run(uninterrupted, tmp_path):
+    step = random.randrange(4, 38)
+    script = SLOW_RUN.replace("{settings}", repr(SETTINGS))
+    environment = {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < step):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    reached = metrics.read_bytes().count(b"\n")
+    assert step <= reached < SETTINGS["max_steps"]
+
+    resumed = tiny_loop(tmp_path / "run", tiny_data(tmp_path), **SETTINGS)
+    resumed.resume(last_checkpoint(tmp_path / "run"))
+    assert 0 < resumed.progress.step <= reached
+    resumed.run(NoTracker())
+    assert files(tmp_path / "run") == files(uninterrupted), f"killed after step {reached}"
+
+
+@pytest.mark.parametrize("stop", [1, 2, 7, 23])
+def test_stopping_anywhere_changes_nothing(uninterrupted, tmp_path, stop):
+    """Interrupted by an exception right after a step was logged, with the model left in any state."""
+
+    class Stop(NoTracker):
+        def log(self, step, values):
+            if step == stop:
+                raise KeyboardInterrupt
+
+    data = tiny_data(tmp_path)
+    loop = tiny_loop(tmp_path / "run", data, **(SETTINGS | {"checkpoint_every": 1}))
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(Stop())
+    if stop > 1:
+        loop = tiny_loop(tmp_path / "run", data, **SETTINGS)
+        loop.resume(last_checkpoint(tmp_path / "run"))
+        assert loop.progress.step == stop - 1
+        loop.run(NoTracker())
+        assert files(tmp_path / "run") == files(uninterrupted)
+    else:
+        with pytest.raises(ValueError, match="holds no checkpoint"):
+            last_checkpoint(tmp_path / "run")
+
+
+def test_validating_more_often_does_not_change_training(uninterrupted, tmp_path):
+    """Everything random follows from (seed, step), so looking does not disturb."""
+    loop = tiny_loop(
+        tmp_path / "run", tiny_data(tmp_path), **(SETTINGS | {"validate_every": 1, "early_stopping": None})
+    )
+    loop.run(NoTracker())
+    model = "checkpoints/last/model.safetensors"
+    assert (tmp_path / "run" / model).read_bytes() == (uninterrupted / model).read_bytes()
+
+
+def test_a_longer_budget_goes_on(tmp_path):
+    data = tiny_data(tmp_path)
+    tiny_loop(tmp_path / "run", data, max_steps=4).run(NoTracker())
+    longer = tiny_loop(tmp_path / "run", data, max_steps=9)
+    longer.resume(last_checkpoint(tmp_path / "run"))
+    assert longer.run(NoTracker()).progress.step == 9
+    assert last_checkpoint(tmp_path / "run").name == "step_00000009"
+
+
+def run_folder(folder: Path, *overrides: str) -> Path:
+    (folder / "checkpoints" / "last").mkdir(parents=True)
+    (folder / "overrides.txt").write_text("".join(f"{item}\n" for item in overrides))
+    return folder
+
+
+def test_arguments_are_the_recorded_ones_then_the_new_ones(tmp_path):
+    folder = run_folder(tmp_path / "a run=1", "data=netcdf", "data.path='x y.nc'", "trainer.max_steps=4")
+    assert rewrite([f"resume={folder}", "trainer.max_steps=9"]) == [
+        "data=netcdf",
+        "data.path='x y.nc'",
+        "trainer.max_steps=9",
+        f"resume='{folder}'",
+        f"hydra.run.dir='{folder}'",
+    ]
+    assert rewrite([f"resume='{folder}/checkpoints/last'"])[-1] == f"hydra.run.dir='{folder}'"
+    assert rewrite(["resume=null", "seed=1"]) == ["resume=null", "seed=1"]
+    assert rewrite(["--help"]) == ["--help"]
+
+
+def test_folders_that_cannot_be_resumed_are_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        rewrite([f"resume={tmp_path / 'none'}"])
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        rewrite([f"resume={tmp_path}"])
+    (tmp_path / "overrides.txt").write_text("")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        rewrite([f"resume={tmp_path}"])
+    with pytest.raises(ValueError, match="one by one"):
+        rewrite(["-m", f"resume={run_folder(tmp_path / 'run')}"])
+
+
+@pytest.mark.parametrize("line", ["hydra.callbacks.x._target_=os.system", "hydra/launcher=joblib", "--config-dir=/x"])
+def test_a_strangers_overrides_start_nothing(tmp_path, line):
+    folder = run_folder(tmp_path / "run", "seed=1", line)
+    with pytest.raises(ValueError, match="no setting of a run"):
+        rewrite([f"resume={folder}"])
