@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,13 +155,16 @@ class BatchLoader:
         if self._template is None:
             self._template = self.dataset.__getitems__([0])
         if self._loader is None:
+            # A forked process inherits locks of HDF5 and of thread pools; forkserver starts clean. The server imports
+            # torch once, and every worker starts from it.
+            processes = multiprocessing.get_context("forkserver")
+            processes.set_forkserver_preload(["data.loading", type(self.dataset).__module__])
             self._loader = DataLoader(
                 _Worker(self.dataset),
                 batch_sampler=self._plan,
                 collate_fn=_unchanged,
                 num_workers=self.num_workers,
-                # A forked process inherits locks of HDF5 and of thread pools; forkserver starts clean.
-                multiprocessing_context="forkserver",
+                multiprocessing_context=processes,
                 persistent_workers=True,
                 # Its own generator: drawing worker seeds must not disturb the model's random numbers.
                 generator=torch.Generator(),

@@ -2,9 +2,11 @@
 
 import hashlib
 import http.server
+import os
 import resource
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from data.sources.catalogue import CATALOGUE, Entry, fetch
 from data.sources.location import cache_folder, locate
 from data.sources.netcdf import open_series
 
+DATA_DIR = os.environ.get("DATA_DIR", "")  # before the tests hide it
 CONTENT = b"not really NetCDF" * 100
 
 
@@ -159,6 +162,32 @@ def test_a_full_disk_leaves_no_memory_map(series, limited_disk):
     with pytest.raises(OSError, match=r"cannot write the .* GiB cache .*data.cache=none"):
         mapped_array(series)
     assert not [item for item in cache_folder("arrays").iterdir() if item.suffix != ".lock"]
+
+
+def test_a_source_that_breaks_off_leaves_no_memory_map(series, monkeypatch):
+    monkeypatch.setattr("data.datasets.cache.BLOCK_BYTES", 100_000)
+    read, calls = type(series).read, []
+
+    def breaking(self, indices):
+        calls.append(indices)
+        if len(calls) == 3:
+            raise OSError("cannot read 't2m' from a.nc: it is truncated")
+        return read(self, indices)
+
+    monkeypatch.setattr(type(series), "read", breaking)
+    with pytest.raises(OSError, match=r"cannot read 't2m' from a\.nc: it is truncated"):
+        mapped_array(series)
+    assert not [item for item in cache_folder("arrays").iterdir() if item.suffix != ".lock"]
+    np.testing.assert_array_equal(mapped_array(series), read(series, np.arange(300)))  # and the next attempt works
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", sorted(CATALOGUE))
+def test_the_files_of_the_catalogue_have_their_checksums(name):
+    folder = Path(DATA_DIR)
+    if not (folder / name).is_file():
+        pytest.skip(f"no {name} in DATA_DIR")
+    assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == CATALOGUE[name].sha256
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,22 @@
 """One series with its splits, masks, caches and description; unusable data ends in one sentence."""
 
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from example_data import dataset, write
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from data.calendars import GREGORIAN
+from data.datasets.forecast import ForecastDataset
 from data.datasets.gridded import GriddedData
 from data.datasets.splits import split_times
+from data.normalisation import Normalisation
+from data.sources.series import MONTH_SECONDS
 
 FRACTIONS = {"train": 0.6, "validation": 0.2, "test": 0.2}
 
@@ -194,3 +200,50 @@ def test_an_unwritable_cache_folder_stops_before_anything_is_read(tmp_path, monk
     monkeypatch.setenv("HYDRASPHERE_CACHE", str(tmp_path / "file"))
     with pytest.raises(OSError, match="set HYDRASPHERE_CACHE to a folder that can"):
         GriddedData(path, split=FRACTIONS, cache="memmap").read([0])
+
+
+# Data configurations on the real files
+
+
+def configured(name):
+    config = OmegaConf.load(Path(__file__).parents[1] / "conf" / "data" / f"{name}.yaml")
+    file = Path(os.environ.get("DATA_DIR", "")) / config.path.removeprefix("catalogue:")
+    if not file.is_file():
+        pytest.skip(f"no {file.name} in DATA_DIR")
+    return instantiate(config)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("name", "shape", "step", "sizes"),
+    [
+        ("ncep_air_temperature", (25, 53), 6 * 3600, (1216, 244, 1460)),
+        ("era5_uk_t2m", (33, 49), 3600, (480, 72, 192)),
+        ("ncep_slp", (17, 33), 86_400, (2922, 365, 365)),
+        ("ersst_monthly", (89, 180), MONTH_SECONDS, (96, 12, 20)),
+    ],
+)
+def test_the_real_files_are_understood(name, shape, step, sizes):
+    data = configured(name)
+    assert data.grid.shape == shape and data.step == step and not data.segments.any() and not data.gaps
+    assert tuple(data.splits[split].size for split in ("train", "validation", "test")) == sizes
+    land = 0.31 if name == "ersst_monthly" else 0.0
+    assert 1 - data.domain.double().mean().item() == pytest.approx(land, abs=0.005)
+    dataset = ForecastDataset(
+        data, "test", Normalisation.fit(data, lead_steps=(1, 3)), input_frames=2, lead_steps=(1, 3)
+    )
+    assert dataset[0].targets["forecast"].presence is None or name == "ersst_monthly"
+    assert len(dataset) == sizes[2] - 2
+
+
+@pytest.mark.real_data
+def test_clouds_and_land_of_a_real_ocean_are_told_apart():
+    file = Path(os.environ.get("DATA_DIR", "")) / "alboranSST_small.nc"
+    if not file.is_file():
+        pytest.skip(f"no {file.name} in DATA_DIR")
+    data = GriddedData(str(file), variables=["SST", "mask"], split=FRACTIONS)
+    sea = data.static[0] == 1
+    assert data.gaps and 0.3 < data.domain.double().mean() < sea.double().mean() + 0.1
+    assert np.flatnonzero(np.diff(data.segments)).size == 1  # one day of the file is missing
+    coverage = [(data.read([day])[0, 0].isfinite() & sea).sum().item() / sea.sum().item() for day in range(10)]
+    np.testing.assert_allclose(coverage, [0.91, 0.85, 0.67, 0.73, 0.48, 0.55, 0.72, 0.10, 0.22, 0.24], atol=0.006)
