@@ -11,7 +11,7 @@ from torch import nn
 class WeightAverage:
     """average <- d * average + (1 - d) * weights, with d = min(decay, (1 + n) / (10 + n)) after n updates.
 
-    The ramp lets short runs forget their initialisation. Buffers are copied. `model` is the averaged twin, in eval mode.
+    The ramp lets short runs forget their initialisation. Buffers are copied. `model`: the averaged twin, in eval mode.
     """
 
     def __init__(self, model: nn.Module, decay: float):

@@ -1,4 +1,5 @@
-"""The training loop: one optimiser step after another, validated, logged and saved so that a killed run loses nothing.
+"""The training loop: one optimiser step after another,
+validated, logged and saved; a kill loses nothing.
 
 Everything random in a step follows from (seed, step), and batches follow from the number of samples drawn: a resumed run
 repeats exactly what an uninterrupted one does. Losses divide by the weights of all accumulated batches together.
@@ -51,7 +52,7 @@ class TrainingLoop:
     """Trains `model` on `task`.
 
     train_loader: infinite, with `state_dict`/`load_state_dict`. validation_loader: one pass each time it is iterated.
-    settings, optimizer, scheduler: nodes of the configuration; settings.max_steps and settings.validate_every are numbers.
+    settings, optimizer, scheduler: nodes of the configuration; settings.max_steps and validate_every are numbers.
     files: builds and reads the content of a checkpoint. Raises ValueError where a loss or gradient is not finite.
     """
 
@@ -145,7 +146,7 @@ class TrainingLoop:
         return self.progress.step % every == 0 or self.progress.step == self.settings.max_steps
 
     def _batches(self):
-        """Training batches for ever, from the first `next` on; with trainer.overfit_batches=n the first n of them again and again."""
+        """Training batches for ever; with trainer.overfit_batches=n the first n of them again and again."""
         endless, number = iter(self.train_loader), self.settings.overfit_batches
         if not number:
             yield from endless

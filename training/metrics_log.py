@@ -20,7 +20,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class MetricsLog:
-    """Appends to `path`; lines of steps after `last_step` are dropped first (they will be written again, identically)."""
+    """Appends to `path`; lines of steps after `last_step` are dropped first (they will be written again)."""
 
     def __init__(self, path: Path, *, last_step: int):
         kept = [line for line in read_metrics(path) if line["step"] <= last_step]

@@ -12,7 +12,7 @@ SCHEDULERS = ("cosine", "constant")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: weight matrices and kernels decay; norms, biases, anything 1-D, embeddings and free parameters do not."""
+    """Two groups: weight matrices and kernels decay; norms, biases, embeddings and other parameters do not."""
     decayed, spared, seen = [], [], set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -20,7 +20,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
                 continue
             seen.add(id(parameter))
             is_matrix = name.endswith("weight") and parameter.ndim >= 2
-            # Positions, latents and other learned inputs are embeddings, whatever their shape: their names do not end in weight.
+            # Positions, latents and other learned inputs are embeddings too; their names do not end in weight.
             spare = not is_matrix or isinstance(module, nn.Embedding | nn.EmbeddingBag)
             (spared if spare else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
@@ -42,7 +42,7 @@ def build_optimizer(model: nn.Module, *, name: str, lr: float, weight_decay: flo
 def learning_rate(
     step: int, *, max_steps: int, lr: float, name: str, warmup_steps: int, final_lr_fraction: float
 ) -> float:
-    """Rate of update number `step` (0-based): linear warm-up, then a cosine down to `final_lr_fraction * lr`, or constant.
+    """Rate of update number `step` (0-based): linear warm-up, then a cosine to `final_lr_fraction * lr`, or constant.
 
     A budget shorter than twice the warm-up warms up over half of it. Raises ValueError for another name.
     """

@@ -7,7 +7,7 @@ import time
 
 
 class ProgressBar:
-    """A tqdm bar over steps. samples: windows a step. Off a terminal it prints a line now and then instead of redrawing."""
+    """A tqdm bar over steps. samples: windows a step. Off a terminal it draws only now and then."""
 
     def __init__(self, first: int, total: int, *, samples: int, shown: bool):
         from tqdm import tqdm

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -21,6 +22,8 @@ from training.sweep import parent_run
 from training.tracking import build_tracker
 from training.tracking_store import resolve_uri
 
+PARTS = ("encoder", "processor", "decoder")
+UNVARIED = (*(f"model.{part}." for part in PARTS), "data.path", "data.inspect", "data.recommended", "trainer.progress")
 VALIDATIONS = 10  # over the budget, where trainer.validate_every is not given
 
 
@@ -103,7 +106,7 @@ class Run:
             self.config.tracking, self.directory, run_name=run_name(hydra), parent=parent_run()
         )
         self.tracker.tags(run_tags(self.config, hydra, self.directory))
-        self.tracker.params(run_parameters(self.config))
+        self.tracker.params(run_parameters(self.config, hydra))
         status = "FAILED"
         try:
             yield
@@ -188,50 +191,37 @@ class Run:
 
 def describe(config: DictConfig, data, task, model: nn.Module) -> str:
     """`dry_run=true`: parts, parameters and shapes for one training batch, and the memory a step needs."""
-    from models.encode_process_decode import describe as describe_parts
+    from models.summary import describe as describe_parts
 
     complete(config, data)
-    normalisation = task.fit(data)
-    batch = task.dataset(data, "train", normalisation).__getitems__(range(config.trainer.batch_size))
-    weights, activations = memory_of_step(model, batch, averaged=config.trainer.ema_decay is not None)
+    trainer = config.trainer
+    dataset = task.dataset(data, "train", task.fit(data))
+    batch = dataset.__getitems__([number % len(dataset) for number in range(trainer.batch_size)])
     return (
-        f"{describe_parts(model, batch)}\n\n"
-        f"memory    about {(weights + activations) / 2**20:.0f} MB a step at float32: {weights / 2**20:.0f} MB for weights, "
-        f"gradients, optimiser and average, {activations / 2**20:.0f} MB for the activations of {config.trainer.batch_size} "
-        f"windows\nbudget    {config.trainer.max_steps} steps"
+        f"{describe_parts(model, batch)}\n"
+        f"batch      {trainer.batch_size} windows of {len(dataset)}\n"
+        f"budget     {trainer.max_steps} steps of {trainer.batch_size * trainer.accumulate} windows"
     )
 
 
-def memory_of_step(model: nn.Module, batch, *, averaged: bool) -> tuple[int, int]:
-    """(bytes of weights, gradients, AdamW and average; bytes that autograd keeps for the backward pass of this batch)."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    kept: dict[int, int] = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        outputs = model.train()(batch)  # kept alive: freed storages would hand their addresses on
-    for parameter in model.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    del outputs
-    return weights * (5 if averaged else 4), sum(kept.values())
-
-
 def run_name(hydra) -> str:
-    """A sweep's job is named by what varies, a single run by its preset."""
-    return hydra.job.override_dirname or hydra.runtime.choices.model
+    """A sweep's job is named by what was typed, a single run by its preset."""
+    if hydra.mode != RunMode.MULTIRUN:
+        return hydra.runtime.choices.model
+    typed = [
+        item for item in hydra.overrides.task if not item.startswith(("tracking", "data.path", "trainer.progress"))
+    ]
+    return " ".join(typed)[:250]
 
 
 def run_tags(config: DictConfig, hydra, directory: Path) -> dict[str, str]:
     choices = hydra.runtime.choices
-    parts = {part: choices.get(f"model/{part}") for part in ("encoder", "processor", "decoder", "size")}
     return {
         "model": choices.model,
-        **parts,
-        "attention": config.model.get("attention"),  # a scalar: model.attention=x leaves the group's choice as it was
+        **{part: choices[f"model/{part}"] for part in PARTS},
+        # Scalars: model.attention=x leaves the group's choice as it was.
+        "attention": config.model.attention,
+        "size": config.model.size,
         "data": choices.data,
         "task": choices.task,
         "git_commit": environment.git_commit(),
@@ -240,19 +230,21 @@ def run_tags(config: DictConfig, hydra, directory: Path) -> dict[str, str]:
     }
 
 
-def run_parameters(config: DictConfig) -> dict[str, str]:
-    """Leaves of the configuration that a user varies, with dots in their names."""
-    kept = {name: config[name] for name in ("model", "task", "data", "optimizer", "scheduler", "trainer")}
-    flat = {"seed": config.seed, "cp": config.cp, "dp": config.dp}
+def run_parameters(config: DictConfig, hydra) -> dict[str, str]:
+    """What a user varies, as flat names with dots: the scalars of every group, and options of parts that were typed."""
+    typed = {item.split("=")[0].lstrip("+") for item in hydra.overrides.task}
+    flat = {"seed": config.seed, **{f"model.{part}": hydra.runtime.choices[f"model/{part}"] for part in PARTS}}
 
-    def walk(node, prefix: str) -> None:
+    def walk(node: dict, prefix: str) -> None:
         for key, value in node.items():
-            if isinstance(value, dict) and value:
-                walk(value, f"{prefix}{key}.")
-            elif key not in ("_target_", "path", "inspect", "progress"):
-                flat[prefix + str(key)] = value
+            name = f"{prefix}.{key}"
+            if isinstance(value, dict):
+                walk(value, name)
+            elif value is not None and (name in typed or not name.startswith(UNVARIED)) and key != "_target_":
+                flat[name] = value
 
-    walk(OmegaConf.to_container(OmegaConf.create(kept), resolve=True), "")
+    for group in ("model", "task", "data", "optimizer", "scheduler", "trainer"):
+        walk(OmegaConf.to_container(config[group], resolve=True), group)
     return flat
 
 

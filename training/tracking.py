@@ -1,8 +1,8 @@
 """Tracking in MLflow that never stops training.
 
-The run's thread only appends events to a list; a second thread imports MLflow (3 s), opens the store and sends the events
-in batches. When the store is locked, missing or broken there is one warning, and everything not yet sent goes to
-`tracking_buffer.jsonl` in the run's folder, which the next `resume=` or `python -m training.import_tracking <run>` sends.
+The run's thread only appends events to a list; a second one imports MLflow (3 s), opens the store and sends them in
+batches. When the store is locked, missing or broken there is one warning, and everything not yet sent goes to
+`tracking_buffer.jsonl` in the run's folder, for the next `resume=` or for `python -m training.import_tracking <run>`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Tracker:
     """One MLflow run: the one named in `<run_dir>/mlflow_run_id`, else a new one whose id is written there.
 
     uri, experiment: the store (`resolve_uri`). run_name: shown in the UI. flush_every: steps between batches.
-    parent: id of the sweep's run, or None. On resume the buffer of an earlier failure and those lines of `metrics.jsonl`
-    that the store lacks are sent first, and steps the store already holds are not sent twice.
+    parent: id of the sweep's run, or None. On resume the buffer of an earlier failure and lines of `metrics.jsonl` that
+    the store lacks are sent first, and steps the store already holds are not sent twice.
     """
 
     def __init__(
@@ -138,8 +138,8 @@ class Tracker:
 
 
 def send_local_log(run, run_dir: Path, lines: list[dict]) -> int:
-    """Sends the buffer of a run whose store had failed, and those `lines` of metrics.jsonl that neither it nor the store
-    holds; returns the number of events."""
+    """Sends the buffer of a run whose store had failed, and the `lines` of metrics.jsonl that it and the store lack;
+    returns the number of events."""
     buffer = run_dir / BUFFER
     events = [json.loads(line) for line in buffer.read_text().splitlines()] if buffer.exists() else []
     buffered = {event["step"] for event in events if event["kind"] == "metrics"}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import contextmanager
+import re
+import sqlite3
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from training.environment import REPOSITORY
 
 LOCK_SECONDS = 120  # creating the database takes about 7 s, and eight processes may wait for it
+BUSY_SECONDS = 20  # what MLflow waits, too
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # limits of one batch
 MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 6000, 5000
 
@@ -32,7 +35,7 @@ class Store:
         self.uri, self.experiment, self.run_name, self.parent = uri, experiment, run_name, parent
 
     def client(self):
-        """(client, experiment id). Creates database and experiment once: processes that race for it ruin the database."""
+        """(client, experiment id). Creates both once, under a lock: processes that race for it ruin the database."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is down must not hold a run's end
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -47,6 +50,7 @@ class Store:
         database = Path(self.uri.removeprefix("sqlite:///")).absolute()
         database.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{database}.lock", timeout=LOCK_SECONDS):
+            _require_writable(database)
             client = MlflowClient(tracking_uri=self.uri)
             return client, self._experiment_id(client, (database.parent / "mlruns" / self.experiment).as_uri())
 
@@ -105,10 +109,11 @@ class StoredRun:
                 "train/loss" not in event["values"] or event["step"] > self.recorded_step
             ):
                 metrics += [
-                    Metric(key, float(value), event["time"], event["step"]) for key, value in event["values"].items()
+                    Metric(_key(key), float(value), event["time"], event["step"])
+                    for key, value in event["values"].items()
                 ]
             elif event["kind"] == "params":
-                params |= event["values"]
+                params |= {_key(key): value for key, value in event["values"].items()}
             elif event["kind"] == "tags":
                 tags |= event["values"]
         if params:
@@ -128,6 +133,18 @@ class StoredRun:
 
     def close(self, status: str) -> None:
         self.client.set_terminated(self.run_id, status)
+
+
+def _require_writable(database: Path) -> None:
+    """Raises sqlite3.Error at once where MLflow would try again for minutes: no database, no access, locked for long."""
+    with closing(sqlite3.connect(database, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
+
+
+def _key(name: str) -> str:
+    """MLflow accepts only these characters in names; `t@850` becomes `t_850`."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:250]
 
 
 def _chunks(items: list, size: int):
