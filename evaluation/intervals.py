@@ -42,21 +42,43 @@ def method_interval(windows: dict[str, np.ndarray], method: str, lead: int, chan
     )
 
 
-def rmse_interval(
-    squared_error: np.ndarray, weight: np.ndarray, *, block: int, level: float = 0.95, seed: int = 0
+def difference_interval(
+    windows: dict[str, np.ndarray], method: str, other: str, lead: int, channel: int
 ) -> tuple[float, float]:
-    """(low, high) of sqrt(sum squared_error / sum weight), both (windows,) in time order; blocks wrap at the end.
+    """95 % interval of (RMSE of method) / (RMSE of other) - 1, both on the same drawn blocks; NaN with too few windows.
+
+    Much narrower than what two separate intervals suggest: a hard week is hard for every method.
+    """
+    weight, block = windows["weight"][:, lead, channel], block_length(windows, lead)
+    first, second = (
+        _drawn_rmse(windows[f"squared_error_{name}"][:, lead, channel], weight, block=block) for name in (method, other)
+    )
+    return _percentiles(first / second - 1)
+
+
+def rmse_interval(squared_error: np.ndarray, weight: np.ndarray, *, block: int) -> tuple[float, float]:
+    """(low, high), 95 %, of sqrt(sum squared_error / sum weight), both (windows,) in time order.
 
     NaN where no window has weight or the windows do not fill two blocks.
     """
+    return _percentiles(_drawn_rmse(squared_error, weight, block=block))
+
+
+def _drawn_rmse(squared_error: np.ndarray, weight: np.ndarray, *, block: int) -> np.ndarray:
+    """(DRAWS,) RMSE of resampled blocks, the same blocks at every call; blocks wrap at the end of the series."""
     windows = squared_error.size
     if windows < 2 * block or not weight.sum() > 0:
-        return float("nan"), float("nan")
-    starts = np.random.default_rng(seed).integers(0, windows, size=(DRAWS, -(-windows // block)))
+        return np.full(DRAWS, np.nan)
+    starts = np.random.default_rng(0).integers(0, windows, size=(DRAWS, -(-windows // block)))
     sums = []
     for values in (squared_error, weight):
         running = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[: block - 1]]))])
         sums.append((running[starts + block] - running[starts]).sum(axis=1))
-    drawn = np.sqrt(sums[0] / np.where(sums[1] > 0, sums[1], np.nan))
-    low, high = np.nanpercentile(drawn, [50 - 50 * level, 50 + 50 * level])
+    return np.sqrt(sums[0] / np.where(sums[1] > 0, sums[1], np.nan))
+
+
+def _percentiles(drawn: np.ndarray) -> tuple[float, float]:
+    if not np.isfinite(drawn).any():
+        return float("nan"), float("nan")
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return float(low), float(high)

@@ -17,6 +17,7 @@ COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 OUR_COLOUR = "#D55E00"
 MARKERS = "sD^vPX"
 MISSING = "0.75"
+FAINT = 1e-5  # of the largest power
 TITLES = {"rmse": "RMSE", "mae": "MAE", "bias": "Bias", "acc": "Anomaly correlation"}
 
 
@@ -102,14 +103,16 @@ def maps(
             axis.set_title(f"{name}, {lead}", fontsize=10)
             _degrees(axis, first=column == 0, last=row == len(leads) - 1)
             if row == len(leads) - 1 and column in (1, 2):
-                where = axes[:, :2] if column == 1 else axes[:, 2:]
+                where, column_count = (axes[:, :2], 2) if column == 1 else (axes[:, 2:], 1)
                 text = (
                     f"{label} ({units or 'data units'})"
                     if column == 1
                     else f"forecast - truth ({units or 'data units'})"
                 )
-                figure.colorbar(image, ax=where, location="bottom", extend="both", aspect=40, shrink=0.7, label=text)
-    figure.suptitle(f"{label}: {title}" if title else label, fontsize=12)
+                figure.colorbar(
+                    image, ax=where, location="bottom", extend="both", aspect=20 * column_count, shrink=0.75, label=text
+                )
+    figure.suptitle(f"{label}, {title}" if title else label, fontsize=12)
     return figure
 
 
@@ -132,22 +135,29 @@ def _degrees(axis, *, first: bool, last: bool) -> None:
 
 def spectra(found: ZonalSpectra, label: str, units: str, channel: int, leads: Sequence[str]):
     """Zonal power of truth and forecast, and their ratio, by wavenumber; a colour a lead time."""
+    from matplotlib.ticker import LogLocator
+
     forecast, truth = (values[:, channel].numpy() for values in found.values())
     waves = found.wavenumbers.numpy()
-    figure, axes = _figure(11, 3.6, 1, 2)
+    figure, axes = _figure(11, 3.8, 1, 2)
     power, ratio = axes[0]
+    # Scales that the data hardly hold (beyond a spectral model's truncation) would show the ratio of two noises.
+    shown = np.where(truth > FAINT * truth[:, 1:].max(axis=1, keepdims=True), forecast / truth, np.nan)
     for lead, text in enumerate(leads):
         colour = COLOURS[lead % len(COLOURS)]
         power.loglog(waves[1:], forecast[lead, 1:], color=colour, label=f"forecast, {text}")
-        ratio.semilogx(waves[1:], forecast[lead, 1:] / truth[lead, 1:], color=colour, label=text)
+        ratio.semilogx(waves[1:], shown[lead, 1:], color=colour, label=text)
     power.loglog(waves[1:], truth[0, 1:], color="black", linestyle=":", linewidth=2, label="truth")
     ratio.axhline(1, color="black", linestyle=":", linewidth=2)
     power.set_ylabel(f"power ({units or 'data units'})²")
     ratio.set_ylabel("power of forecast / power of truth")
-    ratio.set_ylim(0, max(1.3, min(2.5, float(np.nanmax(forecast[:, 1:] / truth[:, 1:], initial=1.0)) * 1.05)))
+    ratio.set_ylim(0, max(1.3, min(2.5, float(np.nanmax(shown[:, 1:], initial=1.0)) * 1.05)))
     for axis in axes[0]:
         axis.set_xlabel("zonal wavenumber (cycles around the globe)")
-        axis.grid(alpha=0.25, which="both")
+        axis.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{label}: zonal spectra (below 1 at high wavenumbers: the forecast is too smooth)", fontsize=12)
     return figure

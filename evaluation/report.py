@@ -12,7 +12,7 @@ from torch import Tensor
 from data.calendars import format_time
 from evaluation import plots
 from evaluation.evaluation import OURS, Evaluation
-from evaluation.intervals import method_interval, read_windows
+from evaluation.intervals import difference_interval, method_interval, read_windows
 from evaluation.run_folder import RunFolder
 from evaluation.scores import SCORES
 from evaluation.summary import WINDOWS_FILE
@@ -99,18 +99,17 @@ def _score_tables(found: Evaluation, folder: Path) -> str:
     content, tables = found.content(), []
     for channel, variable in enumerate(found.variables):
         for score in SCORES:
-            intervals = None
-            if score == "rmse" and windows is not None:
-                intervals = [method_interval(windows, OURS, lead, channel) for lead in range(len(found.hours))]
             units = "" if score == "acc" else f" ({variable.units or 'data units'})"
             caption = f"{plots.TITLES[score]} of {variable.label}{units}"
-            tables.append(_table(caption, content[variable.label][score], score, intervals))
+            tables.append(_table(caption, content[variable.label][score], score))
+            if score == "rmse":
+                tables.append(_comparison(content[variable.label][score], windows, channel))
     html = "".join(tables)
     html += "<p class=note>Bold: best of the column. In brackets: 95 % interval from blocks of at least a week.</p>"
     for region in found.regions[1:]:
         content = found.content(region)
         inside = "".join(
-            _table(f"{plots.TITLES[score]} of {name}, {region}", content[name][score], score, None)
+            _table(f"{plots.TITLES[score]} of {name}, {region}", content[name][score], score)
             for name in content
             for score in ("rmse", "bias", "acc")
         )
@@ -118,27 +117,45 @@ def _score_tables(found: Evaluation, folder: Path) -> str:
     return html
 
 
-def _table(caption: str, leads: dict, score: str, intervals: Sequence[tuple[float, float]] | None) -> str:
+def _table(caption: str, leads: dict, score: str) -> str:
     methods = list(dict.fromkeys(method for by_method in leads.values() for method in by_method))
     head = "".join(f"<th>{hours} h</th>" for hours in leads)
     rows = []
     for method in methods:
         cells = []
-        for place, by_method in enumerate(leads.values()):
+        for by_method in leads.values():
             if method not in by_method:
                 cells.append("<td>-</td>")
                 continue
             best = (max if score == "acc" else min)(by_method.values(), key=abs if score == "bias" else None)
-            text = f"{by_method[method]:.4g}"
-            if method == OURS and intervals is not None and np.isfinite(intervals[place]).all():
-                text += f' <span class="note">[{intervals[place][0]:.3g}, {intervals[place][1]:.3g}]</span>'
-            cells.append(f"<td{' class=best' if by_method[method] == best else ''}>{text}</td>")
+            cells.append(f"<td{' class=best' if by_method[method] == best else ''}>{by_method[method]:.4g}</td>")
         name = escape(method.replace("_", " "))
         rows.append(f"<tr{' class=ours' if method == OURS else ''}><td>{name}</td>{''.join(cells)}</tr>")
     return (
         f"<table><caption>{escape(caption)}</caption><thead><tr><th></th>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table>"
     )
+
+
+def _comparison(leads: dict, windows: dict[str, np.ndarray], channel: int) -> str:
+    """Our RMSE with its interval, and our difference from each lead time's best baseline with its own."""
+    lines = []
+    for lead, (hours, by_method) in enumerate(leads.items()):
+        others = {name: value for name, value in by_method.items() if name != OURS}
+        if OURS not in by_method:
+            continue
+        text = f"{hours} h: {by_method[OURS]:.4g}{_bracket(method_interval(windows, OURS, lead, channel), '.3g')}"
+        if others:
+            best = min(others, key=others.get)
+            change = 100 * (by_method[OURS] / others[best] - 1)
+            interval = [100 * bound for bound in difference_interval(windows, OURS, best, lead, channel)]
+            text += f", {change:+.1f} %{_bracket(interval, '+.1f')} against {best.replace('_', ' ')}"
+        lines.append(f"<li>{escape(text)}</li>")
+    return f"<ul class=note>{''.join(lines)}</ul>"
+
+
+def _bracket(interval: Sequence[float], form: str) -> str:
+    return f" [{interval[0]:{form}}, {interval[1]:{form}}]" if np.isfinite(interval).all() else ""
 
 
 def _pictures(found: Evaluation, run: RunFolder, data, example: tuple[int, Tensor, Tensor]) -> list[str]:
@@ -150,7 +167,7 @@ def _pictures(found: Evaluation, run: RunFolder, data, example: tuple[int, Tenso
         body.append(f"<p class=note>Pictures show the first {len(channels)} of {len(found.variables)} variables.</p>")
     body += [_image(plots.lead_time_curves(found, channel), "scores against lead time") for channel in channels]
     body.append("<h2>A typical forecast</h2>")
-    started = f"started {format_time(data.times[base], data.calendar)}"
+    started = f"forecast started {format_time(data.times[base], data.calendar)}"
     for channel in channels:
         variable = found.variables[channel]
         figure = plots.maps(

@@ -120,13 +120,17 @@ class _Tile:
     seen: Tensor
     parts: np.ndarray
 
-    def solve(self, kept: np.ndarray, alphas: Tensor) -> Tensor:
-        """(L, cells, 243) float64 from the windows `kept` (bool); alphas (L,)."""
+    def equations(self, kept: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(X'X (features, features), X'y (features, cells, L)) float64 of the windows `kept` (bool)."""
         predictors, targets, seen = self.predictors[kept], self.targets[kept], self.seen[kept]
         gram = (predictors.T @ predictors).double()
         right = (predictors.T @ targets.flatten(1)).double().unflatten(1, targets.shape[1:])
-        right = right * (kept.sum() / seen.double().sum(dim=0).clamp_min(1.0))
+        return gram, right * (kept.sum() / seen.double().sum(dim=0).clamp_min(1.0))
+
+    def solve(self, gram: Tensor, right: Tensor, alphas: Tensor) -> Tensor:
+        """(L, cells, 243) float64 coefficients; alphas (L,)."""
         solved = torch.zeros(len(alphas), *self.index.shape, dtype=torch.float64)
+        identity = torch.eye(self.index.shape[1], dtype=torch.float64)
         for cell, index in enumerate(self.index):
             matrix = gram[index][:, index]
             own = matrix[_WIDTH**2 // 2, _WIDTH**2 // 2]
@@ -134,22 +138,24 @@ class _Tile:
                 continue  # never observed: the forecast is the climatology
             for alpha in alphas.unique():
                 leads = (alphas == alpha).nonzero().flatten()
-                factor = torch.linalg.cholesky(matrix + alpha * own * torch.eye(len(index), dtype=torch.float64))
+                factor = torch.linalg.cholesky(matrix + alpha * own * identity)
                 solved[leads, cell] = torch.cholesky_solve(right[index][:, cell, leads], factor).T
         return solved
 
-    def held_out(self, alpha: float) -> Tensor:
-        """(2, L): sum of squared errors of every part predicted from the others, and how many targets were seen."""
-        total = torch.zeros(2, self.targets.shape[-1], dtype=torch.float64)
-        for part in range(PARTS):
+    def held_out(self) -> Tensor:
+        """(ALPHAS, L): sum of squared errors of every part predicted from the others."""
+        leads = self.targets.shape[-1]
+        total = torch.zeros(len(ALPHAS), leads, dtype=torch.float64)
+        for part in np.unique(self.parts):
             out = self.parts == part
-            if not out.any() or out.all():
+            if out.all():
                 continue
-            solved = self.solve(~out, torch.full((self.targets.shape[-1],), alpha)).float()
-            forecast = torch.einsum("ncf,lcf->ncl", self.predictors[out][:, self.index], solved)
-            seen = self.seen[out]
-            total[0] += torch.where(seen, (forecast - self.targets[out]).double() ** 2, 0.0).sum(dim=(0, 1))
-            total[1] += seen.sum(dim=(0, 1))
+            equations = self.equations(~out)
+            predictors, targets, seen = self.predictors[out][:, self.index], self.targets[out], self.seen[out]
+            for place, alpha in enumerate(ALPHAS):
+                solved = self.solve(*equations, torch.full((leads,), alpha)).float()
+                errors = (torch.einsum("ncf,lcf->ncl", predictors, solved) - targets).double()
+                total[place] += torch.where(seen, errors**2, 0.0).sum(dim=(0, 1))
         return total
 
 
@@ -160,7 +166,8 @@ def _fit(data, normalisation, frames, lead_steps, rows, columns) -> dict[str, Te
         chosen = _choose(problem, tiles, rows, columns)
         solved = torch.zeros(len(lead_steps), rows.size, columns.size, len(LAGS) * _WIDTH**2)
         for a, b in tiles:
-            part = problem.tile(rows[a], columns[b]).solve(np.ones(problem.bases.size, dtype=bool), chosen)
+            tile = problem.tile(rows[a], columns[b])
+            part = tile.solve(*tile.equations(np.ones(problem.bases.size, dtype=bool)), chosen)
             solved[:, a, b] = part.float().unflatten(1, (rows[a].size, columns[b].size))
         alphas.append(chosen)
         coefficients.append(solved.flatten(1, 2))
@@ -173,8 +180,7 @@ def _choose(problem: _Problem, tiles: list, rows: np.ndarray, columns: np.ndarra
     trial = np.unique(np.linspace(0, size - 1, min(size, MAX_TRIAL_CELLS)).round().astype(int))
     errors = torch.zeros(len(ALPHAS), len(problem.steps), dtype=torch.float64)
     for cell in trial:
-        tile = problem.tile(rows[[cell // columns.size]], columns[[cell % columns.size]])
-        errors += torch.stack([tile.held_out(alpha)[0] for alpha in ALPHAS])
+        errors += problem.tile(rows[[cell // columns.size]], columns[[cell % columns.size]]).held_out()
     return torch.tensor(ALPHAS, dtype=torch.float64)[errors.argmin(dim=0)]
 
 
