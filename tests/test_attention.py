@@ -61,7 +61,7 @@ def random_case(*, masked: bool, qk_norm: bool = False, **arguments):
 @pytest.mark.parametrize("biased", (False, True))
 def test_outputs_and_gradients_equal_the_slow_reference(backend, kv_mode, masked, biased):
     module, x, context, mask = random_case(masked=masked, backend=backend, kv_mode=kv_mode)
-    bias = torch.randn(3, 2, 4, 7, dtype=torch.float64) if biased else None
+    bias = torch.randn(3, 2, 4, 7, dtype=torch.float64, requires_grad=True) if biased else None
     weights = torch.randn(3, 4, 5, dtype=torch.float64)
     x.requires_grad_(), context.requires_grad_()
     expected = slow_attention(module, x, context, mask, bias)

@@ -14,10 +14,6 @@ from models.composition import build_from_config, compose
 from models.encode_process_decode import describe
 from models.encoders.perceiver import PerceiverEncoder
 from models.heads import DeterministicHead
-from models.latents import LatentLayout, Latents
-from models.patches import Patches
-from models.processors.latent_transformer import LatentTransformer
-from models.processors.spatial_transformer import SpatialTransformer
 from tests.model_examples import COARSE, GLOBAL, HOUR, REGION, STATIONS, tiny_batch, tiny_layout
 
 TINY = ["model/size=tiny", "model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.num_latents=6"]
@@ -141,15 +137,6 @@ def test_weight_sharing_of_repeated_cross_attention(share, crosses, blocks):
     assert len(prepared) == crosses  # keys and values of a shared cross-attention are computed once
 
 
-def test_latent_transformer_applies_its_block_repeatedly():
-    layout = LatentLayout(num_tokens=5, hidden_size=8)
-    options = dict(depth=2, num_heads=2)
-    once, twice = (LatentTransformer(tiny_layout(), layout, num_blocks=n, **options) for n in (1, 2))
-    twice.load_state_dict(once.state_dict())
-    latents = Latents(tokens=torch.randn(2, 1, 5, 8), times=torch.zeros(2, 1, dtype=torch.int64))
-    torch.testing.assert_close(twice(latents).tokens, once(once(latents)).tokens)
-
-
 def test_inputs_on_different_grids_join_one_sequence():
     layout = tiny_layout(GLOBAL, boundary=COARSE)
     model = built(["model=perceiver"], layout)
@@ -168,16 +155,6 @@ def test_frames_each_are_encoded_on_their_own():
     batch.inputs["prognostic"].values[:, 1] += 1
     changed = (model.encoder(batch).tokens - latents.tokens).abs().amax(dim=(0, 2, 3)) > 1e-6
     assert changed.tolist() == [False, True, False]
-
-
-def test_spatial_transformer_turns_with_the_globe():
-    patches = Patches.of(LatLonGrid(np.linspace(75, -75, 6), np.arange(12) * 30.0), 2)
-    processor = SpatialTransformer(tiny_layout(), patches.latent_layout(16), depth=2, num_heads=2).eval()
-    times = torch.zeros(1, 1, dtype=torch.int64)
-    tokens = torch.randn(1, 1, 3, 6, 16)
-    straight = processor(Latents(tokens=tokens.flatten(2, 3), times=times)).tokens.reshape(1, 1, 3, 6, 16)
-    turned = processor(Latents(tokens=tokens.roll(2, dims=3).flatten(2, 3), times=times)).tokens
-    torch.testing.assert_close(turned.reshape(1, 1, 3, 6, 16), straight.roll(2, dims=3), rtol=1e-4, atol=1e-5)
 
 
 def test_grid_patch_model_turns_with_the_globe_except_for_its_positions():
