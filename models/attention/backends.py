@@ -5,8 +5,8 @@ Letters: B batch, h heads, n queries, m keys, d head width of queries and keys, 
 auto       the rule of `choose_backend`, per device, dtype, heads and length
 reference  plain matrix products and a softmax: readable, every dtype and device, memory grows with B h n m
 sdpa       torch's scaled_dot_product_attention, which picks among its own kernels
-flash      its flash kernel (on CUDA 16-bit only; masked or biased calls go to the memory-efficient kernel there)
-cudnn      its cuDNN kernel (CUDA, 16-bit)
+flash      its flash kernel (on CUDA 16-bit only); masks and biases that it refuses go to the next best kernel
+cudnn      its cuDNN kernel (CUDA, 16-bit), likewise
 flex       torch's flex_attention, compiled (CUDA)
 """
 
@@ -21,10 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = ("auto", "reference", "sdpa", "cudnn", "flash", "flex")
 
-# Kernels of scaled_dot_product_attention in order of preference; the second takes what the first refuses (masks).
+# Kernels of scaled_dot_product_attention in order of preference; later ones take what the first refuses (masks, biases
+# that learn; on CPU only the plain one is left for these).
 _KERNELS = {
-    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
-    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
 }
 
 # Below this many logits in a batch row the CPU's plain products beat the tiled kernel's set-up cost.
