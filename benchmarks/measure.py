@@ -7,11 +7,9 @@ implementations take turns within one run (A B C A B C ...), so that what distur
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -54,17 +52,22 @@ def peak_rss_bytes() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def run_python(arguments: list[str], *, threads: int, timeout: float) -> str:
-    """stdout of a fresh Python process in the repository root. Raises RuntimeError with its last line when it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    if done.returncode:
-        raise RuntimeError(
-            f"{shlex.join(arguments)} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-        )
-    return done.stdout
+def in_child(function: Callable[[], object]) -> object:
+    """What function returns in a forked process, whose memory starts from here and whose end frees it all.
+
+    Call it before this process computes: a thread pool does not survive a fork. Raises RuntimeError when the child fails.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(function()))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError("a measurement in a child process failed; its traceback is above") from None
+    finally:
+        child.join()
 
 
 def environment(packages: tuple[str, ...]) -> dict:

@@ -11,7 +11,7 @@ from models.attention import AttentionLayer, MultiHeadAttention, attend, require
 from models.attention.backends import choose_backend
 from models.attention.multi_head import absorbing_is_cheaper
 
-CPU_BACKENDS = ("auto", "reference", "sdpa", "flash")
+CPU_BACKENDS = ("auto", "reference", "sdpa", "blockwise", "flash")
 
 
 def slow_attention(module: MultiHeadAttention, x, context, mask=None, bias=None):
@@ -125,8 +125,27 @@ def test_auto_chooses_by_dtype_heads_and_length():
     small, large = torch.zeros(1, 2, 16, 8), torch.zeros(1, 8, 256, 8)
     assert choose_backend(small, 16) == "reference"
     assert choose_backend(large, 50_000) == "sdpa"
-    assert choose_backend(large.bfloat16(), 50_000) == "reference"
-    assert choose_backend(large.bfloat16(), 5_000_000) == "sdpa"
+    tiled = "sdpa" if torch.cpu._is_amx_tile_supported() else "blockwise"
+    absorbed = torch.zeros(1, 1, 256, 261).bfloat16()
+    assert choose_backend(large.bfloat16(), 4096) == "reference"
+    assert choose_backend(large.bfloat16(), 50_000) == tiled
+    assert choose_backend(absorbed, 50_000) == "reference"
+    assert choose_backend(absorbed, 5_000_000) == tiled
+
+
+def test_blockwise_attention_over_several_blocks_equals_the_reference(monkeypatch):
+    monkeypatch.setattr("models.attention.blockwise._BLOCK_LOGITS", 1)  # the smallest block, 64 keys
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.randn(2, 3, 150, 8, dtype=torch.float64)
+    value, mask = torch.randn(2, 3, 150, 6, dtype=torch.float64), torch.rand(2, 150) > 0.5
+    mask[0, :70] = False  # a first block without any key
+    results = []
+    for backend in ("reference", "blockwise"):
+        given = [tensor.clone().requires_grad_() for tensor in (query, 9 * key, value)]
+        output = attend(*given, scale=0.4, key_mask=mask, backend=backend)
+        output.backward(torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output))
+        results.append([output, *(tensor.grad for tensor in given)])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("backend", ("cudnn", "flex", "nope"))

@@ -5,6 +5,8 @@ Letters: B batch, h heads, n queries, m keys, d head width of queries and keys, 
 auto       the rule of `choose_backend`, per device, dtype, heads and length
 reference  plain matrix products and a softmax: readable, every dtype and device, memory grows with B h n m
 sdpa       torch's scaled_dot_product_attention, which picks among its own kernels
+blockwise  matrix products over blocks of keys, recomputed in the backward pass: little memory, any device (calls with a
+           bias or dropout go to sdpa)
 flash      its flash kernel (on CUDA 16-bit only); masks and biases that it refuses go to the next best kernel
 cudnn      its cuDNN kernel (CUDA, 16-bit), likewise
 flex       torch's flex_attention, compiled (CUDA)
@@ -19,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = ("auto", "reference", "sdpa", "cudnn", "flash", "flex")
+from models.attention.blockwise import blockwise_attention
+
+BACKENDS = ("auto", "reference", "sdpa", "blockwise", "cudnn", "flash", "flex")
 
 # Kernels of scaled_dot_product_attention in order of preference; later ones take what the first refuses (masks, biases
 # that learn; on CPU only the plain one is left for these).
@@ -32,6 +36,8 @@ _KERNELS = {
 _SMALL_LOGITS = 64 * 1024
 # A 16-bit logit matrix above this size (bytes) costs more memory than its speed is worth on CPU.
 _LARGE_LOGIT_BYTES = 2**30
+# 16 bit on CPU: tiles pay off for many keys of narrow heads.
+_MANY_KEYS, _WIDE_HEAD = 8192, 128
 
 
 def require_backend(backend: str, device: torch.device | str) -> None:
@@ -51,15 +57,19 @@ def require_backend(backend: str, device: torch.device | str) -> None:
 def choose_backend(query: Tensor, num_keys: int) -> str:
     """The rule behind `auto` for queries (B, h, n, d) and a number of keys.
 
-    CUDA: sdpa. CPU, 16 bit: reference unless its logits pass 1 GiB, since the CPU's 16-bit sdpa kernel is slower than
-    matrix products. CPU, 32 and 64 bit: reference for few logits (n m h), else sdpa, which never writes the logits.
+    CUDA: sdpa. CPU, 32 and 64 bit: reference for few logits (n m h), else sdpa, which never writes the logits.
+    CPU, 16 bit: reference for fewer keys than 8192 or wide heads (absorbed projections), unless the logits pass 1 GiB;
+    else sdpa on processors with matrix tiles (AMX), blockwise on others, where the 16-bit sdpa kernel is slow.
     """
-    batch, heads, queries, _ = query.shape
+    batch, heads, queries, width = query.shape
     if query.device.type != "cpu":
         return "sdpa"
     logits = heads * queries * num_keys
     if query.dtype in (torch.bfloat16, torch.float16):
-        return "reference" if batch * logits * query.element_size() <= _LARGE_LOGIT_BYTES else "sdpa"
+        small = batch * logits * query.element_size() <= _LARGE_LOGIT_BYTES
+        if small and (num_keys < _MANY_KEYS or width > _WIDE_HEAD):
+            return "reference"
+        return "sdpa" if torch.cpu._is_amx_tile_supported() else "blockwise"
     return "reference" if logits <= _SMALL_LOGITS else "sdpa"
 
 
@@ -89,6 +99,8 @@ def attend(
                 f"model.attention={backend} computes in 16 bit on CUDA, got {query.dtype}; "
                 "use trainer.precision=bf16 or model.attention=auto"
             )
+    if backend == "blockwise" and (bias is not None or dropout):
+        backend = "sdpa"
     any_key = None
     if key_mask is not None:
         any_key = key_mask.any(dim=1, keepdim=True)  # (B, 1)
@@ -150,9 +162,15 @@ def _compiled_flex():
     return torch.compile(flex_attention)
 
 
+def _blockwise(query, key, value, *, scale, key_mask, bias, dropout):
+    assert bias is None and not dropout
+    return blockwise_attention(query, key, value, scale=scale, key_mask=key_mask)
+
+
 _COMPUTE = {
     "reference": _reference,
     "sdpa": _sdpa,
+    "blockwise": _blockwise,
     "flash": _kernel("flash"),
     "cudnn": _kernel("cudnn"),
     "flex": _flex,

@@ -88,7 +88,12 @@ class PerceiverSource:
         return _overrides(self.describe(config), weights)
 
     def layout(self, weights: Mapping[str, Tensor], num_tokens: int) -> Layout:
-        return _layout(weights, num_tokens)
+        return token_layout(
+            channels=weights["encoder.cross.0.context_norm.weight"].shape[0],
+            num_tokens=num_tokens,
+            outputs=weights[f"decoder.{TARGET}.head.weight"].shape[0],
+            queries=weights[f"decoder.{TARGET}.table"].shape[0],
+        )
 
 
 def token_batch(layout: Layout, tokens: Tensor, valid: Tensor | None = None) -> Batch:
@@ -170,11 +175,8 @@ def _typed(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _layout(weights: Mapping[str, Tensor], num_tokens: int) -> Layout:
-    """Tokens and outputs are points without a place: nothing in the model reads where they are."""
-    channels = weights["encoder.cross.0.context_norm.weight"].shape[0]
-    queries = weights[f"decoder.{TARGET}.table"].shape[0]
-    outputs = weights[f"decoder.{TARGET}.head.weight"].shape[0]
+def token_layout(*, channels: int, num_tokens: int, outputs: int, queries: int) -> Layout:
+    """Layout of a token sequence in and a sequence of outputs: points without a place, which nothing reads."""
     nowhere = [Points(np.zeros((count, 2))) for count in (num_tokens, queries)]
     return Layout(
         inputs={INPUT: InputLayout(_variables("feature", channels), nowhere[0], frames=1, step=STEP)},
