@@ -80,7 +80,7 @@ class Evaluate:
     split: str = "test"
     weights: str = "area"
     baselines: list[str] = field(default_factory=list)
-    regions: dict[str, list[float]] = field(default_factory=dict)
+    regions: Any = None
     max_windows: Optional[int] = None
     plots: bool = True
     predictions: bool = True

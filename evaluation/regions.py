@@ -38,7 +38,7 @@ def regions_of(
 
 
 def _inside(name: str, box: Sequence[float], latitude: Tensor, longitude: Tensor) -> Tensor:
-    if len(box) != 4 or not box[0] < box[1]:
+    if len(box) != 4 or not all(isinstance(bound, int | float) for bound in box) or not box[0] < box[1]:
         raise ValueError(f"regions.{name}={list(box)} must be [south, north, west, east] in degrees, south below north")
     south, north, west, east = (float(bound) for bound in box)
     width = (east - west) % 360 or 360.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from evaluation.baselines import situation
@@ -46,7 +46,7 @@ def evaluate_run(run: RunFolder, model: nn.Module, normalisation, config: DictCo
             split=config.split,
             baselines=list(config.baselines),
             weights=config.weights,
-            boxes={name: list(box) for name, box in config.regions.items()},
+            boxes=_boxes(config.regions),
             max_windows=config.max_windows,
             on_forecast=None if predictions is None else predictions.append,
         )
@@ -85,6 +85,16 @@ def metrics(run: RunFolder, folder: Path) -> dict[str, float]:
         for hours, by_method in leads.items()
         if OURS in by_method
     }
+
+
+def _boxes(regions) -> dict[str, list]:
+    """The boxes of `regions`. Raises ValueError where they are not named lists."""
+    if regions is None:
+        return {}
+    named = isinstance(regions, DictConfig) and all(isinstance(box, ListConfig) for box in regions.values())
+    if not named:
+        raise ValueError(f"regions={regions} must be named boxes, like 'regions={{europe: [35,75,-12,42]}}'")
+    return {str(name): list(box) for name, box in regions.items()}
 
 
 def _is_ours(path: Path) -> bool:

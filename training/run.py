@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,18 +140,18 @@ class Run:
     def train(self) -> Outcome:
         outcome = self.loop.run(self.tracker)
         progress = outcome.progress
-        self.tracker.log(
-            progress.step,
-            {
-                "best/val_loss": progress.best_score,
-                "best/step": progress.best_step,
-                "samples_per_second": outcome.samples_per_second,
-                "seconds_per_step": outcome.seconds / max(1, outcome.steps),
-                "waiting_for_data": outcome.waiting,
-                "peak_memory_mb": peak_memory_mb(),
-                "parameters": sum(parameter.numel() for parameter in self.loop.model.parameters()),
-            },
-        )
+        figures = {
+            "best/val_loss": progress.best_score,
+            "best/step": progress.best_step,
+            "samples_per_second": outcome.samples_per_second,
+            "seconds_per_step": outcome.seconds / max(1, outcome.steps),
+            "waiting_for_data": outcome.waiting,
+            "peak_memory_mb": peak_memory_mb(),
+            "parameters": sum(parameter.numel() for parameter in self.loop.model.parameters()),
+        }
+        self.tracker.log(progress.step, figures)
+        # What a comparison of runs reads where there is no tracking store.
+        (self.directory / "outcome.json").write_text(json.dumps(figures, indent=1) + "\n")
         return outcome
 
     def score(self) -> dict:
