@@ -13,7 +13,7 @@ import hydra
 from omegaconf import DictConfig
 
 from conf import schema
-from training import arguments, command_line
+from training import arguments, command_line, sweep
 
 schema.register()
 
@@ -44,4 +44,4 @@ def train(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(train, rewrite=arguments.rewrite)
+    command_line.run(train, rewrite=arguments.rewrite, finish=sweep.finish)

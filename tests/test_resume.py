@@ -126,6 +126,7 @@ def test_arguments_are_the_recorded_ones_then_the_new_ones(tmp_path):
     assert rewrite([f"resume='{folder}/checkpoints/last'"])[-1] == f"hydra.run.dir='{folder}'"
     assert rewrite(["resume=null", "seed=1"]) == ["resume=null", "seed=1"]
     assert rewrite(["--help"]) == ["--help"]
+    assert rewrite(["seed=1", "-m", "model=a,b"]) == ["-m", "seed=1", "model=a,b"]
 
 
 def test_folders_that_cannot_be_resumed_are_one_sentence(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_schedule_warms_up_then_falls_to_the_final_rate():
     rates = [learning_rate(step, **schedule) for step in range(100)]
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
     assert max(rates) == 1.0 and rates[-1] == pytest.approx(0.1)
-    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
     middle = 10 + 89 / 2
     assert learning_rate(middle, **schedule) == pytest.approx(0.55)
     assert {learning_rate(step, **{**schedule, "name": "constant"}) for step in range(10, 100)} == {1.0}

@@ -15,9 +15,11 @@ def rewrite(arguments: list[str]) -> list[str]:
     resumes = [
         argument for argument in arguments if _key(argument) == "resume" and _value(argument) not in ("", "null")
     ]
+    sweep = [argument for argument in arguments if argument in ("-m", "--multirun")]
     if not resumes:
-        return arguments
-    if "-m" in arguments or "--multirun" in arguments:
+        # Hydra's parser refuses settings on both sides of -m.
+        return [*sweep, *(argument for argument in arguments if argument not in sweep)]
+    if sweep:
         raise ValueError(
             "a sweep cannot be resumed as a whole; resume its runs one by one: python train.py resume=<sweep>/0"
         )

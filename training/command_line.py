@@ -22,17 +22,24 @@ TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
 _job_started = False
 
 
-def run(main: Callable[[], None], *, rewrite: Callable[[list[str]], list[str]] = list) -> None:
+def run(
+    main: Callable[[], None],
+    *,
+    rewrite: Callable[[list[str]], list[str]] = list,
+    finish: Callable[..., None] = lambda *, succeeded: None,
+) -> None:
     """Calls a `hydra.main` function; an error that the user can repair ends as `error: one sentence`, exit code 1.
 
-    rewrite: changes the arguments before Hydra reads them.
+    rewrite: changes the arguments before Hydra reads them. finish: called at the end, with whether all went well.
     """
     global _job_started
     _job_started = False
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors, which it otherwise prints over several lines
+    succeeded = False
     try:
         sys.argv[1:] = rewrite(sys.argv[1:])
         main()
+        succeeded = True
     except KeyboardInterrupt:
         fail("interrupted", code=130)
     except Exception as error:
@@ -41,6 +48,8 @@ def run(main: Callable[[], None], *, rewrite: Callable[[list[str]], list[str]] =
         if isinstance(error, OSError) and not isinstance(error, HydraException) and not _job_started:
             fail(f"cannot create the output folder ({sentence(error)}); choose another with hydra.run.dir=<folder>")
         fail(sentence(error))
+    finally:
+        finish(succeeded=succeeded)
 
 
 def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:

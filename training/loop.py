@@ -1,8 +1,7 @@
-"""The training loop: one optimiser step after another,
-validated, logged and saved; a kill loses nothing.
+"""The training loop: one optimiser step after another, validated, logged and saved.
 
-Everything random in a step follows from (seed, step), and batches follow from the number of samples drawn: a resumed run
-repeats exactly what an uninterrupted one does. Losses divide by the weights of all accumulated batches together.
+Everything random in a step follows from (seed, step), and batches follow from the number of samples drawn: a resumed
+run repeats exactly what an uninterrupted one does. Losses divide by the weights of all accumulated batches together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A sweep's parent run: a Hydra callback that opens it before the jobs and copies the best job's scores at the end."""
+"""A sweep's parent run: opened by a Hydra callback before the jobs, given the best job's scores at the end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 PARENT_VARIABLE = "HYDRASPHERE_SWEEP_RUN"
 SCORE = "best/val_loss"
+_store = None  # of the sweep that this process runs
 
 
 def parent_run() -> str | None:
@@ -18,41 +19,43 @@ def parent_run() -> str | None:
 
 
 class SweepParent(Callback):
-    """One MLflow run a `-m` sweep. Jobs find its id in the environment and become its children. Failures only warn."""
+    """One MLflow run a `-m` sweep. Jobs find its id in the environment and become its children."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
+        global _store
         os.environ.pop(PARENT_VARIABLE, None)
         if not config.tracking.enabled:
             return
+        from training.tracking_store import Store, resolve_uri
+
         try:
-            client, experiment = self._open(config)
+            _store = Store(resolve_uri(config.tracking.uri), config.tracking.experiment)
+            client, experiment = _store.client()
             tags = {"kind": "sweep", "output_dir": str(config.hydra.sweep.dir)}
             name = "sweep " + " ".join(config.hydra.overrides.task)
             os.environ[PARENT_VARIABLE] = client.create_run(experiment, tags=tags, run_name=name[:250]).info.run_id
-        except Exception as error:  # a sweep runs without a parent when the store fails
+        except Exception as error:  # the jobs then run without a parent
             warnings.warn(f"the sweep has no parent run in MLflow: {error}", stacklevel=2)
 
-    def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
-        parent = os.environ.pop(PARENT_VARIABLE, None)
-        if parent is None:
-            return
-        try:
-            client, experiment = self._open(config)
-            children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}'", max_results=1000)
-            scored = [child for child in children if SCORE in child.data.metrics]
-            if scored:
-                best = min(scored, key=lambda child: child.data.metrics[SCORE])
-                client.set_tag(parent, "best_run", best.info.run_id)
-                for key, value in best.data.metrics.items():
-                    if key.startswith(("best/", "test/")):
-                        client.log_metric(parent, key, value)
-            finished = len(children) > 0 and all(child.info.status == "FINISHED" for child in children)
-            client.set_terminated(parent, "FINISHED" if finished else "FAILED")
-        except Exception as error:
-            warnings.warn(f"the sweep's parent run could not be completed: {error}", stacklevel=2)
 
-    @staticmethod
-    def _open(config: DictConfig):
-        from training.tracking_store import Store, resolve_uri
+def finish(*, succeeded: bool) -> None:
+    """Copies `best/*` and `test/*` of the best job to the parent run and closes it; nothing where no sweep is open.
 
-        return Store(resolve_uri(config.tracking.uri), config.tracking.experiment).client()
+    succeeded: whether all jobs ended well. Called by the script: Hydra's own callback is left out when a job has failed.
+    """
+    parent = os.environ.pop(PARENT_VARIABLE, None)
+    if parent is None or _store is None:
+        return
+    try:
+        client, experiment = _store.client()
+        children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}'", max_results=1000)
+        scored = [child for child in children if SCORE in child.data.metrics]
+        if scored:
+            best = min(scored, key=lambda child: child.data.metrics[SCORE])
+            client.set_tag(parent, "best_run", best.info.run_id)
+            for key, value in best.data.metrics.items():
+                if key.startswith(("best/", "test/")):
+                    client.log_metric(parent, key, value)
+        client.set_terminated(parent, "FINISHED" if succeeded else "FAILED")
+    except Exception as error:
+        warnings.warn(f"the sweep's parent run could not be completed: {error}", stacklevel=2)

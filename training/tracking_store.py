@@ -136,7 +136,7 @@ class StoredRun:
 
 
 def _require_writable(database: Path) -> None:
-    """Raises sqlite3.Error at once where MLflow would try again for minutes: no database, no access, locked for long."""
+    """Raises sqlite3.Error where MLflow would try again for minutes: no database, no access, locked for long."""
     with closing(sqlite3.connect(database, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("ROLLBACK")
