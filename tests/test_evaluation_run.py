@@ -228,9 +228,9 @@ def test_evaluate_writes_scores_predictions_and_a_self_contained_report(trained,
         assert bool(land.isnull().all()) and bool(predictions["thetao"].isel(latitude=2).notnull().all())
     page = (trained / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 7  # curves, maps and spectra of two variables, training
-    assert (
-        not re.search(r"""(?:src|href)\s*=\s*["']?(?!data:)""", page) and "@import" not in page and "url(" not in page
-    )
+    addresses = re.findall(r"""(?:src|href)=["']?([^"'>]*)""", page)
+    assert len(addresses) == 7 and all(address.startswith("data:") for address in addresses)
+    assert "http" not in page and "@import" not in page and "url(" not in page
     assert "<title>run: evaluation</title>" in page and "Region: west" in page
 
 
@@ -258,6 +258,7 @@ def test_other_choices_go_to_a_folder_of_their_own(trained, folder):
         (["run=" + "0" * 32, "uri=sqlite:///none.db"], "there is no MLflow store at sqlite:///none.db"),
         (["compare=nowhere", "uri=sqlite:///none.db"], "there is no MLflow store"),
         (["runs=x"], "there is no option runs"),
+        (["run=.", "weights=[1]"], "weights"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, message, folder):
