@@ -64,8 +64,10 @@ class Grid:
         return Grid._kinds[kind](**arguments)
 
     def __eq__(self, other) -> bool:
-        return type(self) is type(other) and all(
-            np.array_equal(getattr(self, name), getattr(other, name)) for name in self._arrays
+        # The shortcut also keeps compiled models whole: comparing arrays would break their graph.
+        return self is other or (
+            type(self) is type(other)
+            and all(np.array_equal(getattr(self, name), getattr(other, name)) for name in self._arrays)
         )
 
     def __hash__(self) -> int:

@@ -300,3 +300,12 @@ def test_a_model_can_be_kept_from_knowing_date_and_place():
     other_hour = replace(batch, inputs={"prognostic": replace(field, second_of_day=field.second_of_day + 6 * HOUR)})
     assert torch.equal(hourly(other_day)["forecast"], hourly(batch)["forecast"])
     assert not torch.allclose(hourly(other_hour)["forecast"], hourly(batch)["forecast"], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ("perceiver_io", "perceiver", "patch_transformer"))
+def test_models_compile_to_one_graph(preset):
+    layout = tiny_layout()
+    model, batch = built([f"model={preset}"], layout), tiny_batch(layout)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(batch)["forecast"], model(batch)["forecast"])
