@@ -52,12 +52,12 @@ def log(run, folder, config: DictConfig) -> None:
     import time
     import warnings
 
-    from evaluation.run_evaluation import metrics
+    from evaluation.run_evaluation import metrics, written_files
     from training.tracking_store import Store, resolve_uri
 
     tracking = run.config.tracking
     event = {"kind": "metrics", "step": run.last_step, "time": int(time.time() * 1000), "values": metrics(run, folder)}
-    files = [{"kind": "artifact", "path": str(path)} for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [{"kind": "artifact", "path": str(path)} for path in written_files(folder)]
     try:
         with Store(resolve_uri(config.uri or tracking.uri), tracking.experiment).run(run.path) as stored:
             stored.send([event, *files, {"kind": "status", "value": "FINISHED"}])

@@ -17,6 +17,8 @@ COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 OUR_COLOUR = "#D55E00"
 MARKERS = "sD^vPX"
 MISSING = "0.75"
+DEGREES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 90)  # between the labels of a map
+MONTH = 730.5  # hours, as monthly data count it
 FAINT = 1e-5  # of the largest power
 TITLES = {"rmse": "RMSE", "mae": "MAE", "bias": "Bias", "acc": "Anomaly correlation"}
 
@@ -50,9 +52,22 @@ def _style(methods: Sequence[str], method: str) -> dict:
 
 
 def _lead_axis(axis, hours: Sequence[float]) -> None:
-    unit, length = ("days", 24) if max(hours) > 96 else ("h", 1)
+    unit, length = _unit(hours)
     axis.set_xlabel(f"lead time ({unit})")
     axis.set_xticks(hours, [f"{value / length:g}" for value in hours])
+
+
+def _unit(hours: Sequence[float]) -> tuple[str, float]:
+    """(name, hours) of the unit in which people would give these lead times."""
+    if all(abs(value / MONTH - round(value / MONTH)) < 1e-6 for value in hours):
+        return "months", MONTH
+    return ("days", 24.0) if max(hours) > 96 else ("h", 1.0)
+
+
+def lead_labels(hours: Sequence[float]) -> list[str]:
+    """Lead times with their unit, all in the same one."""
+    unit, length = _unit(hours)
+    return [f"{value / length:g} {unit[:-1] if value == length and length > 1 else unit}" for value in hours]
 
 
 def lead_time_curves(found: Evaluation, channel: int):
@@ -118,14 +133,14 @@ def maps(
 
 def _degrees(axis, *, first: bool, last: bool) -> None:
     """Degrees as a reader of maps expects them; labels only at the figure's edge."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     def east(value, _):
         turned = (value + 180) % 360 - 180
         return f"{abs(turned):g}°{'' if turned in (0, -180) else 'E' if turned > 0 else 'W'}"
 
-    axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 6, 10]))
-    axis.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 3, 6, 10]))
+    for scale, (low, high), most in ((axis.xaxis, axis.get_xlim(), 6), (axis.yaxis, axis.get_ylim(), 5)):
+        scale.set_major_locator(MultipleLocator(next(step for step in DEGREES if abs(high - low) <= most * step)))
     axis.xaxis.set_major_formatter(FuncFormatter(east))
     axis.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{abs(value):g}°{'N' if value > 0 else 'S' if value < 0 else ''}")
@@ -169,8 +184,11 @@ def training_curve(metrics: Sequence[dict]):
     validation = np.array([(line["step"], line["val/loss"]) for line in metrics if "val/loss" in line]).reshape(-1, 2)
     if not train.size:
         return None
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(8, 3.4)
     axis = axes[0, 0]
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.plot(train[:, 0], train[:, 1], color="0.75", linewidth=0.8, label="training, every step")
     window = max(1, len(train) // 50)
     if window > 1:

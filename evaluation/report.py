@@ -17,6 +17,7 @@ from evaluation.run_folder import RunFolder
 from evaluation.scores import SCORES
 from evaluation.summary import WINDOWS_FILE
 
+REPORT_FILE = "report.html"
 MAX_FIGURE_VARIABLES = 12
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1150px; margin: 2em auto; padding: 0 1em; }
@@ -40,7 +41,7 @@ def write_report(
     parameters: int,
     data,
     example: tuple[int, Tensor, Tensor] | None,
-) -> Path:
+) -> None:
     """Writes the page into `folder`, which holds the scores of the same evaluation.
 
     data: the GriddedData. example: (base index, truth (L, C, H, W), forecast) of the window to draw, or None for a page
@@ -64,9 +65,7 @@ def write_report(
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    (folder / REPORT_FILE).write_text(page, encoding="utf-8")
 
 
 def _facts(found: Evaluation, run: RunFolder, checkpoint: str, parameters: int, data) -> str:
@@ -160,7 +159,7 @@ def _bracket(interval: Sequence[float], form: str) -> str:
 
 def _pictures(found: Evaluation, run: RunFolder, data, example: tuple[int, Tensor, Tensor]) -> list[str]:
     base, truth, forecast = example
-    leads = [f"{hours:g} h" for hours in found.hours]
+    leads = plots.lead_labels(found.hours)
     channels = range(min(len(found.variables), MAX_FIGURE_VARIABLES))
     body = ["<h2>Scores by lead time</h2>"]
     if len(found.variables) > len(channels):

@@ -14,9 +14,11 @@ from torch import nn
 from evaluation.baselines import situation
 from evaluation.evaluation import OURS, Evaluation, evaluate, predict
 from evaluation.predictions import PredictionsFile
-from evaluation.report import typical_window, write_report
+from evaluation.report import REPORT_FILE, typical_window, write_report
 from evaluation.run_folder import RunFolder
-from evaluation.summary import SCORES_FILE, format_table, write_scores
+from evaluation.summary import REGIONS_FILE, SCORES_FILE, WINDOWS_FILE, format_table, write_scores
+
+PREDICTIONS_FILE = "predictions.nc"
 
 
 def evaluate_run(run: RunFolder, model: nn.Module, normalisation, config: DictConfig) -> tuple[Path, str]:
@@ -28,7 +30,7 @@ def evaluate_run(run: RunFolder, model: nn.Module, normalisation, config: DictCo
     file = nullcontext()
     if config.predictions:
         file = PredictionsFile(
-            folder / "predictions.nc",
+            folder / PREDICTIONS_FILE,
             variables=data.variables,
             grid=data.grid,
             times=data.times,
@@ -53,14 +55,12 @@ def evaluate_run(run: RunFolder, model: nn.Module, normalisation, config: DictCo
     write_scores(found, folder)
     example = _example(found, model, dataset, normalisation) if config.plots else None
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    report = write_report(
-        found, run, folder, checkpoint=config.checkpoint, parameters=parameters, data=data, example=example
-    )
+    write_report(found, run, folder, checkpoint=config.checkpoint, parameters=parameters, data=data, example=example)
     lines = [
         f"{found.bases.size} forecasts of the {config.split} split, checkpoint {config.checkpoint}, "
         f"{config.weights} weights",
         format_table(found.content()),
-        f"written: {report} and, beside it, {', '.join(sorted(p.name for p in folder.iterdir() if _is_ours(p)))}",
+        f"written to {folder}: {', '.join(path.name for path in written_files(folder))}",
     ]
     return folder, "\n\n".join(lines)
 
@@ -97,8 +97,10 @@ def _boxes(regions) -> dict[str, list]:
     return {str(name): list(box) for name, box in regions.items()}
 
 
-def _is_ours(path: Path) -> bool:
-    return path.name.startswith(("scores", "predictions", "window_errors"))
+def written_files(folder: Path) -> list[Path]:
+    """The files of an evaluation that are there."""
+    names = (SCORES_FILE, REGIONS_FILE, WINDOWS_FILE, PREDICTIONS_FILE, REPORT_FILE)
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 @torch.inference_mode()
