@@ -55,7 +55,7 @@ def peak_rss_bytes() -> int:
 def in_child(function: Callable[[], object]) -> object:
     """What function returns in a forked process, whose memory starts from here and whose end frees it all.
 
-    Call it before this process computes: a thread pool does not survive a fork. Raises RuntimeError when the child fails.
+    Call it before this process computes: a thread pool does not survive a fork. Raises RuntimeError when it fails.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)

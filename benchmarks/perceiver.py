@@ -30,7 +30,7 @@ TOLERANCE = 2e-5  # of max(1, max |output|), float32
 
 
 class Ours(nn.Module):
-    """Our composed model, with outputs as the peers': Batch -> (B, queries, outputs), or (B, width) where it repeats."""
+    """Our composed model, with the peers' outputs: Batch -> (B, queries, outputs), or (B, width) where it repeats."""
 
     def __init__(self, case: Case):
         super().__init__()

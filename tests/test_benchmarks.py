@@ -1,0 +1,89 @@
+"""The benchmark harness runs and reports what it measured. No assertion on time."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import measure, perceiver
+from benchmarks.cases import CASES
+from benchmarks.peers import installed
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"batch": 2, "tokens": 40, "channels": 6, "latents": 4, "width": 16, "self_layers": 1, "widening": 2}
+
+
+def small(name):
+    return replace(CASES[name], **SMALL, queries=min(CASES[name].queries, 5))
+
+
+def test_help_lists_every_benchmark():
+    shown = subprocess.run([sys.executable, "-m", "benchmarks", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert all(f"  {name} " in shown.stdout for name in ("perceiver", "loader", "startup"))
+
+
+@pytest.mark.parametrize("precision", perceiver.PRECISIONS)
+@pytest.mark.parametrize("name", ["image_h8", "rep_h8"])
+def test_a_case_reports_times_and_weights_of_ours(name, precision):
+    row = perceiver.times(small(name), precision, [], rounds=1)
+    assert row["parameters"]["ours"] == sum(p.numel() for p in perceiver.Ours(small(name)).parameters())
+    assert row["cpu_ms"]["ours"] >= 0
+    assert row["time_ratio"] == {}
+
+
+@pytest.mark.parametrize("peer", ["krasserm", "lucidrains", "transformers"])
+def test_peers_have_our_weights_and_outputs(peer):
+    if not installed(peer):
+        pytest.skip(f"{peer} is not installed")
+    case = small("long_h1")
+    row = perceiver.times(case, "float32", [peer], rounds=1)
+    error = row["largest_error"][peer]
+    assert error is None if peer == "lucidrains" else error <= perceiver.TOLERANCE
+
+
+def test_the_full_cases_have_the_weights_of_the_published_comparison():
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in perceiver.Ours(CASES[name]).parameters()) for name in ("rep_h8",)}
+    assert counts == {"rep_h8": 4_149_780}  # krasserm's with the same arguments
+
+
+def test_turns_are_taken_and_every_round_is_kept():
+    order = []
+    seconds = measure.paired_cpu_seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
+    assert order == ["a", "b"] * 3  # a warm-up, then two rounds
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+    assert measure.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == 2.0
+
+
+def test_a_child_process_returns_or_fails_with_a_sentence():
+    assert measure.in_child(lambda: {"bytes": measure.peak_rss_bytes()})["bytes"] > 2**20
+    with pytest.raises(RuntimeError, match="child process failed"):
+        measure.in_child(lambda: 1 / 0)
+
+
+def test_a_published_table_replaces_the_one_before(tmp_path, monkeypatch):
+    page = tmp_path / "performance.md"
+    page.write_text("before\n<!-- startup -->\nold\n<!-- end startup -->\nafter\n")
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(measure, "PAGE", page)
+    measure.publish("startup", {"seconds": 1}, measure.markdown(["a"], [["1"]]), store=True)
+    assert page.read_text() == "before\n<!-- startup -->\n| a |\n| --- |\n| 1 |\n<!-- end startup -->\nafter\n"
+    assert json.loads((tmp_path / "results" / "startup.json").read_text()) == {"seconds": 1}
+
+
+def test_loader_sources_deliver_batches(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYDRASPHERE_CACHE", str(tmp_path))
+    from benchmarks import loader
+
+    paths = loader.write_series(tmp_path, (150, 8, 12))
+    ours = {name: loader.our_loader(paths[name], "none") for name in ("NetCDF", "Zarr")}
+    first = [next(iter(one)).inputs["prognostic"].values for one in ours.values()]
+    torch.testing.assert_close(*first)  # the same windows from both formats
+    rates = loader.samples_per_second({name: one.__iter__ for name, one in ours.items()}, batches=1, rounds=1)
+    assert set(rates) == {"NetCDF", "Zarr"} and all(rate > 0 for rate in rates.values())
