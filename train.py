@@ -22,8 +22,8 @@ schema.register()
 @command_line.job
 def train(config: DictConfig) -> None:
     # torch and everything above it only now: --help and typing errors answer at once.
-    from models.composition import build_from_config, check
-    from training.run import Run, build_data, build_task, describe
+    from models.composition import check
+    from training.run import Run, build_data, build_model, build_task, describe
 
     config = check(config)
     data = build_data(config)
@@ -31,8 +31,7 @@ def train(config: DictConfig) -> None:
         print(data.describe())
         return
     task = build_task(config)
-    layout = task.layout(data)
-    model = build_from_config(config, layout)
+    model = build_model(config, task.layout(data))
     if config.dry_run:
         print(describe(config, data, task, model))
         return

@@ -1,5 +1,6 @@
 """Killed at any step and resumed, a run is bit for bit the run that was never interrupted (CPU)."""
 
+import os
 import random
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_data, tiny_loop
+from tiny_run import tiny_data, tiny_loop, write_weather
 
 from training.arguments import rewrite
 from training.run_folder import last_checkpoint
@@ -20,7 +21,7 @@ SETTINGS = dict(max_steps=40, validate_every=4, checkpoint_every=3, accumulate=2
 SLOW_RUN = """
 import sys, time
 from pathlib import Path
-from tiny_run import tiny_data, tiny_loop
+from tiny_run import tiny_data, tiny_loop, write_weather
 from training.tracking import NoTracker
 
 class Paced(NoTracker):  # slow enough to be killed between, before and inside steps
@@ -146,3 +147,28 @@ def test_a_strangers_overrides_start_nothing(tmp_path, line):
     folder = run_folder(tmp_path / "run", "seed=1", line)
     with pytest.raises(ValueError, match="no setting of a run"):
         rewrite([f"resume={folder}"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["perceiver_io", "perceiver"])
+def test_train_py_killed_and_resumed_is_the_uninterrupted_run(tmp_path, model):
+    """The whole command with the real model on several threads, dropout, workers and a seed."""
+    weather = write_weather(tmp_path / "weather.nc")
+    command = [sys.executable, str(TESTS.parent / "train.py")]
+    overrides = [
+        *("data=netcdf", f"data.path={weather}", f"model={model}", "model/size=tiny", "seed=5", "data.num_workers=1"),
+        *("trainer.max_steps=20", "trainer.checkpoint_every=4", "trainer.validate_every=7", "trainer.num_threads=2"),
+        *("trainer.batch_size=16", "tracking.enabled=false", "task.input_noise=0.1", "model.dropout=0.1"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # trainer.num_threads decides; the scores need none
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    subprocess.run([*command, *overrides, f"hydra.run.dir={straight}"], check=True, env=environment)
+    process = subprocess.Popen([*command, *overrides, f"hydra.run.dir={killed}"], env=environment)
+    metrics = killed / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < 6):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run([*command, f"resume={killed}"], check=True, env=environment)
+    assert files(killed) == files(straight)
+    assert (killed / "scores.json").read_bytes() == (straight / "scores.json").read_bytes()

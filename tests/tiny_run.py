@@ -1,4 +1,4 @@
-"""A forecast small enough to train in a test: three months of six-hourly values on an 4 x 8 globe, and a linear model."""
+"""A forecast small enough to train in a test: six-hourly values on a 4 x 8 globe, a linear model."""
 
 from __future__ import annotations
 

@@ -14,7 +14,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from data.batch import Layout
 from data.loading import BatchLoader
+from models.composition import build_from_config
 from training import environment
 from training.checkpoints import RunFiles, load_weights, read_normalisation
 from training.loop import Outcome, TrainingLoop
@@ -35,6 +37,12 @@ def build_data(config: DictConfig):
 
 def build_task(config: DictConfig):
     return instantiate(config.task, _convert_="all")
+
+
+def build_model(config: DictConfig, layout: Layout) -> nn.Module:
+    """The model with the random weights of `seed`."""
+    torch.manual_seed(config.seed)
+    return build_from_config(config, layout)
 
 
 def complete(config: DictConfig, data) -> None:

@@ -41,7 +41,7 @@ class SweepParent(Callback):
 def finish(*, succeeded: bool) -> None:
     """Copies `best/*` and `test/*` of the best job to the parent run and closes it; nothing where no sweep is open.
 
-    succeeded: whether all jobs ended well. Called by the script: Hydra's own callback is left out when a job has failed.
+    succeeded: whether all jobs ended well. Called by the script: Hydra leaves its own callback out when a job fails.
     """
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is None or _store is None:
