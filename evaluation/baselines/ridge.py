@@ -9,7 +9,7 @@ with one alpha per lead time and variable, the best of `ALPHAS` in cross-validat
 training period at up to 48 cells. Missing predictors count as no anomaly; where targets are missing, X'y is scaled up
 to the full number of windows. Columns close around the globe where the grid does; beyond its other edges there is none.
 
-Cost is bounded by rule: at most 2,048 cells (over all variables) are fitted, every s-th row and column, and the others
+Cost is bounded by rule: at most 1,536 cells (over all variables) are fitted, every s-th row and column, and the others
 use the coefficients of the nearest fitted cell; anomalies in memory are held below 1 GB by taking fewer frames from the
 beginning of each of the six parts. Fitted coefficients stay in the cache folder.
 """
@@ -32,7 +32,7 @@ from evaluation.baselines.situation import LAGS, Situation
 RADIUS = 4
 ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 PARTS = 6
-MAX_CELLS, MAX_TRIAL_CELLS = 2048, 48
+MAX_CELLS, MAX_TRIAL_CELLS = 1536, 48
 MAX_BYTES = 2**30
 _WIDTH = 2 * RADIUS + 1
 _VERSION = 1  # of the cached coefficients
