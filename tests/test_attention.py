@@ -125,6 +125,7 @@ def test_auto_chooses_by_dtype_heads_and_length():
     small, large = torch.zeros(1, 2, 16, 8), torch.zeros(1, 8, 256, 8)
     assert choose_backend(small, 16) == "reference"
     assert choose_backend(large, 50_000) == "sdpa"
+    assert choose_backend(large, 50_000, constant_keys=True) == "blockwise"
     tiled = "sdpa" if torch.cpu._is_amx_tile_supported() else "blockwise"
     absorbed = torch.zeros(1, 1, 256, 261).bfloat16()
     assert choose_backend(large.bfloat16(), 4096) == "reference"

@@ -54,10 +54,11 @@ def require_backend(backend: str, device: torch.device | str) -> None:
         raise ValueError("model.attention=cudnn needs cuDNN, which this PyTorch lacks; use model.attention=auto")
 
 
-def choose_backend(query: Tensor, num_keys: int) -> str:
+def choose_backend(query: Tensor, num_keys: int, *, constant_keys: bool = False) -> str:
     """The rule behind `auto` for queries (B, h, n, d) and a number of keys.
 
-    CUDA: sdpa. CPU, 32 and 64 bit: reference for few logits (n m h), else sdpa, which never writes the logits.
+    CUDA: sdpa. CPU, 32 and 64 bit: reference for few logits (n m h), else sdpa, which never writes the logits, and
+    blockwise where keys and values need no gradient but queries do, since it leaves theirs out.
     CPU, 16 bit: reference for fewer keys than 8192 or wide heads (absorbed projections), unless the logits pass 1 GiB;
     else sdpa on processors with matrix tiles (AMX), blockwise on others, where the 16-bit sdpa kernel is slow.
     """
@@ -70,7 +71,9 @@ def choose_backend(query: Tensor, num_keys: int) -> str:
         if small and (num_keys < _MANY_KEYS or width > _WIDE_HEAD):
             return "reference"
         return "sdpa" if torch.cpu._is_amx_tile_supported() else "blockwise"
-    return "reference" if logits <= _SMALL_LOGITS else "sdpa"
+    if logits <= _SMALL_LOGITS:
+        return "reference"
+    return "blockwise" if constant_keys else "sdpa"
 
 
 def attend(
@@ -91,7 +94,8 @@ def attend(
     Raises ValueError when the device or dtype does not suit the backend.
     """
     if backend == "auto":
-        backend = choose_backend(query, key.shape[2])
+        constant = query.requires_grad and not (key.requires_grad or value.requires_grad)
+        backend = choose_backend(query, key.shape[2], constant_keys=constant)
     else:
         require_backend(backend, query.device)
         if backend in _KERNELS and query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):

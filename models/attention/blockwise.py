@@ -15,7 +15,7 @@ _MASKED = -1e30  # finite, so that a block without any key yields no NaN; its we
 
 
 def blockwise_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, key_mask: Tensor | None) -> Tensor:
-    """(B, h, n, d), (B, h, m, d), (B, h, m, e) -> (B, h, n, e). key_mask: (B, m) bool, True = keep, some in each row."""
+    """(B, h, n, d), (B, h, m, d), (B, h, m, e) -> (B, h, n, e). key_mask: (B, m) bool, True = keep; no row empty."""
     return _Blockwise.apply(query, key, value, scale, key_mask)
 
 
