@@ -152,15 +152,15 @@ def test_a_strangers_overrides_start_nothing(tmp_path, line):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["perceiver_io", "perceiver"])
 def test_train_py_killed_and_resumed_is_the_uninterrupted_run(tmp_path, model):
-    """The whole command with the real model on several threads, dropout, workers and a seed."""
+    """The whole command with the real model: dropout, input noise, a loader process."""
     weather = write_weather(tmp_path / "weather.nc")
     command = [sys.executable, str(TESTS.parent / "train.py")]
     overrides = [
         *("data=netcdf", f"data.path={weather}", f"model={model}", "model/size=tiny", "seed=5", "data.num_workers=1"),
-        *("trainer.max_steps=20", "trainer.checkpoint_every=4", "trainer.validate_every=7", "trainer.num_threads=2"),
+        *("trainer.max_steps=20", "trainer.checkpoint_every=4", "trainer.validate_every=7", "trainer.num_threads=1"),
         *("trainer.batch_size=16", "tracking.enabled=false", "task.input_noise=0.1", "model.dropout=0.1"),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # trainer.num_threads decides; the scores need none
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     subprocess.run([*command, *overrides, f"hydra.run.dir={straight}"], check=True, env=environment)
     process = subprocess.Popen([*command, *overrides, f"hydra.run.dir={killed}"], env=environment)
