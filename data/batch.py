@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.grids import Grid
+from data.grids import Grid, Points
 
 SECONDS_PER_DAY = 86_400
 
@@ -171,6 +171,26 @@ class Field(_Movable):
         validity = torch.ones_like(values) if mask is None else mask.expand_as(values).to(values.dtype)
         return torch.cat([values, validity], dim=2)
 
+    def at(self, places: Tensor) -> Field:
+        """This field at some places (P,) of its grid, flat indices: values (B, T, C, P) on `Points`."""
+
+        def chosen(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.expand_as(self.values).flatten(3)[..., places]
+
+        reference = self.reference
+        if reference is not None:
+            reference = Reference(chosen(reference.values), chosen(reference.scale))
+        return replace(
+            self,
+            values=chosen(self.values),
+            grid=Points(self.grid.coordinates[places.cpu()]),
+            valid=chosen(self.valid),
+            domain=chosen(self.domain),
+            scale=chosen(self.scale),
+            offset=chosen(self.offset),
+            reference=reference,
+        )
+
     def physical(self, values: Tensor | None = None) -> Tensor:
         """Normalised values of this field's shape (its own by default) in physical units."""
         values = self.values if values is None else values
@@ -195,10 +215,11 @@ class Query(_Movable):
     second_of_day: Tensor
     day_of_year: Tensor
     features: Tensor | None = None
+    places: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.grid.shape
+        return self.grid.shape if self.places is None else tuple(self.places.shape)
 
 
 @dataclass(frozen=True)
@@ -212,6 +233,7 @@ class Batch(_Movable):
     inputs: dict[str, Field]
     targets: dict[str, Field]
     layout: Layout
+    places: dict[str, Tensor] | None = None
 
     def __post_init__(self):
         for kind, given, described in (
@@ -251,7 +273,13 @@ class Batch(_Movable):
             second_of_day=target.second_of_day,
             day_of_year=target.day_of_year,
             features=torch.cat(shared, dim=1) if shared else None,
+            places=self.places.get(name) if self.places else None,
         )
+
+    def wanted(self, name: str) -> Field:
+        """The target where it is to be decoded: the whole of it, or its `places`."""
+        places = self.places.get(name) if self.places else None
+        return self.targets[name] if places is None else self.targets[name].at(places)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,11 @@ class EncodeProcessDecode(nn.Module):
             name: self.decoder[name](self._adapted(name, latents), query) for name, query in batch.queries().items()
         }
 
+    def draw_places(self, fraction: float) -> dict[str, Tensor]:
+        """A random share of the output places of every target whose decoder can leave the others out."""
+        partial = {name: decoder for name, decoder in self.decoder.items() if hasattr(decoder, "draw_places")}
+        return {name: decoder.draw_places(fraction) for name, decoder in partial.items()}
+
     def predict(self, batch: Batch) -> dict[str, Prediction]:
         """Predictions in physical units; the targets' values are not read, their references are."""
         return {name: self.head.predict(output, batch.targets[name]) for name, output in self(batch).items()}

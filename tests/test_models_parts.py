@@ -48,6 +48,32 @@ def test_a_window_that_covers_everything_equals_global_attention():
     torch.testing.assert_close(local(batch)["forecast"], everywhere(batch)["forecast"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("queries", ("coordinates", "trainable"))
+@pytest.mark.parametrize("scope", ("local", "global"))
+def test_some_places_decode_as_they_do_among_all(scope, queries):
+    layout = tiny_layout(REGION, gaps=True)
+    model = built([f"model.decoder.scope={scope}", f"model.decoder.queries={queries}"], layout)
+    batch = tiny_batch(layout)
+    whole = model(batch)["forecast"].flatten(3)
+    for places in (torch.tensor([5]), torch.tensor([62, 0, 17, 3]), model.draw_places(0.4)["forecast"]):
+        some = replace(batch, places={"forecast": places})
+        torch.testing.assert_close(model(some)["forecast"], whole[..., places], rtol=1e-5, atol=1e-6)
+        wanted = some.wanted("forecast")
+        truth = batch.targets["forecast"].values.flatten(3)[..., places]
+        torch.testing.assert_close(wanted.values, truth, equal_nan=True)
+
+
+@pytest.mark.parametrize("scope", ("local", "global"))
+def test_drawn_places_are_few_distinct_and_differ_between_draws(scope):
+    layout = tiny_layout(GLOBAL)
+    model = built([f"model.decoder.scope={scope}"], layout)
+    torch.manual_seed(0)
+    draws = [model.draw_places(0.3)["forecast"].tolist() for _ in range(20)]
+    for places in draws:
+        assert len(set(places)) == len(places) and 0.1 * 60 <= len(places) <= 0.5 * 60
+    assert set().union(*draws) == set(range(60))
+
+
 @pytest.mark.parametrize("scope", ("local", "global"))
 @pytest.mark.parametrize("chunk", (1, 7, 1000))
 def test_output_chunks_change_nothing(scope, chunk):

@@ -1,4 +1,4 @@
-"""Promises of the repository itself: pins agree, the README's commands exist, tracked files speak of the project alone."""
+"""Promises of the repository: pins agree, the README's commands exist, no developer's paths are tracked."""
 
 import re
 import subprocess

@@ -199,11 +199,11 @@ def test_a_loss_that_is_not_finite_names_step_variable_and_checkpoint(data, tmp_
     loop = tiny_loop(tmp_path, data, max_steps=6, validate_every=2, clip_norm=None)
     augment, calls = loop.task.augment, []
 
-    def spoil(batch):
+    def spoil(batch, model):
         calls.append(batch)
         if len(calls) == 5:
             batch.targets["forecast"].values[:, :, 1] = math.inf
-        return augment(batch)
+        return augment(batch, model)
 
     loop.task.augment = spoil
     with pytest.raises(ValueError, match=r"training loss is not finite at step 5 \(variables: msl\).*step_00000004"):
@@ -223,12 +223,33 @@ def test_overfitting_one_batch_drives_the_loss_down(data, tmp_path):
 def test_input_noise_only_touches_training_inputs(data):
     noisy = tiny_task(input_noise=0.5)
     batch = noisy.dataset(data, "train", noisy.fit(data)).__getitems__([0, 1])
-    seen = noisy.augment(batch)
+    seen = noisy.augment(batch, None)
     difference = (seen.inputs["prognostic"].filled - batch.inputs["prognostic"].filled).double()
     present = batch.inputs["prognostic"].presence
     assert difference[present].std().item() == pytest.approx(0.5, rel=0.1)
     assert seen.targets is batch.targets
-    assert tiny_task().augment(batch) is batch
+    assert tiny_task().augment(batch, None) is batch
+
+
+def test_the_loss_at_some_places_is_that_of_all_weighted_by_their_areas(data):
+    from models import build
+
+    task = tiny_task(query_fraction=0.5)
+    overrides = ["model/size=tiny", "model.hidden_size=8", "model.depth=1", "model.num_heads=2", "model.patch_size=2"]
+    layout = task.layout(data)
+    model = build([*overrides, "model.decoder.zero_head=false"], layout).eval()
+    batch = task.dataset(data, "train", task.fit(data)).__getitems__([0, 3, 5])
+    some = task.augment(batch, model)
+    places = some.places["forecast"]
+    assert 0 < len(places) < batch.targets["forecast"].grid.num_points
+
+    target = batch.targets["forecast"]
+    error = (model(batch)["forecast"] - (target.values - target.reference.values) / target.reference.scale) ** 2
+    weights = (target.grid.area_weights.float() * target.presence).expand_as(error).flatten(3)[..., places]
+    error = torch.where(target.presence.expand_as(error), error, 0.0).flatten(3)[..., places]
+    expected = ((weights * error).sum((0, 3)) / weights.sum((0, 3))).mean()
+    sums = {name: weighted for name, (weighted, _) in task.sums(model(some), some).items()}
+    torch.testing.assert_close(task.combine(sums, task.total_weights([some]), layout)["loss"], expected)
 
 
 def test_bf16_trains_with_float32_weights(data, tmp_path):

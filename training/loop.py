@@ -158,7 +158,7 @@ class TrainingLoop:
         step, settings = self.progress.step - 1, self.settings
         torch.manual_seed(step_seed(self.seed, step))
         drawn = [next(batches) for _ in range(settings.accumulate)]
-        drawn = [self.task.augment(batch.to(self.device, non_blocking=True)) for batch in drawn]
+        drawn = [self.task.augment(batch.to(self.device, non_blocking=True), self.model) for batch in drawn]
         totals = self.task.total_weights(drawn)
         losses: dict[str, Tensor] = {}
         for batch in drawn:

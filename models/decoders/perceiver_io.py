@@ -160,11 +160,20 @@ class PerceiverIODecoder(nn.Module):
         valid = None if latents.valid is None else rearrange(latents.valid, "b t n -> b (t n)")
         places = self._places(query)  # (B or 1, P, D)
         moment, modulation = self._moment(query, places)
-        decode = self._decode_global if self.windows is None else self._decode_local
         context = self.layer.prepare(tokens, mask=valid, num_queries=moment.shape[1] * places.shape[1])
-        output = decode(places, moment, modulation, context)  # (B, L or 1, P, K)
+        if self.windows is None:
+            output = self._decode_global(places, moment, modulation, context)  # (B, L or 1, P, K)
+        else:
+            output = self._decode_local(places, moment, modulation, context, self.windows.of_places(query.places))
         output = output.expand(-1, query.times.shape[1], -1, -1)
         return rearrange(output, "b l p k -> b l k p").unflatten(-1, query.shape)
+
+    def draw_places(self, fraction: float) -> Tensor:
+        """(P,) flat indices of a random share of the output places, whole windows where queries read windows."""
+        if self.windows is not None:
+            return self.windows.draw(fraction)
+        points = self.grid.num_points
+        return torch.randperm(points)[: max(1, round(fraction * points))].to(self.head.weight.device)
 
     def _moment(self, query: Query, places: Tensor) -> tuple[Tensor, Modulation | None]:
         """What is added to all queries of a lead time, (B, L, D), and how it modulates norms; one zero without it."""
@@ -175,18 +184,19 @@ class PerceiverIODecoder(nn.Module):
         return moment, Modulation(*film)
 
     def _places(self, query: Query) -> Tensor:
-        parts = [] if self.table is None else [self.table]
+        chosen = slice(None) if query.places is None else query.places
+        parts = [] if self.table is None else [self.table[chosen]]
         if self.position is not None:
-            parts.append(self.position(self.places))
+            parts.append(self.position(self.places[chosen]))
         if self.windows is not None:
-            parts.append(self.own_position(self.own_features))
+            parts.append(self.own_position(self.own_features[chosen]))
         places = sum(parts)[None]
         if self.feature is None:
             return places
         if self.feature_size == 1:
-            return places + self.feature(query.features.flatten(2).transpose(1, 2))
+            return places + self.feature(query.features.flatten(2).transpose(1, 2)[:, chosen])
         cells = neighbourhoods(query.features, self.feature_size, wraps=self.grid.wraps)  # (B, P, F k k)
-        return places + self.feature(cells)
+        return places + self.feature(cells[:, chosen])
 
     def _read(self, queries: Tensor, context: Context, **arguments) -> Tensor:
         """(B, n, D) -> (B, n, K)."""
@@ -202,13 +212,15 @@ class PerceiverIODecoder(nn.Module):
             decoded.append(rearrange(read, "b (l p) k -> b l p k", l=moment.shape[1]))
         return torch.cat(decoded, dim=2)
 
-    def _decode_local(self, places: Tensor, moment: Tensor, modulation: Modulation | None, context: Context) -> Tensor:
+    def _decode_local(
+        self, places: Tensor, moment: Tensor, modulation: Modulation | None, context: Context, tables: dict[str, Tensor]
+    ) -> Tensor:
         windows, leads = self.windows, moment.shape[1]
         bias = rearrange(self.window_bias(windows.offsets), "u s m h -> u h s m")
         decoded = []
         groups = max(1, self.chunk_size // windows.points.shape[1])
-        tables = (windows.points, windows.pattern, windows.tokens, windows.inside)
-        for points, pattern, tokens, inside in zip(*(table.split(groups) for table in tables), strict=True):
+        split = (tables[name].split(groups) for name in ("points", "pattern", "tokens", "inside"))
+        for points, pattern, tokens, inside in zip(*split, strict=True):
             queries = places[:, points][:, :, None] + moment[:, None, :, None]  # (B, G, L, s, D)
             repeats = {"b": moment.shape[0], "g": points.shape[0]}
             near = torch.where(inside[:, None, None], windows.tiled(bias[pattern]), -torch.inf)  # (G, h, s, m)
@@ -219,7 +231,7 @@ class PerceiverIODecoder(nn.Module):
                 modulation=modulation and modulation.repeated(points.shape[0]),
             )
             decoded.append(rearrange(read, "(b g) (l s) k -> b l (g s) k", l=leads, **repeats))
-        return torch.cat(decoded, dim=2)[:, :, windows.slot]
+        return torch.cat(decoded, dim=2)[:, :, tables["slot"]]
 
 
 def _windowed(context: Context, tokens: Tensor, inside: Tensor) -> Context:
@@ -242,6 +254,25 @@ class _Buffers(nn.Module):
         for name, table in {**vars(windows), "tokens": tokens, "inside": inside}.items():
             if name != "own":
                 self.register_buffer(name, table, persistent=False)
+
+    def of_places(self, places: Tensor | None) -> dict[str, Tensor]:
+        """Tables of the groups that hold these places (P',), points and slots counted among them; None: all."""
+        tables = {name: getattr(self, name) for name in ("points", "pattern", "tokens", "inside", "slot")}
+        if places is None:
+            return tables
+        slots = self.points.shape[1]
+        group, row = torch.unique(self.slot[places] // slots, return_inverse=True)
+        number = torch.zeros_like(self.slot)  # slots of places that were not asked for read the first one, unused
+        number[places] = torch.arange(places.shape[0], device=places.device)
+        tables = {name: table[group] for name, table in tables.items() if name != "slot"}
+        return tables | {"points": number[tables["points"]], "slot": row * slots + self.slot[places] % slots}
+
+    def draw(self, fraction: float) -> Tensor:
+        """(P',) the places of a random share of the groups."""
+        groups, slots = self.points.shape
+        drawn = torch.zeros(groups, dtype=torch.bool)
+        drawn[torch.randperm(groups)[: max(1, round(fraction * groups))]] = True
+        return torch.nonzero(drawn.to(self.slot.device)[self.slot // slots])[:, 0]
 
     def tiled(self, bias: Tensor) -> Tensor:
         """(G, h, s, m) of one frame -> (G, h, s, T m)."""

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Field, Layout, TargetLayout
+from data.batch import Batch, Layout, TargetLayout
 
 if TYPE_CHECKING:
     from data.datasets.forecast import ForecastDataset
     from data.datasets.gridded import GriddedData
     from data.normalisation import Normalisation
+    from models.encode_process_decode import EncodeProcessDecode
     from models.heads import DeterministicHead
 
 DEFAULT_LEAD_STEPS = (1, 4, 12)
@@ -34,6 +35,8 @@ class ForecastTask:
     loss: mse, l1 or huber of the scaled residual, weighted by exact cell area.
     variable_weights: {name: weight}, 1 where not named. lead_weights: one a lead time, None: all 1.
     input_noise: standard deviation, in normalised units, of noise on training inputs; the reference stays clean.
+    query_fraction: share of the output places decoded in a training step, drawn anew for each; decoders that write all
+        places at once ignore it. Outputs do not depend on each other, so this trades a noisier step for a cheaper one.
     Raises ValueError where a value is not allowed.
     """
 
@@ -48,6 +51,7 @@ class ForecastTask:
         variable_weights: Mapping[str, float] | None = None,
         lead_weights: Sequence[float] | None = None,
         input_noise: float = 0.0,
+        query_fraction: float = 1.0,
     ):
         if input_frames < 1:
             raise ValueError(f"task.input_frames={input_frames} must be at least 1")
@@ -59,6 +63,8 @@ class ForecastTask:
             raise ValueError(f"task.lead_weights={list(lead_weights)} must be 0 or more, and not all 0")
         if input_noise < 0:
             raise ValueError(f"task.input_noise={input_noise} must be 0 or more")
+        if not 0 < query_fraction <= 1:
+            raise ValueError(f"task.query_fraction={query_fraction} must be above 0 and at most 1")
         self.input_frames = input_frames
         self.lead_times = None if lead_times is None else tuple(lead_times)
         self.reference = reference
@@ -66,6 +72,7 @@ class ForecastTask:
         self.variable_weights = dict(variable_weights or {})
         self.lead_weights = None if lead_weights is None else tuple(lead_weights)
         self.input_noise = input_noise
+        self.query_fraction = query_fraction
 
     # Data
 
@@ -124,8 +131,10 @@ class ForecastTask:
 
     # Training
 
-    def augment(self, batch: Batch) -> Batch:
-        """Training inputs as the model sees them; draws from torch's global generator."""
+    def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
+        """A training batch as the model sees it: noise, places to decode. Draws from torch's global generator."""
+        if self.query_fraction < 1:
+            batch = replace(batch, places=model.draw_places(self.query_fraction))
         if self.input_noise == 0:
             return batch
         noisy = {
@@ -138,8 +147,9 @@ class ForecastTask:
         """Sum of the weights of everything present in the targets of all batches, per target: (L, C)."""
         totals = {}
         for batch in batches:
-            for name, target in batch.targets.items():
-                weights = _area_weights(target).expand_as(target.values)
+            for name in batch.targets:
+                target, weights = batch.wanted(name), _area_weights(batch, name)
+                weights = weights.expand_as(target.values)
                 if target.presence is not None:
                     weights = weights * target.presence
                 totals[name] = totals.get(name, 0.0) + weights.sum((0, *range(3, weights.ndim)))
@@ -148,7 +158,9 @@ class ForecastTask:
     def sums(self, outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Area-weighted error sums and weight sums, per target: (L, C) each."""
         head = self.head()
-        return {name: head.loss(outputs[name], target, _area_weights(target)) for name, target in batch.targets.items()}
+        return {
+            name: head.loss(output, batch.wanted(name), _area_weights(batch, name)) for name, output in outputs.items()
+        }
 
     def combine(self, sums: Mapping[str, Tensor], totals: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         """Losses from error sums (L, C) and total weights (L, C): one a variable, and `loss`, the one to minimise.
@@ -173,8 +185,11 @@ class ForecastTask:
         return leads[:, None] * variables
 
 
-def _area_weights(target: Field) -> Tensor:
-    return target.grid.area_weights.to(target.values.device, target.values.dtype)
+def _area_weights(batch: Batch, name: str) -> Tensor:
+    """Cell areas of a target, of its grid's shape or (P,) where only some places are decoded."""
+    target, places = batch.targets[name], batch.places.get(name) if batch.places else None
+    weights = target.grid.area_weights.to(target.values.device, target.values.dtype)
+    return weights if places is None else weights.flatten()[places]
 
 
 def _unordered(numbers: Sequence[float]) -> bool:
