@@ -53,7 +53,10 @@ class LocalRidge:
         frames = np.setdiff1d(data.training_period, data.splits[split])
         lead_steps = tuple(int(step) for step in lead_steps)
         rows, columns = _fitted_axes(data)
-        path = cache_folder("baselines") / f"ridge_{_digest(data, normalisation, frames, lead_steps)}.safetensors"
+        path = (
+            cache_folder("baselines")
+            / f"ridge_{_digest(data, normalisation, frames, lead_steps, rows, columns)}.safetensors"
+        )
         if path.exists():
             stored = load_file(path)
         else:
@@ -244,9 +247,10 @@ def _padded(values: Tensor, wraps: bool) -> Tensor:
     return torch.nn.functional.pad(values, (RADIUS,) * 4)
 
 
-def _digest(data, normalisation, frames, lead_steps) -> str:
+def _digest(data, normalisation, frames, lead_steps, rows, columns) -> str:
     """Names a fit by all that it depends on."""
     digest = hashlib.sha256(repr((_VERSION, data.series.identity, lead_steps, ALPHAS)).encode())
-    digest.update(np.ascontiguousarray(frames).tobytes())
+    for indices in (frames, rows, columns):
+        digest.update(repr(indices.shape).encode() + np.ascontiguousarray(indices).tobytes())
     digest.update(normalisation.coefficients.numpy().tobytes())
     return digest.hexdigest()[:24]
