@@ -56,7 +56,7 @@ WRONG = [
     (["trainer.batch_size=2.5"], "trainer.batch_size=2.5 does not fit"),
     (["trainer.batch_size=0"], "trainer.batch_size=0 must be at least 1"),
     (["+trainer.max_steps=3"], "without the +"),
-    (["trainer.precision=fp8"], "trainer.precision=float32 or bf16"),
+    (["trainer.precision=fp8"], "trainer.precision=auto, float32, bf16"),
     (["trainer.device=cuda:99"], "trainer.device=cuda:99 is not available"),
     (["task.lead_times=[7]"], "7 h is not a multiple of the data's step of 6 h"),
     (["task.lead_times=[24,6]"], "must be increasing hours above 0"),

@@ -48,3 +48,33 @@ def test_its_commands_run(copy, command):
     ran = subprocess.run([sys.executable, *arguments], cwd=copy, env=os.environ, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "BlockMeanEncoder" in ran.stdout if "dry_run=true" in command else "persistence" in ran.stdout
+
+
+README = (ROOT / "README.md").read_text().replace("\\\n", " ")
+TRAIN_COMMANDS = sorted(set(re.findall(r"python train\.py([^`\n|]*)", README)))
+
+
+@pytest.mark.parametrize("command", TRAIN_COMMANDS)
+def test_the_training_commands_of_the_readme_compose(command):
+    """Every setting exists and has an allowed value; sweeps and resumed runs compose each of their jobs' settings."""
+    from models.composition import compose
+
+    overrides = [
+        item for item in shlex.split(command) if item not in ("-m", "--help") and not item.startswith("resume=")
+    ]
+    for first in (0, -1) if "-m" in command else (None,):
+        chosen = overrides if first is None else [_choice(item, first) for item in overrides]
+        compose(chosen)
+
+
+def _choice(override: str, index: int) -> str:
+    name, _, values = override.partition("=")
+    return f"{name}={values.split(',')[index]}"
+
+
+def test_the_readme_names_every_preset_and_option():
+    for group in ("", "encoder", "processor", "decoder", "attention", "size"):
+        for path in (ROOT / "conf/model" / group).glob("*.yaml"):
+            assert f"`{path.stem}`" in README, f"the README does not name {path.relative_to(ROOT)}"
+    for path in (ROOT / "conf/data").glob("*.yaml"):
+        assert f"`{path.stem}`" in README, f"the README does not name {path.relative_to(ROOT)}"

@@ -22,7 +22,7 @@ from training.optimizers import build_optimizer, learning_rate
 from training.profiling import profiled
 from training.progress import ProgressBar
 
-PRECISIONS = ("float32", "bf16")
+PRECISIONS = ("auto", "float32", "bf16")
 
 
 @dataclass
@@ -69,13 +69,10 @@ class TrainingLoop:
         run_dir: Path,
         seed: int,
     ):
-        if settings.precision not in PRECISIONS:
-            raise ValueError(
-                f"trainer.precision={settings.precision} is unknown; use trainer.precision=float32 or bf16"
-            )
         self.task, self.settings, self.seed = task, settings, seed
         self.run_dir, self.files = run_dir, files
         self.device = choose_device(settings.device)
+        self.precision = choose_precision(settings.precision, self.device)
         if self.device.type == "cpu":  # gradients of gathers would otherwise be summed in an order that threads decide
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
@@ -239,11 +236,21 @@ class TrainingLoop:
         )
 
     def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def step_seed(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step) % 2**63
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """float32 or bf16; `auto` is bf16 where the device has instructions for it. Raises ValueError for unknown names."""
+    if name not in PRECISIONS:
+        raise ValueError(f"trainer.precision={name} is unknown; use trainer.precision={', '.join(PRECISIONS)}")
+    if name != "auto":
+        return name
+    supported = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if supported else "float32"
 
 
 def choose_device(name: str) -> torch.device:

@@ -19,7 +19,7 @@ from data.loading import BatchLoader
 from models.composition import build_from_config
 from training import environment
 from training.checkpoints import RunFiles, load_weights, read_normalisation
-from training.loop import Outcome, TrainingLoop
+from training.loop import Outcome, TrainingLoop, choose_device, choose_precision
 from training.run_folder import OVERRIDES, last_checkpoint
 from training.sweep import parent_run
 from training.tracking import build_tracker
@@ -50,6 +50,7 @@ def complete(config: DictConfig, data) -> None:
     trainer = config.trainer
     if trainer.max_steps is None:
         trainer.max_steps = data.recommended.get("max_steps", 2000)
+    trainer.precision = choose_precision(trainer.precision, choose_device(trainer.device))
     if trainer.validate_every is None:
         trainer.validate_every = max(1, trainer.max_steps // VALIDATIONS)
     for name in (
