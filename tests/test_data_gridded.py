@@ -217,7 +217,7 @@ def configured(name):
 @pytest.mark.parametrize(
     ("name", "shape", "step", "sizes"),
     [
-        ("ncep_air_temperature", (25, 53), 6 * 3600, (1216, 244, 1460)),
+        ("ncep_air_temperature", (25, 53), 6 * 3600, (1400, 60, 1460)),
         ("era5_uk_t2m", (33, 49), 3600, (480, 72, 192)),
         ("ncep_slp", (17, 33), 86_400, (2922, 365, 365)),
         ("ersst_monthly", (89, 180), MONTH_SECONDS, (96, 12, 20)),

@@ -60,7 +60,7 @@ def choose_backend(query: Tensor, num_keys: int, *, constant_keys: bool = False)
     CUDA: sdpa. CPU, 32 and 64 bit: reference for few logits (n m h), else sdpa, which never writes the logits, and
     blockwise where keys and values need no gradient but queries do, since it leaves theirs out.
     CPU, 16 bit: reference for fewer keys than 8192 or wide heads (absorbed projections), unless the logits pass 1 GiB;
-    else sdpa on processors with matrix tiles (AMX). Others take blockwise, for its memory: its speed there is unmeasured.
+    else sdpa on processors with matrix tiles (AMX). Others take blockwise for its memory, at a speed not yet measured.
     """
     batch, heads, queries, width = query.shape
     if query.device.type != "cpu":
