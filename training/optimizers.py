@@ -44,11 +44,11 @@ def learning_rate(
 ) -> float:
     """Rate of update number `step` (0-based): linear warm-up, then a cosine to `final_lr_fraction * lr`, or constant.
 
-    A budget shorter than twice the warm-up warms up over half of it. Raises ValueError for another name.
+    A budget shorter than ten times the warm-up warms up over a tenth of it. Raises ValueError for another name.
     """
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler.name={name!r} is unknown; use scheduler.name={'|'.join(SCHEDULERS)}")
-    warmup = min(warmup_steps, max_steps // 2)
+    warmup = min(warmup_steps, max_steps // 10)
     if step < warmup:
         return lr * (step + 1) / warmup
     if name == "constant":
