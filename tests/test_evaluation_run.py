@@ -270,7 +270,7 @@ def test_mistakes_end_in_one_line(arguments, message, folder):
 
 def test_missing_and_damaged_checkpoints_are_named(trained, tmp_path):
     run = RunFolder.open(trained)
-    with pytest.raises(ValueError, match="has no checkpoint 'step_7'; it has best, last, step_00000002"):
+    with pytest.raises(ValueError, match="has no checkpoint 'step_7'; it has best, last, step_0000000"):
         run.model("step_7")
     copy = tmp_path / "copy"
     (copy / "checkpoints" / "best").mkdir(parents=True)
