@@ -8,6 +8,7 @@ cell that holds a point (-1 outside). Grids are immutable, compare by value and 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from torch import Tensor
 EARTH_RADIUS_KM = 6371.0
 
 
-class Grid:
+class Grid(ABC):
     """Base of all grids. Subclasses set `kind` and list the arrays that define them in `_arrays`."""
 
     kind: ClassVar[str]
@@ -30,23 +31,23 @@ class Grid:
         Grid._kinds[cls.kind] = cls
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
 
     @property
-    def coordinates(self) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def coordinates(self) -> Tensor: ...
 
     @property
-    def area_weights(self) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def area_weights(self) -> Tensor: ...
 
     @property
-    def is_global(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def is_global(self) -> bool: ...
 
-    def cell_of(self, coordinates: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def cell_of(self, coordinates: Tensor) -> Tensor: ...
 
     @property
     def num_points(self) -> int:

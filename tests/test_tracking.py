@@ -160,7 +160,7 @@ def test_a_store_that_never_answers_does_not_hold_the_end(tmp_path, monkeypatch)
 
 
 def test_folders_are_no_stores():
-    for uri in ("file:./mlruns", "file:///tmp/x", "mlruns", "/tmp/mlruns"):
+    for uri in ("file:./mlruns", "file:///elsewhere/mlruns", "mlruns", "/elsewhere/mlruns"):
         with pytest.raises(ValueError, match=f"tracking.uri={uri} is a folder"):
             resolve_uri(uri)
     assert resolve_uri(None) == f"sqlite:///{tracking_store.REPOSITORY / 'mlflow.db'}"
