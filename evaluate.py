@@ -31,7 +31,7 @@ def evaluate(config: DictConfig) -> str:
     import torch
 
     from evaluation.compare import find_run
-    from evaluation.run_evaluation import evaluate_run
+    from evaluation.run_evaluation import Choices, describe, evaluate_run
     from training.checkpoints import read_normalisation
     from training.loop import choose_device
     from training.tracking_store import resolve_uri
@@ -41,10 +41,10 @@ def evaluate(config: DictConfig) -> str:
     run = find_run(config.run, uri=resolve_uri(config.uri))
     model = run.model(config.checkpoint).to(choose_device(config.device))
     normalisation = read_normalisation(run.checkpoint(config.checkpoint))
-    folder, text = evaluate_run(run, model, normalisation, config)
+    found, folder = evaluate_run(run, model, run.task(), run.data(), normalisation, Choices.of(config))
     if config.tracking and run.config.tracking.enabled:
         log(run, folder, config)
-    return text
+    return describe(found, folder, config.checkpoint)
 
 
 def log(run, folder, config: DictConfig) -> None:

@@ -62,6 +62,7 @@ class Train:
     cp: Optional[int] = None
     dp: Optional[int] = None
     dry_run: bool = False
+    report: bool = True
     resume: Optional[str] = None
     task: Any = None
     data: Any = None
@@ -82,7 +83,7 @@ class Evaluate:
     baselines: list[str] = field(default_factory=list)
     regions: Any = None
     max_windows: Optional[int] = None
-    plots: bool = True
+    report: bool = True
     predictions: bool = True
     device: str = "auto"
     num_threads: Optional[int] = None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.evaluation import OURS
+from evaluation.evaluation import OURS, rivals
 from evaluation.intervals import method_interval, read_windows
 from evaluation.run_folder import RunFolder
 from evaluation.summary import WINDOWS_FILE
@@ -146,11 +146,7 @@ class Comparison:
             )
         ordered = [cells for _, cells in sorted(rows, key=lambda row: row[0])]
         baselines = [
-            [
-                value
-                for method, value in (found.get(name, {}).get("rmse", {}).get(hours) or {}).items()
-                if method != OURS
-            ]
+            list(rivals(found.get(name, {}).get("rmse", {}).get(hours) or {}).values())
             for name, hours in leads
             for found in [next((found for found in scores if name in found), {})]
         ]

@@ -5,9 +5,11 @@ Letters: B windows, L lead times, C variables, R regions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,14 +22,19 @@ from evaluation.regions import land_fraction, regions_of
 from evaluation.scores import SCORES, ForecastScores, cell_weights
 from evaluation.spectra import ZonalSpectra
 
+if TYPE_CHECKING:
+    from evaluation.stacking import Stacking
+
 OURS = "ours"
+NETWORK = "network alone"  # beside ours, where ours mixes it with a baseline
 TARGET = "forecast"  # the target's name in a forecast batch
 _VALUES_PER_BATCH = 2**22
 
 
 @dataclass
 class Evaluation:
-    """What one pass found. methods: `ours`, then the baselines; hours: (L,) nominal lead times.
+    """What one pass found. methods: `ours`, where it is stacked `network alone`, then the baselines; hours: (L,)
+    nominal lead times.
 
     scores: method -> ForecastScores. squared_error: method -> (windows, L, C), weight: (windows, L, C), over all cells,
     for intervals. spectra: of `ours`, or None where the grid's rows are unsuited. bases: (windows,) indices of the last
@@ -83,14 +90,16 @@ def evaluate(
     baselines: Sequence[str] = tuple(BASELINES),
     weights: str = "area",
     boxes: Mapping[str, Sequence[float]] | None = None,
+    stacking: Stacking | None = None,
     max_windows: int | None = None,
     spectra: bool = True,
     on_forecast: Callable[[np.ndarray, Tensor], None] | None = None,
 ) -> Evaluation:
     """Scores a model on the windows of `split`, in evaluation mode on the device of its weights.
 
-    task: a ForecastTask; data: its GriddedData. boxes: further regions, see `regions_of`. max_windows: that many,
-    evenly spread over the split. on_forecast(bases (B,), forecast (B, L, C, *grid.shape) physical) sees every batch.
+    task: a ForecastTask; data: its GriddedData. boxes: further regions, see `regions_of`. stacking: mixes the model's
+    forecasts with a baseline's; the model's own are then scored as well. max_windows: that many, evenly spread over the
+    split. on_forecast(bases (B,), forecast (B, L, C, *grid.shape) physical) sees every batch.
     Raises ValueError for unknown names and an empty split.
     """
     dataset = task.dataset(data, split, normalisation)
@@ -99,7 +108,9 @@ def evaluate(
         if max_windows < 1:
             raise ValueError(f"max_windows={max_windows} must be at least 1; null takes the whole split")
         positions = np.unique(np.linspace(0, len(dataset) - 1, min(max_windows, len(dataset))).round().astype(int))
-    fitted = build(baselines, data, normalisation, lead_steps=dataset.lead_steps, split=split)
+    names = list(dict.fromkeys([*baselines, *([stacking.baseline] if stacking else [])]))
+    fitted = build(names, data, normalisation, lead_steps=dataset.lead_steps, split=split)
+    methods = (OURS, *([NETWORK] if stacking else []), *baselines)
     cells = cell_weights(data.grid, weights)
     regions = regions_of(data.grid, land_fraction=land_fraction(data), boxes=boxes)
     found = Evaluation(
@@ -110,29 +121,22 @@ def evaluate(
         split,
         weights,
         dataset.base_indices[positions],
-        {method: ForecastScores(cells, regions) for method in (OURS, *fitted)},
+        {method: ForecastScores(cells, regions) for method in methods},
         ZonalSpectra(data.grid) if spectra and ZonalSpectra.fits(data.grid) else None,
     )
-    per_window: dict[str, list] = {method: [] for method in found.methods}
-    size = int(
-        np.clip(_VALUES_PER_BATCH // (len(data.variables) * len(dataset.lead_steps) * data.grid.num_points), 1, 64)
-    )
-    training = model.training
-    model.eval()
-    for start in range(0, positions.size, size):
-        chosen = positions[start : start + size]
-        bases = dataset.base_indices[chosen]
-        known, truth = situation(data, normalisation, bases, dataset.lead_steps)
-        valid = truth.isfinite() & data.domain
-        forecasts = {OURS: predict(model, dataset, chosen)}
-        forecasts |= {name: baseline.forecast(known) for name, baseline in fitted.items()}
-        for method, forecast in forecasts.items():
-            per_window[method].append(found.scores[method].update(forecast, truth, known.climatology, valid))
+    per_window: dict[str, list] = {method: [] for method in methods}
+    for window in forecasts(model, dataset, fitted, positions):
+        network = window.forecasts[NETWORK]
+        ours = stacking.mix(network, window.forecasts[stacking.baseline]) if stacking else network
+        for method in methods:
+            forecast = ours if method == OURS else window.forecasts[method]
+            per_window[method].append(
+                found.scores[method].update(forecast, window.truth, window.climatology, window.valid)
+            )
         if found.spectra is not None:
-            found.spectra.update(forecasts[OURS], truth, valid)
+            found.spectra.update(ours, window.truth, window.valid)
         if on_forecast is not None:
-            on_forecast(bases, forecasts[OURS])
-    model.train(training)
+            on_forecast(window.bases, ours)
     found.squared_error = {
         method: torch.cat([errors.squared_error for errors in parts]) for method, parts in per_window.items()
     }
@@ -140,14 +144,53 @@ def evaluate(
     return found
 
 
+@dataclass(frozen=True)
+class Windows:
+    """A batch of forecasts. bases: (B,); truth, climatology, valid and every forecast: (B, L, C, *grid.shape), physical
+    units. forecasts: the model's under `network alone`, and those of baselines under their names."""
+
+    bases: np.ndarray
+    truth: Tensor
+    climatology: Tensor
+    valid: Tensor
+    forecasts: dict[str, Tensor]
+
+
 @torch.inference_mode()
-def predict(model: nn.Module, dataset, positions: np.ndarray) -> Tensor:
-    """(B, L, C, *grid.shape) physical units, on the CPU: the model's forecast of the dataset's samples `positions`."""
-    batch = dataset.__getitems__(positions)
-    parameter = next(model.parameters(), None)
-    if parameter is not None:
-        batch = batch.to(parameter.device)
-    return model.predict(batch)[TARGET].point.values.float().cpu()
+def forecasts(
+    model: nn.Module, dataset, baselines: Mapping[str, object], positions: np.ndarray | None = None
+) -> Iterator[Windows]:
+    """The samples `positions` (None: all) of a ForecastDataset, batch by batch, by the model in evaluation mode and by
+    fitted baselines, on the CPU."""
+    data = dataset.data
+    positions = np.arange(len(dataset)) if positions is None else positions
+    values = len(data.variables) * len(dataset.lead_steps) * data.grid.num_points
+    size = int(np.clip(_VALUES_PER_BATCH // values, 1, 64))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with _evaluating(model):
+        for start in range(0, positions.size, size):
+            chosen = positions[start : start + size]
+            bases = dataset.base_indices[chosen]
+            known, truth = situation(data, dataset.normalisation, bases, dataset.lead_steps)
+            predicted = model.predict(dataset.__getitems__(chosen).to(device))[TARGET].point.values
+            made = {NETWORK: predicted.float().cpu()}
+            made |= {name: baseline.forecast(known) for name, baseline in baselines.items()}
+            yield Windows(bases, truth, known.climatology, truth.isfinite() & data.domain, made)
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def rivals(by_method: Mapping[str, float]) -> dict[str, float]:
+    """The baselines' part of {method: score}."""
+    return {method: value for method, value in by_method.items() if method not in (OURS, NETWORK)}
 
 
 def write_windows(found: Evaluation, path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.calendars import format_time
 from evaluation import plots
-from evaluation.evaluation import OURS, Evaluation
+from evaluation.evaluation import OURS, Evaluation, rivals
 from evaluation.intervals import difference_interval, method_interval, read_windows
 from evaluation.run_folder import RunFolder
 from evaluation.scores import SCORES
@@ -40,7 +40,7 @@ def write_report(
     checkpoint: str,
     parameters: int,
     data,
-    example: tuple[int, Tensor, Tensor] | None,
+    example: tuple[int, Tensor, Tensor],
 ) -> None:
     """Writes the page into `folder`, which holds the scores of the same evaluation.
 
@@ -53,8 +53,7 @@ def write_report(
         "<h2>Scores</h2>",
         _score_tables(found, folder),
     ]
-    if example is not None:
-        body += _pictures(found, run, data, example)
+    body += _pictures(found, run, data, example)
     body += [
         "<h2>Configuration</h2>",
         f"<p class=note>Overrides: {escape(' '.join(run.overrides)) or 'none'}</p>",
@@ -140,7 +139,7 @@ def _comparison(leads: dict, windows: dict[str, np.ndarray], channel: int) -> st
     """Our RMSE with its interval, and our difference from each lead time's best baseline with its own."""
     lines = []
     for lead, (hours, by_method) in enumerate(leads.items()):
-        others = {name: value for name, value in by_method.items() if name != OURS}
+        others = rivals(by_method)
         if OURS not in by_method:
             continue
         text = f"{hours} h: {by_method[OURS]:.4g}{_bracket(method_interval(windows, OURS, lead, channel), '.3g')}"

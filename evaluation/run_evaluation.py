@@ -1,9 +1,14 @@
-"""What `python evaluate.py run=...` does with a loaded run: score it, write its files, draw its report."""
+"""Scoring one run: its scores beside the baselines', its predictions and its report, as files in its folder.
+
+`train.py` ends with it, `evaluate.py` repeats it with other choices.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +16,62 @@ import torch
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from evaluation.baselines import situation
-from evaluation.evaluation import OURS, Evaluation, evaluate, predict
+from evaluation.baselines import BASELINES, build
+from evaluation.evaluation import NETWORK, OURS, Evaluation, evaluate, forecasts
 from evaluation.predictions import PredictionsFile
 from evaluation.report import REPORT_FILE, typical_window, write_report
 from evaluation.run_folder import RunFolder
+from evaluation.stacking import Stacking
 from evaluation.summary import REGIONS_FILE, SCORES_FILE, WINDOWS_FILE, format_table, write_scores
 
 PREDICTIONS_FILE = "predictions.nc"
 
 
-def evaluate_run(run: RunFolder, model: nn.Module, normalisation, config: DictConfig) -> tuple[Path, str]:
-    """(folder written to, text for a person). config: conf/evaluate.yaml. Raises ValueError, OSError."""
-    data, task = run.data(), run.task()
-    folder = output_folder(run, config)
+@dataclass(frozen=True)
+class Choices:
+    """What to evaluate and write, the options of `conf/evaluate.yaml` of the same names.
+
+    regions: named boxes, (south, north, west, east).
+    """
+
+    checkpoint: str = "best"
+    split: str = "test"
+    weights: str = "area"
+    baselines: Sequence[str] = tuple(BASELINES)
+    regions: Mapping[str, Sequence[float]] | None = None
+    max_windows: int | None = None
+    report: bool = True
+    predictions: bool = True
+
+    @staticmethod
+    def of(config: DictConfig) -> Choices:
+        """Raises ValueError where regions are not named boxes."""
+        chosen = {item.name: config[item.name] for item in fields(Choices)}
+        chosen["regions"] = _boxes(config.regions)
+        return Choices(**chosen)
+
+    @property
+    def marks(self) -> list[str]:
+        """What sets them apart from the whole test split of the best checkpoint."""
+        marks = [self.split] if self.split != "test" else []
+        marks += [self.checkpoint] if self.checkpoint != "best" else []
+        marks += [self.weights] if self.weights != "area" else []
+        return marks + ([f"{self.max_windows}_windows"] if self.max_windows is not None else [])
+
+
+def evaluate_run(
+    run: RunFolder, model: nn.Module, task, data, normalisation, choices: Choices
+) -> tuple[Evaluation, Path]:
+    """(what was found, the folder its files are in). model: with the weights of the checkpoint.
+
+    Raises ValueError, OSError.
+    """
+    folder = output_folder(run, choices)
     folder.mkdir(exist_ok=True)
-    dataset = task.dataset(data, config.split, normalisation)
+    dataset = task.dataset(data, choices.split, normalisation)
+    stacking = Stacking.read(run.checkpoint(choices.checkpoint))
     file = nullcontext()
-    if config.predictions:
+    if choices.predictions:
         file = PredictionsFile(
             folder / PREDICTIONS_FILE,
             variables=data.variables,
@@ -45,45 +88,56 @@ def evaluate_run(run: RunFolder, model: nn.Module, normalisation, config: DictCo
             task,
             data,
             normalisation,
-            split=config.split,
-            baselines=list(config.baselines),
-            weights=config.weights,
-            boxes=_boxes(config.regions),
-            max_windows=config.max_windows,
+            split=choices.split,
+            baselines=list(choices.baselines),
+            weights=choices.weights,
+            boxes=choices.regions,
+            stacking=stacking,
+            max_windows=choices.max_windows,
+            spectra=choices.report,
             on_forecast=None if predictions is None else predictions.append,
         )
     write_scores(found, folder)
-    example = _example(found, model, dataset, normalisation) if config.plots else None
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    write_report(found, run, folder, checkpoint=config.checkpoint, parameters=parameters, data=data, example=example)
-    lines = [
-        f"{found.bases.size} forecasts of the {config.split} split, checkpoint {config.checkpoint}, "
-        f"{config.weights} weights",
-        format_table(found.content()),
-        f"written to {folder}: {', '.join(path.name for path in written_files(folder))}",
-    ]
-    return folder, "\n\n".join(lines)
+    if choices.report:
+        example = _example(found, model, dataset, stacking)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        write_report(
+            found, run, folder, checkpoint=choices.checkpoint, parameters=parameters, data=data, example=example
+        )
+    return found, folder
 
 
-def output_folder(run: RunFolder, config: DictConfig) -> Path:
+def describe(found: Evaluation, folder: Path, checkpoint: str) -> str:
+    """What a person reads after `evaluate.py`."""
+    return "\n\n".join(
+        [
+            f"{found.bases.size} forecasts of the {found.split} split, checkpoint {checkpoint}, "
+            f"{found.weights} weights",
+            format_table(found.content()),
+            f"written to {folder}: {', '.join(path.name for path in written_files(folder))}",
+        ]
+    )
+
+
+def output_folder(run: RunFolder, choices: Choices) -> Path:
     """The run's folder for the whole test split of the best checkpoint; a folder inside it for anything else."""
-    marks = [config.split] if config.split != "test" else []
-    marks += [config.checkpoint] if config.checkpoint != "best" else []
-    marks += [config.weights] if config.weights != "area" else []
-    marks += [f"{config.max_windows}_windows"] if config.max_windows is not None else []
-    return run.path / "_".join(["evaluation", *marks]) if marks else run.path
+    return run.path / "_".join(["evaluation", *choices.marks]) if choices.marks else run.path
 
 
 def metrics(run: RunFolder, folder: Path) -> dict[str, float]:
-    """MLflow names and values of our scores; those of a special evaluation carry its folder's name."""
+    """MLflow names and values of our scores; those of a special evaluation carry its folder's name.
+
+    Where ours is stacked, the network's own are there as well: test/network/rmse/air/24h.
+    """
     scores = json.loads((folder / SCORES_FILE).read_text())
     prefix = "test" if folder == run.path else folder.name
     return {
-        f"{prefix}/{score}/{variable}/{hours}h": by_method[OURS]
+        f"{prefix}/{mark}{score}/{variable}/{hours}h": by_method[method]
         for variable, by_score in scores.items()
         for score, leads in by_score.items()
         for hours, by_method in leads.items()
-        if OURS in by_method
+        for method, mark in ((OURS, ""), (NETWORK, "network/"))
+        if method in by_method
     }
 
 
@@ -103,11 +157,14 @@ def written_files(folder: Path) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
 
 
-@torch.inference_mode()
-def _example(found: Evaluation, model: nn.Module, dataset, normalisation):
+def _example(found: Evaluation, model: nn.Module, dataset, stacking: Stacking | None):
     """(base index, truth, forecast), each (L, C, H, W), of a typical window."""
     base = found.bases[typical_window(found)]
     position = np.flatnonzero(dataset.base_indices == base)
-    _, truth = situation(dataset.data, normalisation, np.array([base]), found.lead_steps)
-    truth = torch.where(dataset.data.domain, truth, torch.nan)
-    return int(base), truth[0], predict(model, dataset, position)[0]
+    names = [stacking.baseline] if stacking else []
+    fitted = build(names, dataset.data, dataset.normalisation, lead_steps=dataset.lead_steps, split=found.split)
+    (window,) = forecasts(model, dataset, fitted, position)
+    forecast = window.forecasts[NETWORK]
+    if stacking:
+        forecast = stacking.mix(forecast, window.forecasts[stacking.baseline])
+    return int(base), torch.where(window.valid, window.truth, torch.nan)[0], forecast[0]

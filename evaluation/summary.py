@@ -7,24 +7,12 @@ import os
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
-from evaluation.evaluation import OURS, Evaluation, evaluate, write_windows
+from evaluation.evaluation import OURS, Evaluation, rivals, write_windows
 
 SCORES_FILE = "scores.json"
 REGIONS_FILE = "scores_by_region.json"
 WINDOWS_FILE = "window_errors.npz"
-
-
-def summarise(model: nn.Module, task, data, normalisation, run_dir: Path | None = None, **options) -> dict:
-    """Scores of a model beside the baselines: {variable: {score: {hours: {method: value}}}}, hours printed with %g.
-
-    With run_dir they are also written there. options: those of `evaluation.evaluate`. Raises what it raises.
-    """
-    found = evaluate(model, task, data, normalisation, **{"spectra": False, **options})
-    if run_dir is not None:
-        write_scores(found, Path(run_dir))
-    return found.content()
 
 
 def write_scores(found: Evaluation, run_dir: Path) -> None:
@@ -61,7 +49,7 @@ def _variable_table(name: str, leads: dict, score: str) -> str:
             best = by_method.get(method) == better(by_method.values(), key=abs if score == "bias" else None)
             cells.append(f"{by_method[method]:.{decimals}f}{'*' if best else ' '}" if method in by_method else "- ")
         rows.append([method, *cells])
-    baselines = [{key: value for key, value in by_method.items() if key != OURS} for by_method in leads.values()]
+    baselines = [rivals(by_method) for by_method in leads.values()]
     if score in ("rmse", "mae") and all(baselines):
         changes = [
             f"{100 * (by_method[OURS] / min(others.values()) - 1):+.1f}% " if OURS in by_method else "- "

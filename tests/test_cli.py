@@ -54,6 +54,7 @@ WRONG = [
     (["optimizer.name=lion"], "optimizer.name=adamw|sgd"),
     (["scheduler.name=step"], "scheduler.name=cosine|constant"),
     (["trainer.batch_size=2.5"], "trainer.batch_size=2.5 does not fit"),
+    (["task.stacking=mean"], "task.stacking=mean is unknown; use null or one of persistence"),
     (["trainer.batch_size=0"], "trainer.batch_size=0 must be at least 1"),
     (["+trainer.max_steps=3"], "without the +"),
     (["trainer.precision=fp8"], "trainer.precision=auto, float32, bf16"),

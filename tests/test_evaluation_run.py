@@ -1,5 +1,6 @@
 """Evaluating a run folder, end to end: scores.json, predictions.nc, report.html, and what goes wrong."""
 
+import copy
 import json
 import os
 import re
@@ -16,10 +17,12 @@ from torch import nn
 from data.batch import Variable
 from data.datasets.gridded import GriddedData
 from data.grids import LatLonGrid
+from evaluation.baselines import build, situation
 from evaluation.evaluation import evaluate
 from evaluation.predictions import PredictionsFile
 from evaluation.run_folder import RunFolder
-from evaluation.summary import format_table, summarise
+from evaluation.stacking import Stacking, fit_stacking
+from evaluation.summary import format_table, write_scores
 from models.heads import Prediction
 from training.tasks.forecast import ForecastTask
 
@@ -80,9 +83,15 @@ def parts(series):
 SIMPLE = ("persistence", "climatology", "damped_persistence")
 
 
-def test_scores_json_has_the_promised_form(parts, tmp_path):
+def written_scores(parts, folder) -> dict:
     data, task, normalisation = parts
-    scores = summarise(Echo(0.5), task, data, normalisation, tmp_path, baselines=SIMPLE)
+    found = evaluate(Echo(0.5), task, data, normalisation, baselines=SIMPLE, spectra=False)
+    write_scores(found, folder)
+    return found.content()
+
+
+def test_scores_json_has_the_promised_form(parts, tmp_path):
+    scores = written_scores(parts, tmp_path)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     assert list(scores) == ["thetao@0.5", "thetao@50"]
     assert list(scores["thetao@50"]) == ["rmse", "mae", "bias", "acc"]
@@ -96,8 +105,7 @@ def test_scores_json_has_the_promised_form(parts, tmp_path):
 
 
 def test_window_errors_add_up_to_the_scores(parts, tmp_path):
-    data, task, normalisation = parts
-    scores = summarise(Echo(0.5), task, data, normalisation, tmp_path, baselines=SIMPLE)
+    scores = written_scores(parts, tmp_path)
     stored = np.load(tmp_path / "window_errors.npz")
     rmse = np.sqrt(stored["squared_error_persistence"].sum(0) / stored["weight"].sum(0))
     expected = [[scores[name]["rmse"][hours]["persistence"] for name in scores] for hours in ("6", "12")]
@@ -129,6 +137,47 @@ def test_evaluation_restores_the_mode_of_the_model(parts):
     model = Echo(0.0).train()
     evaluate(model, task, data, normalisation, baselines=[], max_windows=1)
     assert model.training
+
+
+def test_stacking_takes_the_share_of_least_squares_and_scores_the_network_beside_it(parts, tmp_path):
+    """The network is off by +1 everywhere; what is left of the baseline's error decides its share."""
+    data, task, normalisation = parts
+    task = copy.copy(task)
+    task.stacking = "damped_persistence"
+    fitted = fit_stacking(Echo(1.0), task, data, normalisation)
+    dataset = task.dataset(data, "validation", normalisation)
+    known, truth = situation(data, normalisation, dataset.base_indices, dataset.lead_steps)
+    (baseline,) = build(
+        [task.stacking], data, normalisation, lead_steps=dataset.lead_steps, split="validation"
+    ).values()
+    network, forecast = truth + 1.0, baseline.forecast(known)
+    weights = data.grid.area_weights.double().expand(truth.shape) * truth.isfinite()
+
+    def error(share: float) -> torch.Tensor:
+        return (weights * ((1 - share) * network + share * forecast - truth).nan_to_num().double() ** 2).sum((0, 3, 4))
+
+    shares = torch.linspace(0, 1, 1001)
+    best = shares[torch.stack([error(float(share)) for share in shares]).argmin(0)]
+    torch.testing.assert_close(fitted.weights, best, atol=1e-3, rtol=0)
+    assert fitted.weights.min() > 0 and fitted.weights.max() < 1
+
+    fitted.write(tmp_path)
+    read = Stacking.read(tmp_path)
+    assert read.baseline == "damped_persistence" and torch.equal(read.weights, fitted.weights)
+    seen = []
+    found = evaluate(
+        Echo(1.0), task, data, normalisation, split="validation", baselines=["climatology"], stacking=read,
+        on_forecast=lambda bases, values: seen.append(values),
+    )  # fmt: skip
+    mixed = network + read.weights[..., None, None] * (forecast - network)
+    torch.testing.assert_close(torch.cat(seen), mixed, equal_nan=True)
+    assert found.methods == ("ours", "network alone", "climatology")
+    for by_hours in found.content().values():
+        for methods in by_hours["rmse"].values():
+            assert methods["network alone"] == pytest.approx(1.0, abs=1e-5) and methods["ours"] < 1.0
+    (tmp_path / "stacking.json").write_text('{"baseline": "local_ridge"}')
+    with pytest.raises(ValueError, match="is damaged"):
+        Stacking.read(tmp_path)
 
 
 def test_the_table_marks_the_best_and_compares_with_the_best_baseline():
@@ -214,6 +263,8 @@ def test_evaluate_writes_scores_predictions_and_a_self_contained_report(trained,
     import xarray as xr
 
     before = json.loads((trained / "scores.json").read_text())
+    assert (trained / "report.html").is_file() and (trained / "predictions.nc").is_file()  # train.py's own
+    assert list(before["thetao@50"]["rmse"]["6"])[:2] == ["ours", "network alone"]
     finished = script("evaluate.py", f"run={trained}", "regions={west: [35,50,0,10]}", cache=folder)
     assert finished.returncode == 0, finished.stderr
     assert "RMSE of thetao@50" in finished.stdout and "local_ridge" in finished.stdout
@@ -237,15 +288,14 @@ def test_evaluate_writes_scores_predictions_and_a_self_contained_report(trained,
 def test_other_choices_go_to_a_folder_of_their_own(trained, folder):
     before = (trained / "scores.json").read_text()
     finished = script(
-        "evaluate.py", f"run={trained}/checkpoints/last", "split=validation", "max_windows=2", "plots=false",
+        "evaluate.py", f"run={trained}/checkpoints/last", "split=validation", "max_windows=2", "report=false",
         "predictions=false", "checkpoint=last", "baselines=[climatology]", cache=folder,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     written = trained / "evaluation_validation_last_2_windows"
     assert sorted(path.name for path in written.iterdir()) == [
-        "report.html", "scores.json", "scores_by_region.json", "window_errors.npz",
+        "scores.json", "scores_by_region.json", "window_errors.npz",
     ]  # fmt: skip
-    assert "img" not in (written / "report.html").read_text().split("</style>")[1]
     assert (trained / "scores.json").read_text() == before
 
 
@@ -272,13 +322,13 @@ def test_missing_and_damaged_checkpoints_are_named(trained, tmp_path):
     run = RunFolder.open(trained)
     with pytest.raises(ValueError, match="has no checkpoint 'step_7'; it has best, last, step_0000000"):
         run.model("step_7")
-    copy = tmp_path / "copy"
-    (copy / "checkpoints" / "best").mkdir(parents=True)
+    damaged = tmp_path / "copy"
+    (damaged / "checkpoints" / "best").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "ema.safetensors"):
-        (copy / "checkpoints" / "best" / name).write_bytes((trained / "checkpoints/best" / name).read_bytes()[:100])
-    (copy / "config.yaml").write_text((trained / "config.yaml").read_text())
+        (damaged / "checkpoints" / "best" / name).write_bytes((trained / "checkpoints/best" / name).read_bytes()[:100])
+    (damaged / "config.yaml").write_text((trained / "config.yaml").read_text())
     with pytest.raises(ValueError, match="is damaged"):
-        RunFolder.open(copy).model("best")
+        RunFolder.open(damaged).model("best")
 
 
 def test_a_strangers_config_runs_no_code(trained, tmp_path):

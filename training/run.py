@@ -164,27 +164,28 @@ class Run:
         return outcome
 
     def score(self) -> dict:
-        """Scores of the best checkpoint on the test split, beside the baselines; also written to scores.json."""
-        from evaluation.summary import summarise
+        """Scores of the best checkpoint on the test split, beside the baselines, with the files of an evaluation."""
+        from evaluation.run_evaluation import Choices, evaluate_run, metrics
+        from evaluation.run_folder import RunFolder
+        from evaluation.stacking import fit_stacking
 
-        model = self.loop.evaluation_model
-        load_weights(model, self.directory / "checkpoints" / "best")
-        scores = summarise(model, self.task, self.data, self.normalisation, self.directory)
-        self.tracker.log(
-            self.loop.progress.step,
-            {
-                f"test/{metric}/{variable}/{hours}h": by_method["ours"]
-                for variable, metrics in scores.items()
-                for metric, leads in metrics.items()
-                for hours, by_method in leads.items()
-            },
-        )
-        return scores
+        model, best = self.loop.evaluation_model, self.directory / "checkpoints" / "best"
+        load_weights(model, best)
+        stacking = fit_stacking(model, self.task, self.data, self.normalisation)
+        if stacking is not None:
+            stacking.write(best)
+        run, report = RunFolder(self.directory), self.config.report
+        choices = Choices(report=report, predictions=report)
+        found, folder = evaluate_run(run, model, self.task, self.data, self.normalisation, choices)
+        self.tracker.log(self.loop.progress.step, metrics(run, folder))
+        return found.content()
 
     def summary(self, outcome: Outcome, scores: dict) -> str:
         """What a person reads at the end: what happened, the scores, and what to type next."""
         from evaluation.summary import format_table
 
+        page = self.directory / "report.html"
+        report = f"maps, spectra, scores by region: {page}\n\n" if page.is_file() else ""
         progress, trained = outcome.progress, f"{outcome.progress.step} steps"
         if outcome.stopped_early:
             trained += f" (stopped early, {progress.stale} validations without improvement)"
@@ -193,7 +194,8 @@ class Run:
             f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s, "
             f"{outcome.waiting:.1%} of the time waiting for data\n\n"
             f"{format_table(scores)}\n\n"
-            f"next:  python evaluate.py run={self.directory}    maps, spectra, scores by region, a report\n"
+            f"{report}"
+            f"next:  python evaluate.py run={self.directory} weights=cos    other choices\n"
             f"       make ui    every run in MLflow\n"
             f"       python train.py -m optimizer.lr=1e-3,3e-4    a sweep"
         )

@@ -37,6 +37,7 @@ class ForecastTask:
     input_noise: standard deviation, in normalised units, of noise on training inputs; the reference stays clean.
     query_fraction: share of the output places decoded in a training step, drawn anew for each; decoders that write all
         places at once ignore it. Outputs do not depend on each other, so this trades a noisier step for a cheaper one.
+    stacking: the baseline that is mixed into our forecast when training is over (`evaluation/stacking.py`), or None.
     Raises ValueError where a value is not allowed.
     """
 
@@ -52,6 +53,7 @@ class ForecastTask:
         lead_weights: Sequence[float] | None = None,
         input_noise: float = 0.0,
         query_fraction: float = 1.0,
+        stacking: str | None = None,
     ):
         if input_frames < 1:
             raise ValueError(f"task.input_frames={input_frames} must be at least 1")
@@ -65,6 +67,11 @@ class ForecastTask:
             raise ValueError(f"task.input_noise={input_noise} must be 0 or more")
         if not 0 < query_fraction <= 1:
             raise ValueError(f"task.query_fraction={query_fraction} must be above 0 and at most 1")
+        if stacking is not None:
+            from evaluation.baselines import BASELINES
+
+            if stacking not in BASELINES:
+                raise ValueError(f"task.stacking={stacking} is unknown; use null or one of {', '.join(BASELINES)}")
         self.input_frames = input_frames
         self.lead_times = None if lead_times is None else tuple(lead_times)
         self.reference = reference
@@ -73,6 +80,7 @@ class ForecastTask:
         self.lead_weights = None if lead_weights is None else tuple(lead_weights)
         self.input_noise = input_noise
         self.query_fraction = query_fraction
+        self.stacking = stacking
 
     # Data
 

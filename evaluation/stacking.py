@@ -1,0 +1,72 @@
+"""Stacking: our forecast mixes the network's with that of a baseline that errs differently.
+
+    forecast = (1 - w) network + w baseline,   w = argmin of the area-weighted squared error on the validation split,
+
+one w in 0..1 per lead time and variable. The baseline is fitted without the validation frames, so that w does not
+favour it for having seen them; forecasts of later splits use its ordinary fit. The network is trained alone and stays what
+`models.load` returns; scores of it are printed beside ours.
+Source: stacked generalisation, Wolpert (1992), Neural Networks 5(2).
+Letters: L lead times, C variables.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.baselines import build
+from evaluation.evaluation import NETWORK, forecasts
+
+STACKING_FILE = "stacking.json"
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """baseline: a name of `evaluation.baselines`. weights: (L, C), the baseline's share in 0..1."""
+
+    baseline: str
+    weights: Tensor
+
+    def mix(self, network: Tensor, baseline: Tensor) -> Tensor:
+        """(B, L, C, *grid.shape), all in physical units."""
+        return network + self.weights.to(network)[:, :, *[None] * (network.ndim - 3)] * (baseline - network)
+
+    def write(self, checkpoint: Path) -> None:
+        """Adds the weights to a checkpoint folder."""
+        beside = checkpoint / f".{STACKING_FILE}.part"
+        beside.write_text(json.dumps({"baseline": self.baseline, "weights": self.weights.tolist()}) + "\n")
+        os.replace(beside, checkpoint / STACKING_FILE)
+
+    @staticmethod
+    def read(checkpoint: Path) -> Stacking | None:
+        """What was written there, or None. Raises ValueError where the file is damaged."""
+        path = checkpoint / STACKING_FILE
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text())
+            return Stacking(str(content["baseline"]), torch.tensor(content["weights"], dtype=torch.float32))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it to evaluate the network alone") from error
+
+
+@torch.inference_mode()
+def fit_stacking(model: nn.Module, task, data, normalisation) -> Stacking | None:
+    """The weights of `task.stacking`, from the validation split; None where the task names no baseline."""
+    if task.stacking is None:
+        return None
+    dataset = task.dataset(data, "validation", normalisation)
+    fitted = build([task.stacking], data, normalisation, lead_steps=dataset.lead_steps, split="validation")
+    weights = data.grid.area_weights.double()
+    shared, own = 0.0, 0.0
+    for window in forecasts(model, dataset, fitted):
+        network, baseline = window.forecasts[NETWORK], window.forecasts[task.stacking]
+        away, error = (torch.where(window.valid, x - network, 0.0).double() for x in (baseline, window.truth))
+        places = (0, *range(3, away.ndim))
+        shared, own = shared + (weights * away * error).sum(places), own + (weights * away * away).sum(places)
+    return Stacking(task.stacking, (shared / own.clamp_min(1e-30)).clamp(0, 1).float())
