@@ -7,13 +7,16 @@ as plain JSON. Letters: B batch, T frames, L lead times, C variables.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from data.grids import Grid, Points
+
+if TYPE_CHECKING:
+    from data.observations import Observations
 
 SECONDS_PER_DAY = 86_400
 
@@ -38,7 +41,7 @@ class Variable:
         return {"name": self.name, "units": self.units, "level": self.level, "domain": self.domain}
 
 
-class _Movable:
+class Movable:
     """Applies a tensor function to every tensor inside, so that batches can be moved, pinned and sliced as one."""
 
     def map(self, function):
@@ -54,7 +57,7 @@ class _Movable:
 def _mapped(value: Any, function):
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, _Movable):
+    if isinstance(value, Movable):
         return value.map(function)
     if isinstance(value, Mapping):
         return {key: _mapped(item, function) for key, item in value.items()}
@@ -72,7 +75,7 @@ def calendar(times: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Reference(_Movable):
+class Reference(Movable):
     """What a model's output is added to: prediction = values + scale * output, in the normalised units of the target.
 
     values: (B, T, C, *grid.shape), for example climatology, damped persistence or a background.
@@ -84,7 +87,7 @@ class Reference(_Movable):
 
 
 @dataclass(frozen=True)
-class Field(_Movable):
+class Field(Movable):
     """Gridded (or pointwise) values of some variables at some times.
 
     values: (B, T, C, *grid.shape), normalised: physical = values * scale + offset.
@@ -200,7 +203,7 @@ class Field(_Movable):
 
 
 @dataclass(frozen=True)
-class Query(_Movable):
+class Query(Movable):
     """Where, when and what to predict.
 
     times: (B, L) int64 seconds since 1970 UTC. lead_time: (B, L) float32 seconds after the last input frame.
@@ -223,10 +226,19 @@ class Query(_Movable):
 
 
 @dataclass(frozen=True)
-class Batch(_Movable):
+class Condition(Movable):
+    """What a whole sample is conditioned on. noise_level: (B,). label: (B, label_size), or None."""
+
+    noise_level: Tensor
+    label: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch(Movable):
     """Named inputs and targets of one step, plus the layout that describes them.
 
-    The first input in layout order sets the time: lead times count from its last frame. Raises ValueError where an
+    The first input in layout order sets the time: lead times count from its last frame. observations: of all samples
+    together; condition: None where the task has none (noise level 0, no label). Raises ValueError where an
     input or a target differs from the layout.
     """
 
@@ -234,8 +246,12 @@ class Batch(_Movable):
     targets: dict[str, Field]
     layout: Layout
     places: dict[str, Tensor] | None = None
+    observations: Observations | None = None
+    condition: Condition | None = None
 
     def __post_init__(self):
+        if (self.observations is None) != (self.layout.observations is None):
+            raise ValueError("batch and layout must both have observations, or neither")
         for kind, given, described in (
             ("input", self.inputs, self.layout.inputs),
             ("target", self.targets, self.layout.targets),
@@ -308,11 +324,33 @@ class TargetLayout:
 
 
 @dataclass(frozen=True)
+class ObservationLayout:
+    """Observations of `frames` frames, `step` seconds apart. num_*: sizes of the id tables; ids are smaller.
+
+    num_features: length of a row's description (`Observations.features`).
+    """
+
+    num_channels: int
+    num_platforms: int
+    num_types: int
+    num_features: int
+    frames: int
+    step: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """What parts need to know before data flows. Plain JSON through `to_dict` and `Layout.from_dict`."""
 
     inputs: dict[str, InputLayout]
     targets: dict[str, TargetLayout]
+    observations: ObservationLayout | None = None
+
+    @property
+    def frames(self) -> int:
+        """Frames of the longest input; inputs of one frame stand for all of them."""
+        observed = 1 if self.observations is None else self.observations.frames
+        return max(observed, *(item.frames for item in self.inputs.values()))
 
     def query_features(self, target: str) -> int:
         """Channels of `Query.features` for this target; 0 where no input shares its grid."""
@@ -329,6 +367,7 @@ class Layout:
         return {
             "inputs": {name: plain(item) for name, item in self.inputs.items()},
             "targets": {name: plain(item) for name, item in self.targets.items()},
+            "observations": None if self.observations is None else asdict(self.observations),
         }
 
     @staticmethod
@@ -344,4 +383,5 @@ class Layout:
         return Layout(
             inputs={name: restored(InputLayout, item) for name, item in description["inputs"].items()},
             targets={name: restored(TargetLayout, item) for name, item in description["targets"].items()},
+            observations=ObservationLayout(**observed) if (observed := description.get("observations")) else None,
         )

@@ -1,6 +1,6 @@
 """What flows between the parts of a model: `Latents` and, before any data, `LatentLayout`.
 
-Letters: B batch, T frames, N tokens, D hidden.
+Letters: B batch, T frames, N tokens (X where counted per frame), D hidden.
 """
 
 from __future__ import annotations
@@ -13,6 +13,17 @@ from data.grids import Grid
 
 
 @dataclass(frozen=True)
+class ObservationContext:
+    """Observation tokens sorted by the latent cell that holds them; n tokens, N = B T X cells (sample, frame, cell).
+
+    tokens: (n, token_size). offsets: (N + 1,) int64; tokens offsets[i] .. offsets[i + 1] lie in cell i.
+    """
+
+    tokens: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
 class Latents:
     """Hidden tokens between encoder, processor and decoder.
 
@@ -20,6 +31,8 @@ class Latents:
     coordinates: (N, 2) or (B, N, 2), (latitude, longitude) in degrees of each token, or None for free latents.
     times: (B, T) int64 seconds since 1970 UTC of the latent frames.
     frames: (first, total), global indices of these frames; positions and masks over time use them.
+    context: observation tokens by latent cell, for processors that attend to them, or None.
+    condition: (B, condition_size), what the whole sample is conditioned on, or None; set by the composed model.
     """
 
     tokens: Tensor
@@ -27,6 +40,8 @@ class Latents:
     valid: Tensor | None = None
     coordinates: Tensor | None = None
     frames: tuple[int, int] = (0, 1)
+    context: ObservationContext | None = None
+    condition: Tensor | None = None
 
     def with_tokens(self, tokens: Tensor) -> Latents:
         return replace(self, tokens=tokens)
@@ -40,6 +55,8 @@ class LatentLayout:
     patch_size: (height, width) in input cells that one latent cell covers, or None for free latents.
     coordinates: (N, 2) centres in degrees, or None. wraps: the columns close around the globe.
     grid: the grid of cells that the patches tile (`models/patches.py`), or None for free latents.
+    observation_size: width of the observation tokens in `Latents.context`; 0: there are none.
+    condition_size: width of `Latents.condition`; 0: there is none.
     """
 
     num_tokens: int
@@ -50,3 +67,5 @@ class LatentLayout:
     coordinates: Tensor | None = None
     wraps: bool = False
     grid: Grid | None = None
+    observation_size: int = 0
+    condition_size: int = 0

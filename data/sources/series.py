@@ -121,9 +121,12 @@ class SeriesFile:
         frames = np.empty(
             (indices.size, len(self.selections), self.rows.stop - self.rows.start, self.columns.size), np.float32
         )
-        # One contiguous read per run of neighbours: fancy indexing would read frame by frame or the whole file.
-        runs = np.split(np.arange(indices.size), np.flatnonzero(np.diff(indices) > 4) + 1)
+        # NetCDF: one contiguous read per run of neighbours, fancy indexing would read frame by frame or the whole file.
+        # Zarr: one read of all frames, which fetches chunks concurrently and decodes each once.
+        runs = [] if self.path.is_dir() else np.split(np.arange(indices.size), np.flatnonzero(np.diff(indices) > 4) + 1)
         for channel, selection in enumerate(self.selections):
+            if not runs:
+                frames[:, channel] = self._values(selection, indices)
             for run in runs:
                 first, last = indices[run[0]], indices[run[-1]]
                 block = self._values(selection, slice(first, last + 1))
@@ -133,7 +136,7 @@ class SeriesFile:
     def read_static(self) -> np.ndarray:
         return np.stack([self._values(selection, None) for selection in self.static]).astype(np.float32)
 
-    def _values(self, selection: Selection, times: slice | None) -> np.ndarray:
+    def _values(self, selection: Selection, times: slice | np.ndarray | None) -> np.ndarray:
         axes = selection.axes
         contiguous = np.array_equal(self.columns, np.arange(self.columns[0], self.columns[0] + self.columns.size))
         columns = slice(self.columns[0], self.columns[-1] + 1) if contiguous else slice(None)
