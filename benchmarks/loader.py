@@ -27,6 +27,8 @@ from data.normalisation import Normalisation
 
 SHAPE = (1460, 48, 96)  # a year of 6-hourly frames, 3.75 degrees
 LEADS, INPUT_FRAMES, BATCH = (1, 4, 12), 2, 32
+TRAINING_BATCH = 4  # a step decodes every cell of three lead times; loading and computing grow alike with the batch
+WORKERS = (0, 1)  # processes that prepare batches ahead; 0: the training process itself
 SPLIT = {"train": 0.8, "validation": 0.1, "test": 0.1}
 INSTALL = 'pip install "xbatcher>=0.4,<0.5" dask'
 
@@ -87,11 +89,12 @@ def samples_per_second(sources: dict[str, Callable[[], Iterator]], *, batches: i
     return {name: median(values) for name, values in rates.items()}
 
 
-def share_waiting(loader: BatchLoader, *, steps: int) -> float:
+def share_waiting(dataset: ForecastDataset, *, workers: int, steps: int) -> float:
     """Part of the time of training steps of a tiny model that it waits for batches."""
     from models import build
 
-    model = build(["model/size=tiny"], loader.dataset.layout).train()
+    loader = BatchLoader(dataset, batch_size=TRAINING_BATCH, num_workers=workers)
+    model = build(["model/size=tiny"], dataset.layout).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batches = iter(loader)
     next(batches)
@@ -131,11 +134,16 @@ def main(options: list[str]) -> None:
         else:
             sources |= {f"xbatcher, {kind}": (lambda path=path: xbatcher_batches(path)) for kind, path in paths.items()}
         rates = samples_per_second(sources, batches=chosen.batches, rounds=chosen.rounds)
-        waiting = {name: share_waiting(loader, steps=chosen.steps) for name, loader in loaders.items()}
+        waiting = {
+            name: {count: share_waiting(loader.dataset, workers=count, steps=chosen.steps) for count in WORKERS}
+            for name, loader in loaders.items()
+        }
     result = environment(("torch", "xarray", "netCDF4", "zarr", "xbatcher"))
     result |= {"command": " ".join(["python -m benchmarks loader", *options]), "shape": [chosen.frames, *SHAPE[1:]]}
     result |= {"samples_per_second": rates, "share_of_step_waiting": waiting}
-    rows = [[name, f"{rate:.0f}", f"{waiting[name]:.1%}" if name in waiting else "-"] for name, rate in rates.items()]
-    publish(
-        "loader", result, markdown(["source", "samples/s", "step time spent waiting"], rows), store=not chosen.no_store
-    )
+    rows = [
+        [name, f"{rate:.0f}", *(f"{waiting[name][count]:.1%}" if name in waiting else "-" for count in WORKERS)]
+        for name, rate in rates.items()
+    ]
+    heads = ["source", "samples/s", *(f"step time spent waiting, {count} workers" for count in WORKERS)]
+    publish("loader", result, markdown(heads, rows), store=not chosen.no_store)

@@ -99,8 +99,30 @@ def _processor() -> str:
     return f"{fields.get('model name', platform.machine())} ({', '.join(sets) or 'no vector extensions reported'})"
 
 
+def merged(name: str, result: dict, *, key: tuple[str, ...]) -> dict:
+    """`result` with the stored rows that this run did not measure again, stored ones first.
+
+    Rows of another device or of other versions are dropped: one table compares like with like. key: what tells rows
+    apart.
+    """
+    path = RESULTS / f"{name}.json"
+    stored = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    if any(stored.get(same) != result[same] for same in ("device", "cores", "versions", "threads")):
+        stored = {"rows": []}
+    rows = {tuple(row[part] for part in key): row for row in (*stored["rows"], *result["rows"])}
+    return {**result, "rows": list(rows.values())}
+
+
 def publish(name: str, result: dict, table: str, *, store: bool) -> None:
-    """Prints the table; with store also writes results/<name>.json and the table between its markers in the page."""
+    """Prints the table; with store also writes results/<name>.json and the table between its markers in the page.
+
+    The line below the table says where, when and by which commands its rows were measured.
+    """
+    rows = result.get("rows") or [result]
+    dates, commands = (sorted({row[part] for row in rows}) for part in ("date", "command"))
+    days = " to ".join(dict.fromkeys((dates[0][:10], dates[-1][:10])))
+    made = ", ".join(f"`{command}`" for command in commands)
+    table += f"\n\n{result['device']}, {result['cores']} cores, {days}: {made}"
     print(table)
     if not store:
         return

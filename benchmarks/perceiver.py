@@ -2,7 +2,8 @@
 
 Every case is timed in float32 and under bfloat16 autocast, all implementations in turns within one process, after our
 outputs were compared with those peers that the same weights can be given to. Peak memory is the growth of a child
-process's peak RSS over its first step. The input needs no gradient, dropout is 0.
+process's peak RSS over its first step. The input needs no gradient, dropout is 0. A run of some cases keeps
+the stored rows of the others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import CASES, Case
-from benchmarks.measure import environment, in_child, markdown, paired_cpu_seconds, peak_rss_bytes, publish, ratio
+from benchmarks.measure import (
+    environment,
+    in_child,
+    markdown,
+    merged,
+    paired_cpu_seconds,
+    peak_rss_bytes,
+    publish,
+    ratio,
+)
 from benchmarks.peers import INSTALL, build_peer, installed, supports
 from data.batch import Batch
 from models import build
@@ -178,7 +188,7 @@ def main(options: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory of fresh processes")
-    parser.add_argument("--no-store", action="store_true", help="print the table only")
+    parser.add_argument("--no-store", action="store_true", help="print the table of this run only")
     chosen = parser.parse_args(options)
     missing = [name for name in chosen.peers if not installed(name)]
     for name in missing:
@@ -197,4 +207,8 @@ def main(options: list[str]) -> None:
             row |= in_child(partial(times, case, precision, rivals, rounds=chosen.rounds))
             result["rows"].append(row)
             print(json.dumps(row), flush=True)
+    result["rows"] = [row | {"date": result["date"], "command": result["command"]} for row in result["rows"]]
+    if not chosen.no_store:
+        result = merged("perceiver", result, key=("case", "precision"))
+    result["rows"].sort(key=lambda row: (list(CASES).index(row["case"]), PRECISIONS.index(row["precision"])))
     publish("perceiver", result, table(result["rows"]), store=not chosen.no_store)

@@ -66,15 +66,38 @@ def test_a_child_process_returns_or_fails_with_a_sentence():
         measure.in_child(lambda: 1 / 0)
 
 
-def test_a_published_table_replaces_the_one_before(tmp_path, monkeypatch):
-    page = tmp_path / "performance.md"
-    page.write_text("before\n<!-- startup -->\nold\n<!-- end startup -->\nafter\n")
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """A page with one table, beside which results are stored."""
     monkeypatch.setattr(measure, "ROOT", tmp_path)
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(measure, "PAGE", page)
-    measure.publish("startup", {"seconds": 1}, measure.markdown(["a"], [["1"]]), store=True)
-    assert page.read_text() == "before\n<!-- startup -->\n| a |\n| --- |\n| 1 |\n<!-- end startup -->\nafter\n"
-    assert json.loads((tmp_path / "results" / "startup.json").read_text()) == {"seconds": 1}
+    monkeypatch.setattr(measure, "PAGE", tmp_path / "performance.md")
+    measure.PAGE.write_text("before\n<!-- startup -->\nold\n<!-- end startup -->\nafter\n")
+    return measure.PAGE
+
+
+def result(*rows, device="CPU", date="2026-01-01 10:00 UTC"):
+    made = {"date": date, "command": "python -m benchmarks startup"}
+    return {"device": device, "cores": 2, "versions": {}, "threads": 1, **made, "rows": [made | row for row in rows]}
+
+
+def test_a_published_table_replaces_the_one_before_and_says_how_it_was_made(page):
+    measure.publish("startup", result({"case": "a"}), measure.markdown(["a"], [["1"]]), store=True)
+    made = "CPU, 2 cores, 2026-01-01: `python -m benchmarks startup`"
+    assert (
+        page.read_text() == f"before\n<!-- startup -->\n| a |\n| --- |\n| 1 |\n\n{made}\n<!-- end startup -->\nafter\n"
+    )
+    assert json.loads((page.parent / "results" / "startup.json").read_text()) == result({"case": "a"})
+
+
+def test_rows_of_other_cases_stay_until_the_device_changes(page):
+    first, again = {"case": "a", "ms": 1}, {"case": "a", "ms": 2}
+    assert measure.merged("startup", result(first), key=("case",)) == result(first)  # nothing stored yet
+    measure.publish("startup", result(first, {"case": "b", "ms": 5}), "", store=True)
+    rows = measure.merged("startup", result(again), key=("case",))["rows"]
+    assert [(row["case"], row["ms"]) for row in rows] == [("a", 2), ("b", 5)]
+    other = result(again, device="another CPU")
+    assert measure.merged("startup", other, key=("case",)) == other
 
 
 def test_loader_sources_deliver_batches(tmp_path, monkeypatch):
