@@ -1,0 +1,161 @@
+"""`AssimilationData`: gridded truth, fixed fields and observations over one time axis, what assimilation learns from.
+
+Letters: N frames of the time axis, n of them chosen, C variables, S static variables, R observations.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
+from data.grids import Grid
+
+if TYPE_CHECKING:
+    from data.sources.observations.channel_table import ChannelTable
+    from data.sources.observations.table import Table
+
+
+@dataclass(frozen=True)
+class FieldStatistics:
+    """physical = normalised * scale + mean; both (C,) float32, in the order of the variables they describe."""
+
+    mean: Tensor
+    scale: Tensor
+
+
+class AssimilationData(ABC):
+    """Base of data sets with observations. Picklable: files are opened in the process that reads.
+
+    A subclass knows `variables`, `grid`, `step`, `static_variables` and the sizes of the id tables from its settings
+    alone, so `layout` (and with it the model) needs no file; everything else may open files, and raises ValueError or
+    OSError, one sentence, where they cannot be used.
+    """
+
+    variables: tuple[Variable, ...]
+    static_variables: tuple[Variable, ...]
+    grid: Grid
+    calendar: str = "standard"
+    step: int  # seconds between frames
+    num_channels: int  # sizes of the id tables: ids are smaller
+    num_platforms: int
+    num_types: int
+    num_workers: int = 0
+    recommended: Mapping
+    splits: dict[str, np.ndarray]  # train, validation, test: indices into times, disjoint
+    training_period: np.ndarray  # train plus the validation frames withheld from inside its range
+
+    @property
+    @abstractmethod
+    def times(self) -> np.ndarray:
+        """(N,) int64 seconds since 1970 UTC, strictly increasing."""
+
+    @cached_property
+    def segments(self) -> np.ndarray:
+        """(N,) int64: frames with the same number follow each other without a gap in time."""
+        return np.concatenate([[0], np.cumsum(np.diff(self.times) != self.step)]).astype(np.int64)
+
+    @abstractmethod
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """(n, C, *grid.shape) float32, physical, NaN where missing; indices (n,) into `times`, any order."""
+
+    @property
+    @abstractmethod
+    def static(self) -> Tensor | None:
+        """(S, *grid.shape) float32, physical, or None."""
+
+    @property
+    @abstractmethod
+    def statistics(self) -> FieldStatistics:
+        """Of `variables`, over the training period."""
+
+    @property
+    @abstractmethod
+    def static_statistics(self) -> FieldStatistics | None:
+        """Of `static_variables`."""
+
+    @property
+    @abstractmethod
+    def channels(self) -> ChannelTable:
+        """Names, ranges and statistics of all observation channels; `channels.normalised(table)` gives z-scores."""
+
+    @abstractmethod
+    def observations(self, indices: Sequence[int], window: tuple[int, int]) -> Table:
+        """Observations that passed quality control around some frames, physical values, sorted by frame and time.
+
+        indices: (n,) into `times`, any order. window: (first, last) seconds relative to a frame's time; a row belongs
+        to a frame when frame time + first < its time <= frame time + last, so (-10800, 10800) on 6-hourly frames puts
+        every row into exactly one frame; where windows overlap a row is repeated. The table has a column `frame`
+        (R,) int64, the position in `indices`; `Table.to_observations` turns it into (batch, frame).
+        """
+
+    def observation_layout(self, *, frames: int, frame_steps: int = 1, num_features: int = 50) -> ObservationLayout:
+        """frames: of a window, `frame_steps` steps of the data apart."""
+        return ObservationLayout(
+            num_channels=self.num_channels,
+            num_platforms=self.num_platforms,
+            num_types=self.num_types,
+            num_features=num_features,
+            frames=frames,
+            step=frame_steps * self.step,
+        )
+
+    def layout(self, *, frames: int = 8, frame_steps: int = 1, num_features: int = 50) -> Layout:
+        """Static fields and observations in, an analysis of every frame out; the last frame has lead time 0."""
+        step = frame_steps * self.step
+        return Layout(
+            inputs={"static": InputLayout(self.static_variables, self.grid, frames=1, step=step)},
+            targets={
+                "analysis": TargetLayout(self.variables, self.grid, tuple(step * k for k in range(1 - frames, 1)))
+            },
+            observations=self.observation_layout(frames=frames, frame_steps=frame_steps, num_features=num_features),
+        )
+
+    def windows(self, split: str, *, frames: int, frame_steps: int = 1) -> np.ndarray:
+        """(W, frames) int64: every window whose frames lie in the split and in one segment.
+
+        Raises ValueError where the split is unknown or holds no window.
+        """
+        if split not in self.splits:
+            raise ValueError(f"unknown split {split!r}; allowed: {', '.join(self.splits)}")
+        inside = np.zeros(self.times.size, dtype=bool)
+        inside[self.splits[split]] = True
+        last = np.arange((frames - 1) * frame_steps, self.times.size)
+        windows = last[:, None] + frame_steps * np.arange(1 - frames, 1)
+        windows = windows[inside[windows].all(axis=1) & (self.segments[windows[:, 0]] == self.segments[windows[:, -1]])]
+        if not len(windows):
+            raise ValueError(
+                f"the {split} split ({inside.sum()} of {inside.size} time steps) holds no window of {frames} frames "
+                "without a gap; shorten task.frames or widen data.split"
+            )
+        return windows
+
+
+def statistics_of(data: AssimilationData, indices: np.ndarray) -> FieldStatistics:
+    """Mean and standard deviation over frames and cells (area-weighted, float64 sums) of the frames `indices`."""
+    weights = data.grid.area_weights.double()
+    sums = torch.zeros(3, len(data.variables), dtype=torch.float64)
+    centre = None
+    for start in range(0, len(indices), 16):
+        values = data.read(indices[start : start + 16]).double()
+        observed = ~values.isnan()
+        if centre is None:  # about the first frame's level, so that squares of Kelvins do not eat the digits
+            centre = values[0].flatten(1).nanmean(dim=1).nan_to_num(0.0)
+        anomaly = torch.where(observed, values - centre.view(-1, *[1] * len(data.grid.shape)), 0.0)
+        over = (0, *range(2, values.ndim))
+        sums += torch.stack(
+            [(anomaly**k * observed * weights).sum(dim=over) for k in (1, 2)] + [(observed * weights).sum(dim=over)]
+        )
+    empty = [variable.label for variable, weight in zip(data.variables, sums[2], strict=True) if not weight]
+    if empty:
+        raise ValueError(f"{', '.join(empty)} missing in the whole training period; correct the store or data.split")
+    mean = sums[0] / sums[2]
+    scale = (sums[1] / sums[2] - mean**2).clamp_min(0).sqrt()
+    return FieldStatistics((mean + centre).float(), torch.where(scale > 0, scale, 1.0).float())
