@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data.batch import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
+from data.calendars import GREGORIAN
 from data.grids import Grid
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class AssimilationData(ABC):
     variables: tuple[Variable, ...]
     static_variables: tuple[Variable, ...]
     grid: Grid
-    calendar: str = "standard"
+    calendar: str = GREGORIAN
     step: int  # seconds between frames
     num_channels: int  # sizes of the id tables: ids are smaller
     num_platforms: int

@@ -56,6 +56,42 @@ CATALOGUE = {
         "f0cf953859ac639a0334cf902807268179db142e2e71f5ab598fc1c32b025715",
         "Observed monthly ocean surface climatology of the MITgcm tutorials, 2.8 degrees",
     ),
+    "wc13_obs.nc": Entry(
+        "2e87c7f197e23da5ff2507b22042786575fdf6479eb8a6c2af3ff57341c438f4",
+        "Ocean observations of 2004-01-03 to 07 off California, ROMS format, from NCAR/DART",
+    ),
+    "wc13_mod.nc": Entry(
+        "9a6f100c87cb1f16a2286f484d89e51172cb43d818b41405734dd3de54a11002",
+        "ROMS 4D-Var background and analysis at the observations of wc13_obs.nc, from NCAR/DART",
+    ),
+    "wc13_grd.nc": Entry(
+        "9e75c0f54f777db5d7a98c5bc6475f2df1b9c19275a6980d33c9ac26bf22ea33",
+        "Grid of the ROMS model behind wc13_mod.nc, from NCAR/DART",
+    ),
+    "obs_seq.final.1000": Entry(
+        "4c41d36a07287909e4957fb75f75f15d894617f9c340b4e90ff1a5d02ad2d815",
+        "1,000 aircraft observations of 2019-12-01 with 80 members, DART text, from NCAR/pyDARTdiags",
+    ),
+    "2020100106_metars.csv": Entry(
+        "6bddcb59f1489e030aa25aa81aa6d5df7d47b08e5968731739fe43108c15761c",
+        "METARs of 2020-10-01 05:31 to 06:30, from JCSDA ioda-converters",
+    ),
+    "2005082600_metar.nc.gz": Entry(
+        "672fc571b2a081a5caa12c8a8f139da37562a1373eaf070205e0651fbc838227",
+        "METARs of 2005-08-26 00 UTC, MADIS NetCDF, from NCAR/DART",
+    ),
+    "2005082600_acars.nc.gz": Entry(
+        "834126dd8bca678db822c082537482867d0429bb2a4f2bf3e14e9e7d9327e2a2",
+        "Aircraft reports of 2005-08-26 00 UTC, MADIS NetCDF, from NCAR/DART",
+    ),
+    "amsa_55.bufr": Entry(
+        "c61abd1c5cd2b892efbb2a37b36378f7adf0757c45ce5c05b2c998a99a581566",
+        "AMSU-A brightness temperatures, BUFR, from ywangd/pybufrkit",
+    ),
+    "atms_201.bufr": Entry(
+        "e8b73f2cc20abdcb8ec3e1347a90fb57a58de981069f2311fad0449a742d5c7b",
+        "ATMS brightness temperatures, BUFR, from ywangd/pybufrkit",
+    ),
 }
 
 
