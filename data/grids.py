@@ -58,6 +58,8 @@ class Grid(ABC):
 
     @staticmethod
     def from_dict(description: dict) -> Grid:
+        from data import healpix  # noqa: F401  registers its kind; it needs this module first
+
         arguments = dict(description)
         kind = arguments.pop("kind", None)
         if kind not in Grid._kinds:
