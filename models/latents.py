@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from data.batch import Layout
 from data.grids import Grid
+from kernels.segments import Occupied
 
 
 @dataclass(frozen=True)
@@ -17,10 +19,12 @@ class ObservationContext:
     """Observation tokens sorted by the latent cell that holds them; n tokens, N = B T X cells (sample, frame, cell).
 
     tokens: (n, token_size). offsets: (N + 1,) int64; tokens offsets[i] .. offsets[i + 1] lie in cell i.
+    occupied: `Occupied.of(offsets)`, so that layers do not each look for the cells that hold tokens, or None.
     """
 
     tokens: Tensor
     offsets: Tensor
+    occupied: Occupied | None = None
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,12 @@ class LatentLayout:
     grid: Grid | None = None
     observation_size: int = 0
     condition_size: int = 0
+
+
+def frames_of_targets(layout: Layout, latents: LatentLayout, target: str) -> list[int] | None:
+    """Which latent frame stands for each time of a target; None where a time is none of the frames' (a forecast)."""
+    inputs = [*layout.inputs.values(), *([layout.observations] if layout.observations is not None else [])]
+    step = next((item.step for item in inputs if item.frames == latents.frames), 0)
+    offsets = [(frame + 1 - latents.frames) * step for frame in range(latents.frames)]
+    wanted = layout.targets[target].lead_times
+    return [offsets.index(time) for time in wanted] if set(wanted) <= set(offsets) else None

@@ -1,0 +1,82 @@
+"""Cross-attention of latent cells to the observations inside them (HealDA v2, pixel cross-attention).
+
+Every cell of every frame queries the tokens of its own observations, which `kernels/pixel_attention.py` finds by prefix
+sums; grouped key/value heads are shared by num_heads / num_kv_heads query heads.
+Letters: B batch, T frames, X cells a frame, N = B T X, M cells that hold observations, C hidden, q heads of width d.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from kernels.pixel_attention import PATHS, pixel_attention
+from models.initialisation import linear_
+from models.latents import ObservationContext
+
+
+class PixelCrossAttention(nn.Module):
+    """x (B, T, X, hidden_size) and its observation context -> (B, T, X, hidden_size).
+
+    A cell without observations attends to nothing: it gets the output's bias. Without any observations every parameter
+    still gets a zero gradient, not none. bias: of query, value and output; keys have none (it cancels in the softmax).
+    path: of the kernel. Raises ValueError when num_heads is no multiple of num_kv_heads.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        token_size: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool = True,
+        path: str = "auto",
+    ):
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"{num_heads} query heads of the pixel attention cannot share {num_kv_heads} key/value heads evenly; "
+                "make num_heads a multiple of num_kv_heads"
+            )
+        if path not in PATHS:
+            raise ValueError(f"unknown path {path!r} of pixel attention; allowed: {', '.join(PATHS)}")
+        self.num_heads, self.head_dim, self.path = num_heads, head_dim, path
+        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.key = nn.Linear(token_size, num_kv_heads * head_dim, bias=False)
+        self.value = nn.Linear(token_size, num_kv_heads * head_dim, bias=bias)
+        self.output = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.initialise()
+
+    def initialise(self) -> None:
+        for layer in (self.query, self.key, self.value, self.output):
+            linear_(layer)
+
+    def forward(self, x: Tensor, context: ObservationContext) -> Tensor:
+        batch, frames = x.shape[:2]
+        cells = rearrange(x, "b t x c -> (b t x) c")
+        occupied = context.occupied
+        if occupied is None:
+            output = self.output(self._attend(cells, context.tokens, context.offsets, None))
+        else:
+            # Cells without observations take no part in any product.
+            heads = self._attend(cells.index_select(0, occupied.cells), context.tokens, occupied.offsets, occupied)
+            some = self.output(heads)  # (M, C)
+            empty = some.new_zeros(some.shape[1]) if self.output.bias is None else self.output.bias.to(some.dtype)
+            output = empty.expand(len(cells), -1).index_copy(0, occupied.cells, some)
+        return rearrange(output, "(b t x) c -> b t x c", b=batch, t=frames)
+
+    def _attend(self, cells: Tensor, tokens: Tensor, offsets: Tensor, occupied) -> Tensor:
+        return pixel_attention(
+            rearrange(self.query(cells), "n (q d) -> n q d", q=self.num_heads),
+            tokens,
+            offsets,
+            self.key.weight,
+            self.value.weight,
+            self.value.bias,
+            scale=self.head_dim**-0.5,
+            path=self.path,
+            segments=None if occupied is None else occupied.segments,
+        )
