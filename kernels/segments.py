@@ -1,8 +1,7 @@
 """How ragged cells are cut into padded blocks, so that a batch of dense products serves all of them.
 
-A cell with many rows is cut into pieces of at most PIECE rows; segments (whole cells and pieces) of similar length share
-a block, whose width is the longest of them. Computed once a context, on the host. Letters: n rows, N cells, M occupied
-cells, S segments, K blocks.
+A cell with many rows is cut into pieces of at most PIECE rows; segments (whole cells and pieces) of similar length
+share a block. Computed once a context. Letters: n rows, N cells, M occupied cells, S segments, K blocks.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Occupied:
-    """cells: (M,) int64, those that hold rows, ascending. offsets: (M + 1,) theirs alone. segments: of these offsets."""
+    """cells: (M,) int64, those that hold rows, ascending. offsets: (M + 1,), theirs. segments: of these offsets."""
 
     cells: Tensor
     offsets: Tensor

@@ -47,6 +47,20 @@ class Latents:
     context: ObservationContext | None = None
     condition: Tensor | None = None
 
+    def of_frames(self, frames: list[int]) -> Latents:
+        """One frame a sample: (B, T, N, D) -> (B L, 1, N, D) with the L given frames of every sample."""
+        count = len(frames)
+        coordinates, condition = self.coordinates, self.condition
+        if coordinates is not None and coordinates.ndim == 3:
+            coordinates = coordinates.repeat_interleave(count, dim=0)
+        return Latents(
+            tokens=self.tokens[:, frames].flatten(0, 1)[:, None],
+            times=self.times[:, frames].flatten()[:, None],
+            valid=None if self.valid is None else self.valid[:, frames].flatten(0, 1)[:, None],
+            coordinates=coordinates,
+            condition=None if condition is None else condition.repeat_interleave(count, dim=0),
+        )
+
     def with_tokens(self, tokens: Tensor) -> Latents:
         return replace(self, tokens=tokens)
 
@@ -59,6 +73,7 @@ class LatentLayout:
     patch_size: (height, width) in input cells that one latent cell covers, or None for free latents.
     coordinates: (N, 2) centres in degrees, or None. wraps: the columns close around the globe.
     grid: the grid of cells that the patches tile (`models/patches.py`), or None for free latents.
+    at_target: whether a decoder gets, for each target time, the latent frame of that time.
     observation_size: width of the observation tokens in `Latents.context`; 0: there are none.
     condition_size: width of `Latents.condition`; 0: there is none.
     """
@@ -71,6 +86,7 @@ class LatentLayout:
     coordinates: Tensor | None = None
     wraps: bool = False
     grid: Grid | None = None
+    at_target: bool = False
     observation_size: int = 0
     condition_size: int = 0
 

@@ -7,7 +7,6 @@ Letters: B batch, T frames, X cells a frame, N = B T X, M cells that hold observ
 
 from __future__ import annotations
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 

@@ -23,9 +23,10 @@ from models.latents import ObservationContext
 class ObservationTokenizer(nn.Module):
     """Observations of n rows -> tokens (n, token_size).
 
-    layout: gives the sizes of the id tables and the number of features. type_size, channel_size, platform_size: width of
-    the embeddings (platform_size 0: platforms are not told apart). hidden_size: of the modulation network, 2 token_size
-    by default, token_size where that is above 64. Ids are checked where batches are made (`data.observations.check`).
+    layout: gives the sizes of the id tables and the number of features. type_size, channel_size, platform_size: width
+    of the embeddings (platform_size 0: platforms are not told apart). hidden_size: of the modulation network,
+    2 token_size by default, token_size where that is above 64. Ids are checked where batches are made
+    (`data.observations.check`).
     """
 
     def __init__(
