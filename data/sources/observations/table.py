@@ -101,9 +101,17 @@ class Table:
         """The rows of a mask (R,) or of indices."""
         return Table({name: column[rows] for name, column in self.columns.items()}, self.names)
 
-    def between(self, start: int, stop: int) -> Table:
-        """Rows with start < time <= stop."""
-        return self.select((self["time"] > start) & (self["time"] <= stop))
+    def between(self, start: int | None, stop: int | None) -> Table:
+        """Rows with start < time <= stop; None: no bound."""
+        if start is None and stop is None:
+            return self
+        time = self["time"]
+        kept = np.ones(time.size, dtype=bool)
+        if start is not None:
+            kept &= time > start
+        if stop is not None:
+            kept &= time <= stop
+        return self.select(kept)
 
     def sorted_by_time(self) -> Table:
         return self.select(np.argsort(self["time"], kind="stable"))
