@@ -5,7 +5,18 @@ import pytest
 import torch
 
 from data.grids import Grid
-from data.healpix import HEALPixGrid, angles_to_cell, cell_to_angles, convert, nest_to_padxy, nest_to_ring, ring_to_nest
+from data.healpix import (
+    HEALPixGrid,
+    angles_to_cell,
+    bilinear,
+    cell_to_angles,
+    convert,
+    neighbours,
+    nest_to_padxy,
+    nest_to_ring,
+    pad_faces,
+    ring_to_nest,
+)
 
 LEVELS = (0, 1, 2, 3, 6, 13, 28, 29)
 
@@ -130,3 +141,97 @@ def test_what_the_grid_does_not_know_is_refused():
         HEALPixGrid(3, "xy")
     with pytest.raises(ValueError, match="order 'xy'"):
         angles_to_cell(torch.zeros(1), torch.zeros(1), 3, "xy")
+
+
+def interpolated_along_rings(values: np.ndarray, level: int, latitude: float, longitude: float) -> float:
+    """The definition, ring by ring: values in ring order -> one interpolated value."""
+    latitudes, longitudes = (angle.numpy() for angle in cell_to_angles(torch.arange(values.size), level, "ring"))
+    rings = np.unique(latitudes.round(9))
+    members = [np.flatnonzero(latitudes.round(9) == ring) for ring in rings]
+    on_rings = [np.interp(longitude, longitudes[ring], values[ring], period=360) for ring in members]
+    on_rings = [values[members[0]].mean(), *on_rings, values[members[-1]].mean()]
+    return np.interp(latitude, [-90, *rings, 90], on_rings)
+
+
+@pytest.mark.parametrize("order", ["nest", "ring", "padxy"])
+@pytest.mark.parametrize("level", [0, 1, 3])
+def test_bilinear_is_linear_along_rings_and_between_them(level, order):
+    rng = np.random.default_rng(level)
+    values = rng.normal(size=12 * 4**level)
+    points = np.stack([np.rad2deg(np.arcsin(rng.uniform(-1, 1, 200))), rng.uniform(-180, 540, 200)], axis=1)
+    points = np.concatenate([points, [[90, 10], [-90, -170], [89.9, 0], [-89.9, 359.99], [0, 180], [0, 360]]])
+    cells_found, weights = bilinear(*torch.from_numpy(points.T), level, order)
+    assert weights.min() >= 0 and (weights.sum(-1) - 1).abs().max() < 1e-12
+    ordered = values[convert(cells_found, level, source=order, target="ring").numpy()]
+    expected = [interpolated_along_rings(values, level, *point) for point in points]
+    np.testing.assert_allclose((ordered * weights.numpy()).sum(-1), expected, atol=1e-9)
+
+
+def test_bilinear_gives_a_cell_its_own_value_and_nothing_to_no_place():
+    ids = cells(3)
+    found, weights = bilinear(*cell_to_angles(ids, 3, "padxy"), 3, "padxy")
+    assert torch.equal(found.gather(1, weights.argmax(1, keepdim=True))[:, 0], ids)
+    assert (weights.amax(1) - 1).abs().max() < 1e-12
+    nowhere = torch.tensor([torch.nan, 91.0, 0.0]), torch.tensor([0.0, 0.0, torch.inf])
+    found, weights = bilinear(*nowhere, 3, "nest")
+    assert (found == -1).all() and (weights == 0).all()
+
+
+@pytest.mark.parametrize("level", [1, 2, 4])
+def test_neighbours_are_the_cells_that_touch(level):
+    ids = torch.arange(12 * 4**level)
+    found = neighbours(ids, level, "nest")
+    gaps = found == -1
+    assert gaps.sum() == 24  # eight corners of three faces each
+    assert not gaps[:, ::2].any()  # only diagonal neighbours can be absent
+    for cell, row in enumerate(found.tolist()):
+        assert len(set(row) - {-1, cell}) == 8 - (-1 in row)
+        assert all(cell in found[other] for other in row if other >= 0)
+    latitude = cell_to_angles(ids, level, "nest")[0]
+    south, north = found[:, [7, 0, 6]], found[:, [2, 3, 4]]
+    for cell in range(4 * 4**level, 8 * 4**level):  # in the belt, north is up
+        assert (latitude[south[cell][south[cell] >= 0]] < latitude[cell]).all()
+        assert (latitude[north[cell][north[cell] >= 0]] > latitude[cell]).all()
+    ring = neighbours(nest_to_ring(ids, level), level, "ring")
+    assert torch.equal(ring, nest_to_ring(found, level))
+
+
+@pytest.mark.parametrize(("level", "margin"), [(0, 1), (1, 1), (1, 2), (2, 1), (2, 3), (3, 2), (3, 8)])
+def test_padded_faces_continue_into_their_neighbours(level, margin):
+    n, size = 2**level, 2**level + 2 * margin
+    ids = torch.arange(12 * n * n)
+    padded = pad_faces(ids.double().reshape(12, n, n), margin)
+    assert torch.equal(padded[:, margin : margin + n, margin : margin + n].flatten().long(), ids)
+    outside = (torch.arange(size) < margin).long() - (torch.arange(size) >= margin + n).long()
+    # (rows, columns) beyond the corners where three faces meet: right and left corners of caps, top and bottom else.
+    corners, equatorial = outside[:, None] * outside[None, :], (torch.arange(12) // 4 == 1)[:, None, None]
+    gap = torch.where(equatorial, corners == 1, corners == -1)
+    assert gap.sum() == 24 * margin**2
+    touching = neighbours(ids, level, "padxy")
+    for axis in (1, 2):
+        true_pair = ~(gap.narrow(axis, 0, size - 1) | gap.narrow(axis, 1, size - 1))
+        here, there = (padded.narrow(axis, start, size - 1)[true_pair].long() for start in (0, 1))
+        assert (touching[here] == there[:, None]).any(-1).all()
+    # No cell appears twice: beyond an edge comes what is there, not a reflection.
+    for face in range(12 if margin < n else 0):
+        inside = padded[face][~gap[face]]
+        assert inside.unique().numel() == inside.numel()
+
+
+def test_corners_without_cells_take_the_mean_of_both_sides_and_gradients_flow():
+    faces = torch.randn(2, 12, 4, 4, dtype=torch.float64, requires_grad=True)
+    padded = pad_faces(faces, 1)
+    torch.testing.assert_close(padded[:, 5, 0, 0], (padded[:, 5, 0, 1] + padded[:, 5, 1, 0]) / 2)
+    torch.testing.assert_close(padded[:, 2, 0, -1], (padded[:, 2, 0, -2] + padded[:, 2, 1, -1]) / 2)
+    torch.testing.assert_close(padded[:, 9, -1, 0], (padded[:, 9, -1, 1] + padded[:, 9, -2, 0]) / 2)
+    assert torch.equal(pad_faces(torch.ones(12, 8, 8), 5), torch.ones(12, 18, 18))
+    weight = torch.randn_like(padded)
+    (gradient,) = torch.autograd.grad((padded * weight).sum(), faces)
+    change = torch.randn_like(faces)
+    torch.testing.assert_close((gradient * change).sum(), (pad_faces(change, 1) * weight).sum())
+
+
+@pytest.mark.parametrize(("shape", "margin"), [((11, 4, 4), 1), ((12, 4, 3), 1), ((12, 3, 3), 1), ((12, 4, 4), 5)])
+def test_what_cannot_be_padded_is_refused(shape, margin):
+    with pytest.raises(ValueError, match=r"faces must have the shape|margin 5 is not allowed"):
+        pad_faces(torch.zeros(shape), margin)

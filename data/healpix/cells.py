@@ -1,26 +1,11 @@
-"""HEALPix: the sphere in 12 * 4**level cells of equal area, as index arithmetic on tensors.
-
-Source: Gorski et al. 2005, ApJ 622, 759 (sections 4 and 5). Letters: n = 2**level cells along a face edge; (face, x, y)
-a cell by its place in one of the 12 faces, x towards the north-east edge, y towards the north-west edge, the origin at
-the south corner; i the ring of a cell, 1..4n-1 from the north; p the cells in a quarter of that ring (n between the
-polar caps); t the longitude of a cell's centre in units of 45 / p degrees.
-
-Orders of cells: `nest` (face by face, bits of y and x interleaved), `ring` (north to south, eastwards) and `padxy`
-(face by face, rows from the north corner: face * n * n + (n-1-x) * n + (n-1-y)), in which faces are (n, n) images.
-
-Everything is int64 and float64, runs on the device of its arguments and never waits for it. Levels 0..29. Ids outside
-0..12*4**level-1 become -1.
-"""
+"""Indices of HEALPix cells and the angles of their centres (letters: `data/healpix/__init__.py`)."""
 
 from __future__ import annotations
 
 import math
-from functools import cached_property
 
 import torch
 from torch import Tensor
-
-from data.grids import Grid
 
 ORDERS = ("nest", "ring", "padxy")
 MAX_LEVEL = 29
@@ -35,7 +20,7 @@ _SPREAD = (
 
 
 def num_cells(level: int) -> int:
-    return 12 * 4 ** _checked(level)
+    return 12 * 4 ** checked_level(level)
 
 
 def nest_to_ring(cell: Tensor, level: int) -> Tensor:
@@ -62,8 +47,8 @@ def convert(cell: Tensor, level: int, *, source: str, target: str) -> Tensor:
     """Ids (...) int64 from one order to another. `values[convert(arange, level, source="padxy", target="nest")]`
     reorders values from nest to pad-XY."""
     inside = (cell >= 0) & (cell < num_cells(level))
-    places = _decode(torch.where(inside, cell.long(), 0), level, source)
-    return torch.where(inside, _encode(*places, level, target), -1)
+    places = decode(torch.where(inside, cell.long(), 0), level, source)
+    return torch.where(inside, encode(*places, level, target), -1)
 
 
 def angles_to_cell(latitude: Tensor, longitude: Tensor, level: int, order: str) -> Tensor:
@@ -71,10 +56,10 @@ def angles_to_cell(latitude: Tensor, longitude: Tensor, level: int, order: str) 
 
     -1 where a coordinate is not finite or a latitude lies outside -90..90.
     """
-    n = 2 ** _checked(level)
+    n = 2 ** checked_level(level)
     latitude, longitude = latitude.double(), longitude.double()
     valid = (latitude.abs() <= 90) & longitude.isfinite()
-    latitude, turn = torch.where(valid, latitude, 0.0), _quarter_turns(torch.where(valid, longitude, 0.0))
+    latitude, turn = torch.where(valid, latitude, 0.0), quarter_turns(torch.where(valid, longitude, 0.0))
     # Between the caps faces are diamonds in (longitude, sin(latitude)): two diagonal coordinates name face and cell.
     rise = 0.75 * torch.sin(torch.deg2rad(latitude))
     up, down = ((n * (0.5 + turn + sign * rise)).floor().long() for sign in (1, -1))
@@ -82,7 +67,7 @@ def angles_to_cell(latitude: Tensor, longitude: Tensor, level: int, order: str) 
     belt = _from_diagonals(up - n, torch.maximum(torch.minimum(down, up + n), up - n), n)
     # In a cap both coordinates are distances from the pole, shared out by the longitude within the quarter turn.
     quarter = turn.floor()
-    distance = n * _cap_distance(latitude)
+    distance = n * cap_distance(latitude)
     east, west = ((distance * share).floor().long().clamp(max=n - 1) for share in (turn - quarter, 1 - turn + quarter))
     north = latitude > 0
     cap = (
@@ -91,83 +76,36 @@ def angles_to_cell(latitude: Tensor, longitude: Tensor, level: int, order: str) 
         torch.where(north, n - 1 - east, west),
     )
     in_cap = rise.abs() > 0.5
-    cell = _encode(*(torch.where(in_cap, *pair) for pair in zip(cap, belt, strict=True)), level, order)
+    cell = encode(*(torch.where(in_cap, *pair) for pair in zip(cap, belt, strict=True)), level, order)
     return torch.where(valid, cell, -1)
 
 
 def cell_to_angles(cell: Tensor, level: int, order: str) -> tuple[Tensor, Tensor]:
     """Latitude and longitude (0..360) of the centres of cells (...), float64 degrees; NaN for ids out of range."""
     inside = (cell >= 0) & (cell < num_cells(level))
-    i, p, t = _ring_of(*_decode(torch.where(inside, cell.long(), 0), level, order), level)
+    i, p, t = _ring_of(*decode(torch.where(inside, cell.long(), 0), level, order), level)
     unknown = torch.full_like(inside, math.nan, dtype=torch.float64)
-    return torch.where(inside, _ring_latitude(i, level), unknown), torch.where(inside, t.double() * 45 / p, unknown)
+    return torch.where(inside, ring_latitude(i, level), unknown), torch.where(inside, t.double() * 45 / p, unknown)
 
 
-class HEALPixGrid(Grid):
-    """All cells of one HEALPix level. Values on it have the trailing shape (12 * 4**level,).
-
-    level: 0..29. order: of the cells, `nest`, `ring` or `padxy`. Raises ValueError for others.
-    """
-
-    kind = "healpix"
-    _arrays = ()
-
-    def __init__(self, level: int, order: str = "nest"):
-        self.level, self.order = _checked(level), order
-        if order not in ORDERS:
-            raise ValueError(f"HEALPix order {order!r} is unknown; give one of {', '.join(ORDERS)}")
-
-    def to_dict(self) -> dict:
-        return {"kind": self.kind, "level": self.level, "order": self.order}
-
-    def __eq__(self, other) -> bool:
-        return type(self) is type(other) and (self.level, self.order) == (other.level, other.order)
-
-    def __hash__(self) -> int:
-        return hash((self.kind, self.level, self.order))
-
-    def __repr__(self) -> str:
-        return f"HEALPixGrid(level={self.level}, order={self.order!r})"
-
-    @property
-    def shape(self) -> tuple[int]:
-        return (num_cells(self.level),)
-
-    @cached_property
-    def coordinates(self) -> Tensor:
-        return torch.stack(cell_to_angles(torch.arange(self.num_points), self.level, self.order), dim=-1)
-
-    @cached_property
-    def area_weights(self) -> Tensor:
-        return torch.ones(self.num_points, dtype=torch.float64)
-
-    @property
-    def is_global(self) -> bool:
-        return True
-
-    def cell_of(self, coordinates: Tensor) -> Tensor:
-        """Cell (int64) of each (latitude, longitude) in degrees, shape (..., 2) -> (...); -1 for NaN."""
-        return angles_to_cell(coordinates[..., 0], coordinates[..., 1], self.level, self.order)
-
-
-def _checked(level: int) -> int:
+def checked_level(level: int) -> int:
     if not isinstance(level, int) or not 0 <= level <= MAX_LEVEL:
         raise ValueError(f"HEALPix level {level!r} is not allowed; give a whole number from 0 to {MAX_LEVEL}")
     return level
 
 
-def _quarter_turns(longitude: Tensor) -> Tensor:
+def quarter_turns(longitude: Tensor) -> Tensor:
     """Longitude in quarter turns, 0 <= turn < 4."""
     turn = longitude.remainder(360.0) / 90.0
     return torch.where(turn < 4, turn, 0.0)  # a tiny negative angle rounds to a full turn
 
 
-def _cap_distance(latitude: Tensor) -> Tensor:
+def cap_distance(latitude: Tensor) -> Tensor:
     """sqrt(3 (1 - |sin(latitude)|)): 0 at a pole, 1 where the caps end, without cancellation near the pole."""
     return math.sqrt(6) * torch.sin(torch.deg2rad(90 - latitude.abs()) / 2)
 
 
-def _ring_latitude(i: Tensor, level: int) -> Tensor:
+def ring_latitude(i: Tensor, level: int) -> Tensor:
     """Latitude (degrees) of ring i; 0 and 4n are the poles."""
     n = 2**level
     i = i.double()
@@ -190,9 +128,9 @@ def _gather(bits: Tensor) -> Tensor:
     return bits
 
 
-def _decode(cell: Tensor, level: int, order: str) -> tuple[Tensor, Tensor, Tensor]:
+def decode(cell: Tensor, level: int, order: str) -> tuple[Tensor, Tensor, Tensor]:
     """Ids -> (face, x, y)."""
-    n = 2 ** _checked(level)
+    n = 2 ** checked_level(level)
     face, within = cell // (n * n), cell % (n * n)
     if order == "nest":
         return face, _gather(within), _gather(within >> 1)
@@ -203,16 +141,16 @@ def _decode(cell: Tensor, level: int, order: str) -> tuple[Tensor, Tensor, Tenso
     raise ValueError(f"HEALPix order {order!r} is unknown; give one of {', '.join(ORDERS)}")
 
 
-def _encode(face: Tensor, x: Tensor, y: Tensor, level: int, order: str) -> Tensor:
+def encode(face: Tensor, x: Tensor, y: Tensor, level: int, order: str) -> Tensor:
     """(face, x, y) -> ids."""
-    n = 2 ** _checked(level)
+    n = 2 ** checked_level(level)
     if order == "nest":
         return face * (n * n) + _spread(x) + 2 * _spread(y)
     if order == "padxy":
         return face * (n * n) + (n - 1 - x) * n + (n - 1 - y)
     if order == "ring":
         i, _, t = _ring_of(face, x, y, level)
-        return _ring_start(i, n) + (t - _first(i, n)) // 2
+        return ring_start(i, n) + (t - ring_offset(i, n)) // 2
     raise ValueError(f"HEALPix order {order!r} is unknown; give one of {', '.join(ORDERS)}")
 
 
@@ -225,12 +163,12 @@ def _ring_of(face: Tensor, x: Tensor, y: Tensor, level: int) -> tuple[Tensor, Te
     return i, p, ((2 * (face % 4) + (row != 1)) * p + x - y) % (8 * p)
 
 
-def _first(i: Tensor, n: int) -> Tensor:
+def ring_offset(i: Tensor, n: int) -> Tensor:
     """t of the first cell of ring i: every other ring between the caps begins at longitude 0."""
     return torch.where((i < n) | (i > 3 * n), 1, 1 - (i - n) % 2)
 
 
-def _ring_start(i: Tensor, n: int) -> Tensor:
+def ring_start(i: Tensor, n: int) -> Tensor:
     """Id of the first cell of ring i."""
     south = 4 * n - i
     belt = 2 * n * (n - 1) + (i - n) * 4 * n
@@ -244,7 +182,7 @@ def _from_ring(cell: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     polar = torch.minimum(cell, mirrored).clamp(0, cap)
     p = _polar_ring(polar)
     i = torch.where(cell < cap, p, torch.where(mirrored < cap, 4 * n - p, n + (cell - cap) // (4 * n)))
-    t = 2 * (cell - _ring_start(i, n)) + _first(i, n)
+    t = 2 * (cell - ring_start(i, n)) + ring_offset(i, n)
     quarter = t // (2 * p)
     v = torch.where(cell < cap, 2 * n - 1 - i, 4 * n - 1 - i)
     h = t - (2 * quarter + 1) * p
