@@ -224,6 +224,16 @@ class Query(Movable):
     def shape(self) -> tuple[int, ...]:
         return self.grid.shape if self.places is None else tuple(self.places.shape)
 
+    def each_time(self) -> Query:
+        """One time a sample: (B, L) -> (B L, 1)."""
+        leads = self.times.shape[1]
+        each = {
+            name: getattr(self, name).flatten()[:, None]
+            for name in ("times", "lead_time", "second_of_day", "day_of_year")
+        }
+        features = None if self.features is None else self.features.repeat_interleave(leads, dim=0)
+        return replace(self, features=features, **each)
+
 
 @dataclass(frozen=True)
 class Condition(Movable):

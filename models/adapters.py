@@ -5,31 +5,42 @@ The builder puts it before parts that need a grid. Letters: B batch, T frames, N
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from einops import rearrange, repeat
 from torch import nn
 
 from models.attention import AttentionLayer
 from models.initialisation import linear_
 from models.latents import LatentLayout, Latents
-from models.patches import Patches
+from models.patches import HEALPixPatches, Patches
 from models.positions.fourier import geographic_features
 
 
 class GridAdapter(nn.Module):
-    """Latents (B, T, N, D) -> Latents (B, 1, M, D) on the patches; reads all frames."""
+    """Latents (B, T, N, D) -> Latents on the patches.
+
+    each: (B, T, M, D), every frame from its own; otherwise (B, 1, M, D), read from all frames.
+    """
 
     def __init__(
         self,
         latent_layout: LatentLayout,
-        patches: Patches,
+        patches: Patches | HEALPixPatches,
         *,
         num_heads: int,
+        each: bool = False,
         num_bands: int = 8,
         attention: str = "auto",
     ):
         super().__init__()
         hidden = latent_layout.hidden_size
-        self.latent_layout = patches.latent_layout(hidden)
+        self.each = each
+        self.latent_layout = replace(
+            patches.latent_layout(hidden, latent_layout.frames if each else 1),
+            condition_size=latent_layout.condition_size,
+            at_target=latent_layout.at_target,
+        )
         features = geographic_features(patches.coordinates, num_bands, patches.grid)
         self.register_buffer("features", features, persistent=False)  # (M, F)
         self.register_buffer("coordinates", patches.coordinates, persistent=False)
@@ -41,8 +52,16 @@ class GridAdapter(nn.Module):
         linear_(self.query)
 
     def forward(self, latents: Latents) -> Latents:
-        tokens = rearrange(latents.tokens, "b t n d -> b (t n) d")
-        valid = None if latents.valid is None else rearrange(latents.valid, "b t n -> b (t n)")
+        batch = latents.tokens.shape[0]
+        joined = "(b t) n" if self.each else "b (t n)"
+        tokens = rearrange(latents.tokens, f"b t n d -> {joined} d")
+        valid = None if latents.valid is None else rearrange(latents.valid, f"b t n -> {joined}")
         queries = repeat(self.query(self.features), "m d -> b m d", b=tokens.shape[0])
-        cells = self.layer(queries, tokens, mask=valid)
-        return Latents(tokens=cells[:, None], times=latents.times[:, -1:], coordinates=self.coordinates)
+        cells = rearrange(self.layer(queries, tokens, mask=valid), "(b t) m d -> b t m d", b=batch)
+        return Latents(
+            tokens=cells,
+            times=latents.times[:, -cells.shape[1] :],
+            coordinates=self.coordinates,
+            frames=latents.frames if self.each else (0, 1),
+            condition=latents.condition,
+        )

@@ -20,11 +20,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from models.ranges import check_options, check_trunk
+
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 PACKAGES = ("data", "evaluation", "kernels", "models", "training")
 SLOTS = ("encoder", "processor", "decoder")
 # Arguments that the builder gives; a configuration that sets them would be overruled silently.
-INJECTED = ("layout", "latent_layout", "target", "outputs_per_variable")
+INJECTED = ("layout", "latent_layout", "target", "outputs_per_variable", "carries_context")
 
 
 def check_config(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -33,6 +35,7 @@ def check_config(config: DictConfig, overrides: Sequence[str]) -> None:
     _check_slots(config, overrides)
     for path, node in _parts(config):
         _check_part(path, node)
+    check_trunk(config)
     _check_scalars(config)
     _check_ranks(config)
     _check_attention(config)
@@ -116,13 +119,14 @@ def _check_part(path: str, node: dict[str, Any]) -> None:
             raise ValueError(f"{path}.{key} must be given; type {path}.{key}=<{_spelled(hints.get(key))}>")
         if not _fits(value, hints.get(key, Any)):
             raise ValueError(f"{path}.{key}={value!r} is not {_spelled(hints[key])}; type {path}.{key}=<value>")
+    check_options(path, options)
     for key, item in known.items():
         if item.default is inspect.Parameter.empty and key not in options:
             raise ValueError(f"{path} needs {key!r} ({_spelled(hints.get(key))}); add it to the file of this part")
 
 
 def _check_scalars(config: DictConfig) -> None:
-    known = [*_read_scalars(), "name", "size", *SLOTS]
+    known = [*_read_scalars(), "name", "size", "condition", *SLOTS]
     for key in config.model:
         if key not in known:
             raise ValueError(f"no part reads model.{key}; {_nearest(str(key), known)}")
@@ -192,9 +196,10 @@ def _spelled(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_spelled(option) for option in arguments)
-    if inspect.isclass(origin) and issubclass(origin, Mapping):
+    kind = origin or hint
+    if inspect.isclass(kind) and issubclass(kind, Mapping):
         return "a mapping {name: value}"
-    if inspect.isclass(origin) and issubclass(origin, Sequence):
+    if inspect.isclass(kind) and issubclass(kind, Sequence):
         return "a list [..., ...]"
     return str(hint)
 

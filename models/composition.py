@@ -7,8 +7,10 @@ model = load("outputs/2026-01-31/12-00-00/checkpoints/best")
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ from models.adapters import GridAdapter
 from models.checks import check_config, part_class, part_options
 from models.encode_process_decode import EncodeProcessDecode
 from models.heads import build_head
-from models.latents import LatentLayout
-from models.patches import Patches
+from models.latents import LatentLayout, frames_of_targets
+from models.patches import patches_of
 from models.refusals import adapter_grid, refuse
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
@@ -85,34 +87,64 @@ def build_from_config(config: DictConfig | Mapping, layout: Layout) -> EncodePro
     model = OmegaConf.to_container(config.model, resolve=True, throw_on_missing=True)
     head = build_head(config.task.head, loss=config.task.loss)
     refuse(model, layout)
-    encoder = _part(model, "encoder", layout)
+    encoder = _encoder(model, layout)
+    condition = part_class(model["condition"])(**part_options(model["condition"])) if "condition" in model else None
     adapters = nn.ModuleDict()
 
     def gridded(place: str, latents: LatentLayout, target: str | None = None) -> LatentLayout:
         grid = adapter_grid(part_class(model[place]), part_options(model[place]), latents, layout, target)
         if grid is None:
             return latents
-        patches = Patches.of(grid, model["patch_size"])
-        adapter = GridAdapter(latents, patches, num_heads=model["num_heads"], attention=model["attention"])
-        adapters[target or place] = adapter
+        adapters[target or place] = adapter = GridAdapter(
+            latents,
+            patches_of(grid, model["patch_size"]),
+            num_heads=model["num_heads"],
+            each=place == "processor",
+            attention=model["attention"],
+        )
         return adapter.latent_layout
 
-    latents = gridded("processor", encoder.latent_layout)
+    latents = replace(encoder.latent_layout, condition_size=condition.size if condition is not None else 0)
+    latents = gridded("processor", latents)
     processor = _part(model, "processor", layout, latents)
-    decoders = nn.ModuleDict(
-        {
-            target: _part(
-                model,
-                "decoder",
-                layout,
-                gridded("decoder", latents, target),
-                target=target,
-                outputs_per_variable=head.outputs_per_variable,
-            )
-            for target in layout.targets
-        }
+    decoders, frames = nn.ModuleDict(), {}
+    for target in layout.targets:
+        matching = frames_of_targets(layout, latents, target)
+        read = latents
+        if matching is not None:
+            read = replace(latents, frames=1, at_target=True)
+            if latents.frames > 1:
+                frames[target] = matching
+        decoders[target] = _part(
+            model,
+            "decoder",
+            layout,
+            gridded("decoder", read, target),
+            target=target,
+            outputs_per_variable=head.outputs_per_variable,
+        )
+    return EncodeProcessDecode(
+        encoder,
+        processor,
+        decoders,
+        layout=layout,
+        head=head,
+        adapter=adapters,
+        condition=condition,
+        frames=frames,
     )
-    return EncodeProcessDecode(encoder, processor, decoders, layout=layout, head=head, adapter=adapters)
+
+
+def _encoder(model: Mapping[str, Any], layout: Layout) -> nn.Module:
+    """The encoder, told what it must know of the processor behind it."""
+    processor, encoder = part_class(model["processor"]), part_class(model["encoder"])
+    injected = {}
+    if "carries_context" in inspect.signature(encoder).parameters:
+        injected["carries_context"] = getattr(processor, "accepts_context", False)
+    if model["encoder"].get("frames") == "auto":
+        each = getattr(processor, "has_time_axis", False) and layout.frames > 1
+        model = {**model, "encoder": {**model["encoder"], "frames": "each" if each else "joint"}}
+    return _part(model, "encoder", layout, **injected)
 
 
 def load(directory: str | Path, *, ema: bool = True) -> EncodeProcessDecode:

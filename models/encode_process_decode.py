@@ -1,16 +1,23 @@
 """The one composed model: encode the inputs to latents, process them, decode one output a target.
 
-    latents = processor(encoder(batch))
+    latents = processor(encoder(batch) with the embedded condition)
     output[target] = decoder[target](latents, query of the target)
+
+Where all times of a target are times of latent frames (an analysis), its decoder gets the frame of each time as a
+sample of its own; otherwise (a forecast) it gets all frames.
 
 Letters: B batch, T frames, L lead times, N tokens, D hidden, C variables, K outputs per variable.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
-from data.batch import Batch, Layout
+from data.batch import Batch, Condition, Layout, Query
 from models.heads import DeterministicHead, Prediction
 from models.latents import Latents
 from models.summary import describe
@@ -22,7 +29,8 @@ class EncodeProcessDecode(nn.Module):
     """Batch -> {target: (B, L, C * K, *grid.shape)}.
 
     decoder: one decoder a target, by its name. adapter: grid adapters that the builder put before "processor" or before
-    the decoder of a target. layout: what the parts were built for. head: gives outputs their meaning.
+    the decoder of a target. layout: what the parts were built for. head: gives outputs their meaning. condition: embeds
+    noise level and label. frames: the latent frame of each time of a target, for targets at several frames' times.
     """
 
     def __init__(
@@ -34,19 +42,36 @@ class EncodeProcessDecode(nn.Module):
         layout: Layout,
         head: DeterministicHead,
         adapter: nn.ModuleDict | None = None,
+        condition: nn.Module | None = None,
+        frames: Mapping[str, list[int]] | None = None,
     ):
         super().__init__()
         self.encoder, self.processor, self.decoder = encoder, processor, decoder
         self.adapter = nn.ModuleDict() if adapter is None else adapter
-        self.layout, self.head = layout, head
+        self.condition = condition
+        self.layout, self.head, self.frames = layout, head, dict(frames or {})
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Raises ValueError where the batch is not what the model was built for."""
         self.validate(batch)
-        latents = self.processor(self._adapted("processor", self.encoder(batch)))
-        return {
-            name: self.decoder[name](self._adapted(name, latents), query) for name, query in batch.queries().items()
-        }
+        latents = self.encoder(batch)
+        if self.condition is not None:
+            latents = replace(latents, condition=self.condition(self._given_condition(batch)))
+        latents = self.processor(self._adapted("processor", latents))
+        return {name: self._decode(name, latents, query) for name, query in batch.queries().items()}
+
+    def _decode(self, name: str, latents: Latents, query: Query) -> Tensor:
+        if name not in self.frames:
+            return self.decoder[name](self._adapted(name, latents), query)
+        latents = self._adapted(name, latents.of_frames(self.frames[name]))
+        output = self.decoder[name](latents, query.each_time())  # (B L, 1, C K, ...)
+        return output[:, 0].unflatten(0, tuple(query.times.shape))
+
+    def _given_condition(self, batch: Batch) -> Condition:
+        """The batch's condition, or noise level 0 for all samples."""
+        if batch.condition is not None:
+            return batch.condition
+        return Condition(noise_level=torch.zeros(batch.batch_size, device=batch.base_time.device))
 
     def draw_places(self, fraction: float) -> dict[str, Tensor]:
         """A random share of the output places of every target whose decoder can leave the others out."""
@@ -70,6 +95,11 @@ class EncodeProcessDecode(nn.Module):
                     f"input {name!r} of this batch is not what the model was built for ({_summary(item)}); "
                     "build the model with the layout of this data, or read data of the same variables, grid and frames"
                 )
+        if batch.layout.observations != self.layout.observations:
+            raise ValueError(
+                f"the observations of this batch ({batch.layout.observations}) are not what the model was built for "
+                f"({self.layout.observations}); build the model with the layout of this data"
+            )
         for name, item in self.layout.targets.items():
             given = batch.layout.targets.get(name)
             if given is None or (given.variables, given.grid) != (item.variables, item.grid):

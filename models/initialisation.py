@@ -22,3 +22,10 @@ def zeros_(layer: nn.Linear) -> None:
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def xavier_(layer: nn.Linear) -> None:
+    """Uniform Xavier weights, zero biases, as diffusion transformers start (arXiv:2212.09748)."""
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

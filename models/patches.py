@@ -1,4 +1,6 @@
-"""Patches of a latitude-longitude grid: how cells map to latent cells. Shared by grid encoders, decoders and adapters.
+"""Patches of a latitude-longitude or HEALPix grid: how cells map to latent cells.
+
+Shared by grid encoders, decoders and adapters.
 
 A grid whose sides are no multiples of the patch is padded evenly; where the columns close around the globe the padding
 of the columns is the other end of the row. Letters: B batch, C channels, H x W cells, p x q patch, N = rows x columns.
@@ -11,9 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from data.grids import Grid, LatLonGrid
+from data.healpix import HEALPixGrid, nest_to_ring, padxy_to_nest
 from models.latents import LatentLayout
 
 
@@ -51,6 +55,11 @@ class Patches:
         return self.rows * self.columns
 
     @property
+    def images(self) -> tuple[int, int, int]:
+        """Images a sample is made of, their rows and columns of latent cells."""
+        return 1, self.rows, self.columns
+
+    @property
     def padded(self) -> bool:
         return (self.rows * self.size[0], self.columns * self.size[1]) != self.grid.shape
 
@@ -82,6 +91,21 @@ class Patches:
             grid=self.grid,
         )
 
+    def cell_of(self, coordinates: Tensor) -> Tensor:
+        """(n, 2) degrees -> (n,) int64 latent cells, -1 outside the grid."""
+        cell = self.grid.cell_of(coordinates)
+        width = self.grid.shape[1]
+        row, column = ((cell // width + self.top) // self.size[0], (cell % width + self.left) // self.size[1])
+        return torch.where(cell >= 0, row * self.columns + column, -1)
+
+    def to_images(self, values: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, rows p, columns q), what a convolution with the patch as kernel and stride reads."""
+        return self.pad(values)
+
+    def from_images(self, images: Tensor) -> Tensor:
+        """The inverse of `to_images`, without the padding."""
+        return self.crop(images)
+
     def pad(self, values: Tensor, margin: int = 0) -> Tensor:
         """(B, C, H, W) -> (B, C, rows p + 2 margin, columns q + 2 margin); zeros outside, other end where it wraps."""
         height, width = values.shape[-2:]
@@ -102,6 +126,72 @@ class Patches:
         """(..., rows p, columns q) -> (..., H, W): drops the padding."""
         height, width = self.grid.shape
         return values[..., self.top : self.top + height, self.left : self.left + width]
+
+
+class HEALPixPatches:
+    """Patches of a HEALPix grid: the cells of a coarser one, each a square of p x p cells in its face (p a power of 2).
+
+    Tokens are in pad-XY order (`data/healpix.py`), in which the children of a cell are a square of the fine face.
+    Raises ValueError for other patch sizes.
+    """
+
+    wraps = True
+
+    def __init__(self, grid: HEALPixGrid, patch_size: int | tuple[int, int]):
+        size = patch_size if isinstance(patch_size, int) else patch_size[0]
+        levels = int(size).bit_length() - 1
+        if size < 1 or size != 2**levels or levels > grid.level:
+            raise ValueError(
+                f"patch_size={patch_size} must be a power of 2 up to {2**grid.level} on a HEALPix grid of level "
+                f"{grid.level}, like model.patch_size=2"
+            )
+        self.grid, self.size = grid, (size, size)
+        self.cells = HEALPixGrid(grid.level - levels, "padxy")
+        self.num_tokens = self.cells.num_points
+        self.images = (12, 2**self.cells.level, 2**self.cells.level)  # faces, rows, columns of latent cells
+        if grid.order == "padxy":
+            self._order = self._inverse = None
+        else:
+            flat = torch.arange(grid.num_points, device="cpu")
+            nest = padxy_to_nest(flat, grid.level)
+            self._order = nest if grid.order == "nest" else nest_to_ring(nest, grid.level)  # where each pad-XY cell is
+            self._inverse = torch.argsort(self._order)
+
+    @property
+    def coordinates(self) -> Tensor:
+        """(N, 2) centres of the patches in degrees."""
+        return self.cells.coordinates
+
+    def cell_of(self, coordinates: Tensor) -> Tensor:
+        """(n, 2) degrees -> (n,) int64 latent cells, -1 where a coordinate is not finite."""
+        return self.cells.cell_of(coordinates)
+
+    def latent_layout(self, hidden_size: int, frames: int = 1) -> LatentLayout:
+        return LatentLayout(
+            num_tokens=self.num_tokens,
+            hidden_size=hidden_size,
+            frames=frames,
+            patch_size=self.size,
+            coordinates=self.coordinates,
+            grid=self.grid,
+        )
+
+    def to_images(self, values: Tensor) -> Tensor:
+        """(B, C, cells) -> (B 12, C, n, n), the twelve faces."""
+        if self._order is not None:
+            values = values[..., self._order.to(values.device)]
+        n = 2**self.grid.level
+        return rearrange(values, "b c (f h w) -> (b f) c h w", f=12, h=n, w=n)
+
+    def from_images(self, images: Tensor) -> Tensor:
+        """(B 12, C, n, n) -> (B, C, cells): the inverse of `to_images`."""
+        values = rearrange(images, "(b f) c h w -> b c (f h w)", f=12)
+        return values if self._inverse is None else values[..., self._inverse.to(values.device)]
+
+
+def patches_of(grid: Grid, patch_size: int | tuple[int, int]) -> Patches | HEALPixPatches:
+    """Raises ValueError for grids that cannot be cut into patches and for sizes that do not fit."""
+    return HEALPixPatches(grid, patch_size) if isinstance(grid, HEALPixGrid) else Patches.of(grid, patch_size)
 
 
 def neighbourhoods(values: Tensor, size: int, *, wraps: bool) -> Tensor:

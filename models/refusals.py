@@ -11,6 +11,7 @@ from typing import Any
 
 from data.batch import Layout
 from data.grids import Grid, LatLonGrid
+from data.healpix import HEALPixGrid
 from models.checks import part_class
 from models.latents import LatentLayout
 
@@ -46,6 +47,34 @@ REFUSALS = (
             _is(model, "encoder", "GridPatchEncoder") and len({item.grid for item in layout.inputs.values()}) > 1
         ),
         "model/encoder=grid_patch needs all inputs on one grid; use model/encoder=perceiver",
+    ),
+    Refusal(
+        lambda model, layout: (
+            layout.observations is not None and not getattr(part_class(model["encoder"]), "reads_observations", False)
+        ),
+        "this encoder reads no observations, and the data has them; use model/encoder=video_patch or perceiver",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "encoder", "VideoPatchEncoder")
+            and not all(isinstance(item.grid, LatLonGrid | HEALPixGrid) for item in layout.inputs.values())
+        ),
+        "model/encoder=video_patch cuts latitude-longitude and HEALPix grids into patches, and an input is on neither; "
+        "use model/encoder=perceiver",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "encoder", "VideoPatchEncoder") and len({item.grid for item in layout.inputs.values()}) > 1
+        ),
+        "model/encoder=video_patch needs all inputs on one grid; use model/encoder=perceiver",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "decoder", "VideoPatchDecoder")
+            and not all(isinstance(item.grid, LatLonGrid | HEALPixGrid) for item in layout.targets.values())
+        ),
+        "model/decoder=video_patch writes latitude-longitude and HEALPix grids, and a target is on neither; "
+        "use model/decoder=perceiver_io",
     ),
     Refusal(
         lambda model, layout: (
@@ -93,7 +122,14 @@ def adapter_grid(
     if not getattr(part, "requires_grid", lambda _: False)(options):
         return None
     wanted = layout.targets[target].grid if target is not None else None
-    if latents.grid is not None and (not getattr(part, "writes_latent_grid", False) or latents.grid == wanted):
+    kinds = LatLonGrid if _requires_rows(part) else (LatLonGrid, HEALPixGrid)
+    suits = isinstance(latents.grid, kinds)
+    if suits and (not getattr(part, "writes_latent_grid", False) or latents.grid == wanted):
         return None
     grids = [wanted, *(item.grid for item in [*layout.inputs.values(), *layout.targets.values()])]
-    return next(grid for grid in grids if isinstance(grid, LatLonGrid))
+    return next(grid for grid in grids if isinstance(grid, kinds))
+
+
+def _requires_rows(part: type) -> bool:
+    """Whether the part works on rows and columns: latitude-longitude grids only."""
+    return getattr(part, "requires_rows", True)

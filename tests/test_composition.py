@@ -35,7 +35,10 @@ TINY = [
 
 WRONG = {
     "a string in a slot": (["model.encoder=perceiver"], "use model/encoder=perceiver"),
-    "an unknown string in a slot": (["model.decoder=nope"], "use model/decoder=grid_patch|perceiver_io"),
+    "an unknown string in a slot": (
+        ["model.decoder=nope"],
+        "use model/decoder=grid_patch|healpix_patch|perceiver_io|video_patch",
+    ),
     "a size with a dot": (["model.size=tiny"], "use model/size=tiny"),
     "an unknown root key": (["+cps=8"], "did you mean 'cp'"),
     "an unknown scalar of the model": (["+model.hiden_size=8"], "did you mean 'hidden_size'"),

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.pixel_attention import PATHS, pixel_attention
+from kernels.segments import Occupied
 from models.initialisation import linear_
 from models.latents import ObservationContext
 
@@ -54,28 +55,21 @@ class PixelCrossAttention(nn.Module):
             linear_(layer)
 
     def forward(self, x: Tensor, context: ObservationContext) -> Tensor:
-        batch, frames = x.shape[:2]
         cells = rearrange(x, "b t x c -> (b t x) c")
-        occupied = context.occupied
-        if occupied is None:
-            output = self.output(self._attend(cells, context.tokens, context.offsets, None))
-        else:
-            # Cells without observations take no part in any product.
-            heads = self._attend(cells.index_select(0, occupied.cells), context.tokens, occupied.offsets, occupied)
-            some = self.output(heads)  # (M, C)
-            empty = some.new_zeros(some.shape[1]) if self.output.bias is None else self.output.bias.to(some.dtype)
-            output = empty.expand(len(cells), -1).index_copy(0, occupied.cells, some)
-        return rearrange(output, "(b t x) c -> b t x c", b=batch, t=frames)
-
-    def _attend(self, cells: Tensor, tokens: Tensor, offsets: Tensor, occupied) -> Tensor:
-        return pixel_attention(
-            rearrange(self.query(cells), "n (q d) -> n q d", q=self.num_heads),
-            tokens,
-            offsets,
+        occupied = Occupied.of(context.offsets) if context.occupied is None else context.occupied
+        # Cells without observations take no part in any product.
+        query = self.query(cells.index_select(0, occupied.cells))
+        heads = pixel_attention(
+            rearrange(query, "m (q d) -> m q d", q=self.num_heads),
+            context.tokens,
+            context.offsets,
             self.key.weight,
             self.value.weight,
             self.value.bias,
             scale=self.head_dim**-0.5,
             path=self.path,
-            segments=None if occupied is None else occupied.segments,
+            occupied=occupied,
         )
+        attended = self.output(heads)  # (M, C)
+        empty = attended.new_zeros(x.shape[3]) if self.output.bias is None else self.output.bias.to(attended.dtype)
+        return empty.expand(len(cells), -1).index_copy(0, occupied.cells, attended).view(x.shape)

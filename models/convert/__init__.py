@@ -6,7 +6,8 @@
     state_dict = export("transformers", model, config)
 
 A source is an entry of `SOURCES`: a `model` (what its weights are of), a key prefix that `recognises` it,
-`names(config)` (our name of a weight -> theirs), `overrides(config, weights)` and `layout(weights, num_tokens)`.
+`names(config)` (our name of a weight -> theirs), `overrides(config, weights)` and
+`layout(config, weights, num_tokens)`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Layout
-from models.convert import krasserm, transformers
+from models.convert import krasserm, physicsnemo, transformers
 from models.convert.perceiver import TARGET, PerceiverSource, token_batch
+from models.convert.physicsnemo import PhysicsNeMoSource
 
 __all__ = ["SOURCES", "TARGET", "convert", "export", "recognise", "token_batch"]
 
-SOURCES: dict[str, PerceiverSource] = {"transformers": transformers.SOURCE, "perceiver_io": krasserm.SOURCE}
+SOURCES: dict[str, PerceiverSource | PhysicsNeMoSource] = {
+    "transformers": transformers.SOURCE,
+    "perceiver_io": krasserm.SOURCE,
+    "physicsnemo": physicsnemo.SOURCE,
+}
 
 
 def convert(
@@ -43,7 +49,7 @@ def convert(
         kind, keys = ("missing", missing) if missing else ("unknown", unused)
         raise ValueError(f"{source} weights: {min(keys)!r} is {kind} ({len(keys)} such); give those of {rule.model}")
     weights = {ours: torch.as_tensor(np.asarray(state_dict[theirs])).clone() for ours, theirs in names.items()}
-    return rule.overrides(config, weights), rule.layout(weights, num_tokens), weights
+    return rule.overrides(config, weights), rule.layout(config, weights, num_tokens), weights
 
 
 def export(source: str, model: nn.Module, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -77,7 +83,7 @@ def recognise(state_dict: Mapping[str, Any]) -> str:
     )
 
 
-def _source(name: str) -> PerceiverSource:
+def _source(name: str) -> PerceiverSource | PhysicsNeMoSource:
     if name not in SOURCES:
         raise ValueError(f"unknown source of weights {name!r}; use one of {', '.join(SOURCES)}")
     return SOURCES[name]

@@ -87,7 +87,7 @@ class PerceiverSource:
         """What to type to build it. weights: by our names; widths are theirs."""
         return _overrides(self.describe(config), weights)
 
-    def layout(self, weights: Mapping[str, Tensor], num_tokens: int) -> Layout:
+    def layout(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], num_tokens: int) -> Layout:
         return token_layout(
             channels=weights["encoder.cross.0.context_norm.weight"].shape[0],
             num_tokens=num_tokens,

@@ -64,7 +64,7 @@ class GridPatchDecoder(nn.Module):
 
     def forward(self, latents: Latents, query: Query) -> Tensor:
         moment, (scale, shift) = self.moment(query)
-        tokens = rearrange(latents.tokens, "b 1 n d -> b 1 n d") + moment[:, :, None]  # (B, L, N, D)
+        tokens = latents.tokens[:, -1:] + moment[:, :, None]  # (B, L, N, D)
         leads = tokens.shape[1]
         x = rearrange(tokens, "b l n d -> b (l n) d")
         x = x + self.dropout(self.mlp(modulated(self.mlp_norm(x), scale, shift)))

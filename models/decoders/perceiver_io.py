@@ -80,7 +80,7 @@ class PerceiverIODecoder(nn.Module):
         described = layout.targets[target]
         self.grid, self.zero_head = described.grid, zero_head
         self.chunk_size = chunk_size or described.grid.num_points
-        gridded = latent_layout.grid_shape is not None
+        gridded = latent_layout.grid_shape is not None  # of rows and columns: windows are cut from them
         self.windows = None
         if scope == "global" and queries == "local":
             raise ValueError("model.decoder.queries=local needs windows; use model.decoder.scope=local")

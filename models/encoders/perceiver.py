@@ -11,15 +11,19 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from data.batch import Batch, Field, InputLayout, Layout
+from data.batch import Batch, Field, InputLayout, Layout, ObservationLayout
+from data.grids import Points
+from data.observations import Observations
+from kernels.sort_and_pack import sort_and_pack
 from models.attention import AttentionLayer
+from models.encoders.observation_tokenizer import ObservationTokenizer
 from models.initialisation import linear_, table_
 from models.latents import LatentLayout, Latents
 from models.positions.fourier import geographic_features
 from models.positions.time import LEAD_WIDTH, CalendarEmbedding, lead_features
 
 SHARES = ("none", "all", "all_but_first")
-FRAMES = ("joint", "each")
+FRAMES = ("joint", "each")  # the builder turns auto into one of them
 
 
 class InputTokens(nn.Module):
@@ -50,6 +54,44 @@ class InputTokens(nn.Module):
         tokens = self.value(rearrange(values, "b t c p -> b t p c"))
         tokens = tokens + self.place(self.places) + moment[:, :, None]
         return tokens, _any_present(field)
+
+
+class ObservationRows(nn.Module):
+    """Observations -> tokens (G, M, D) of G groups (samples, or samples and frames), and their validity (G, M).
+
+    M is the size of the largest group: the one place where the model waits for the device.
+    """
+
+    def __init__(self, described: ObservationLayout, hidden_size: int, *, num_bands: int, spacing: str):
+        super().__init__()
+        self.num_bands, self.spacing = num_bands, spacing
+        self.tokenizer = ObservationTokenizer(described)
+        self.value = nn.Linear(self.tokenizer.token_size, hidden_size)
+        self.place = nn.Linear(5 + 4 * num_bands, hidden_size, bias=False)
+        self.age = nn.Linear(LEAD_WIDTH, hidden_size, bias=False)
+        self.initialise()
+
+    def initialise(self) -> None:
+        for layer in (self.value, self.place, self.age):
+            linear_(layer)
+
+    def forward(self, observations: Observations, *, each: bool) -> tuple[Tensor, Tensor]:
+        batch, frames = observations.times.shape
+        coordinates = torch.stack([observations.latitude, observations.longitude], dim=-1)
+        places = geographic_features(coordinates, self.num_bands, Points([[0.0, 0.0]]), spacing=self.spacing)
+        age = (observations.time - observations.times[observations.batch, -1]).float()
+        rows = self.value(self.tokenizer(observations)) + self.place(places) + self.age(lead_features(age))
+        group = observations.batch * frames + observations.frame if each else observations.batch
+        groups = batch * frames if each else batch
+        order, offsets = sort_and_pack(group, groups)
+        counts = offsets.diff()
+        longest = max(1, int(counts.max()))
+        position = torch.arange(longest, device=rows.device)
+        valid = position < counts[:, None]  # (G, M)
+        source = (offsets[:-1, None] + position).clamp(max=max(0, len(observations) - 1))
+        if len(observations) == 0:  # nothing to gather, yet every weight keeps a (zero) gradient
+            return rows.new_zeros(groups, longest, rows.shape[1]) + rows.sum(), valid
+        return torch.where(valid[..., None], rows[order][source], 0.0), valid
 
 
 class RawTokens(nn.Module):
@@ -85,6 +127,7 @@ class PerceiverEncoder(nn.Module):
     """
 
     frame_local = False
+    reads_observations = True
 
     def __init__(
         self,
@@ -126,12 +169,14 @@ class PerceiverEncoder(nn.Module):
             raise ValueError(f"model.encoder.num_cross={num_cross} must be at least 1")
         self.layout, self.share_cross, self.share_self = layout, share_cross, share_self
         self.num_cross = num_cross
-        self.num_frames = max(item.frames for item in layout.inputs.values()) if frames == "each" else 1
+        self.num_frames = layout.frames if frames == "each" else 1
         if frames == "each" and any(item.frames not in (1, self.num_frames) for item in layout.inputs.values()):
             raise ValueError(
                 "model.encoder.frames=each needs inputs of equally many frames; use model.encoder.frames=joint"
             )
         self.frames = frames
+        if layout.observations is not None and not embed:
+            raise ValueError("model.encoder.embed=false reads no observations; use model.encoder.embed=true")
         widths = {item.channels for item in layout.inputs.values()}
         if not embed and len(widths) > 1:
             raise ValueError(
@@ -146,6 +191,9 @@ class PerceiverEncoder(nn.Module):
                 for name, item in layout.inputs.items()
             }
         )
+        self.observations = None
+        if layout.observations is not None:
+            self.observations = ObservationRows(layout.observations, hidden_size, num_bands=num_bands, spacing=spacing)
         shared = dict(mlp=mlp, dropout=dropout, attention_dropout=attention_dropout, backend=attention)
         self.latents = nn.Parameter(torch.empty(num_latents, hidden_size))
         self.cross = nn.ModuleList(
@@ -197,7 +245,8 @@ class PerceiverEncoder(nn.Module):
             if index + 1 < self.num_cross:
                 for layer in self.blocks[_which(index, len(self.blocks), self.share_self)]:
                     latents = layer(latents)
-        times = next(field.times for field in batch.inputs.values() if field.times.shape[1] >= self.num_frames)
+        given = [*batch.inputs.values(), *([batch.observations] if batch.observations is not None else [])]
+        times = next(item.times for item in given if item.times.shape[1] >= self.num_frames)
         return Latents(
             tokens=rearrange(latents, "(b t) n d -> b t n d", t=self.num_frames),
             times=times[:, -self.num_frames :],
@@ -212,7 +261,11 @@ class PerceiverEncoder(nn.Module):
                 present = torch.ones(given.shape[:3], dtype=torch.bool, device=given.device)
             tokens.append(self._by_frame(given))
             valid.append(self._by_frame(present))
-        complete = all(field.presence is None for field in batch.inputs.values())
+        complete = all(field.presence is None for field in batch.inputs.values()) and self.observations is None
+        if self.observations is not None:
+            rows, present = self.observations(batch.observations, each=self.frames == "each")
+            tokens.append(rows)
+            valid.append(present)
         joined = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
         return joined, None if complete else torch.cat(valid, dim=1)
 

@@ -1,4 +1,6 @@
-"""Rotary positions on a latent grid: half of each head turns with the row, half with the column.
+"""Rotary positions: of latent grids, and of frames in time.
+
+On a grid half of each head turns with the row, half with the column.
 
 Logits then depend on offsets only (RoFormer, arXiv:2104.09864, in two dimensions). Where the columns close around the
 globe their frequencies are whole turns, so that the last column is the neighbour of the first. h heads, N tokens.
@@ -11,6 +13,8 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+
+from models.positions.tables import Tables
 
 
 def grid_rotary(rows: int, columns: int, head_width: int, *, wraps: bool) -> tuple[Tensor, Tensor]:
@@ -27,3 +31,25 @@ def grid_rotary(rows: int, columns: int, head_width: int, *, wraps: bool) -> tup
     column = np.tile(np.arange(columns), rows)[:, None] * turns
     both = torch.from_numpy(np.concatenate([row, column], axis=1))
     return both.cos().float(), both.sin().float()
+
+
+class FrameRotary(Tables):
+    """Rotation of queries and keys by the global index of their frame: adjacent pairs (2j, 2j+1) turn by
+    frame * base**(-2j / head_width), computed in float32.
+    """
+
+    def __init__(self, num_frames: int, head_width: int, base: float):
+        super().__init__()
+        if head_width % 2:
+            raise ValueError(f"rotary frames need an even head width, got {head_width}; change model.num_heads")
+        rate = base ** (-np.arange(0, head_width, 2) / head_width)
+        angles = np.repeat(np.arange(num_frames)[:, None] * rate, 2, axis=1)
+        self.table("cos", torch.from_numpy(np.cos(angles)).float())  # (frames, head_width)
+        self.table("sin", torch.from_numpy(np.sin(angles)).float())
+
+    def forward(self, heads: Tensor, first: int) -> Tensor:
+        """(..., T, X, h, d) of the frames first .. first + T - 1, in their dtype."""
+        cos, sin = (table[first : first + heads.shape[-4], None, None] for table in (self.cos, self.sin))
+        x = heads.float()
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+        return (x * cos + turned * sin).to(heads.dtype)

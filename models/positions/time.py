@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from models.initialisation import linear_
+from models.positions.tables import Tables
 
 CALENDARS = {"season_and_hour": slice(0, 4), "hour": slice(2, 4), "none": slice(0, 0)}
 _DECAY_HOURS = (6.0, 12.0, 24.0, 48.0, 96.0, 240.0)
+SECONDS_PER_DAY, DAYS_PER_YEAR = 86_400, 365.25
 LEAD_WIDTH = 2 + len(_DECAY_HOURS) + 2
 
 
@@ -69,3 +71,27 @@ class LeadTimeEmbedding(nn.Module):
 
     def forward(self, lead_time: Tensor) -> Tensor:
         return self.down(nn.functional.gelu(self.up(lead_features(lead_time))))
+
+
+class LocalCalendar(Tables):
+    """Harmonics of local solar time and season, without weights: (B, T) each -> (B, T, N, D), float32, amplitude 1.
+
+    D / 4 harmonics k = 1, 2, ...: cosines then sines of k times the local time of day, then of the year (365.25 days).
+    longitude: (N,) degrees; its offset counts in whole seconds. Source: `VideoHealDA` of PhysicsNeMo 2.2.
+    Raises ValueError where D is no multiple of 4.
+    """
+
+    def __init__(self, hidden_size: int, longitude: Tensor):
+        super().__init__()
+        if hidden_size % 4:
+            raise ValueError(f"model.hidden_size={hidden_size} must be a multiple of 4 for the calendar harmonics")
+        # Whole seconds and integers: exact in float32.
+        self.table("offset", torch.floor((longitude.double() % 360) * SECONDS_PER_DAY / 360).float())
+        self.table("harmonics", torch.arange(1, hidden_size // 4 + 1, device=longitude.device).float())
+
+    def forward(self, second_of_day: Tensor, day_of_year: Tensor) -> Tensor:
+        with torch.autocast(second_of_day.device.type, enabled=False):
+            local = (second_of_day.float()[..., None] + self.offset) % SECONDS_PER_DAY / SECONDS_PER_DAY  # (B, T, N)
+            season = (day_of_year.float() / DAYS_PER_YEAR % 1)[..., None].expand_as(local)
+            angles = [2 * math.pi * phase[..., None] * self.harmonics for phase in (local, season)]
+            return torch.cat([part for angle in angles for part in (angle.cos(), angle.sin())], dim=-1)

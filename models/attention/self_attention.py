@@ -1,0 +1,146 @@
+"""Self-attention with one fused query-key-value projection: over the tokens of a frame, or over the frames of a place.
+
+Both normalise queries and keys per head where asked (`qk_norm`), before any rotation, under every backend.
+Letters: B batch, T frames, X tokens of a frame, D hidden, h heads, d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.attention.backends import BACKENDS, attend
+from models.initialisation import xavier_
+from models.positions.rotary import FrameRotary
+from models.positions.tables import Tables
+
+QK_NORMS = ("rms", "layer", "none")
+
+
+class HeadNorm(nn.Module):
+    """Normalises (..., d) heads. kind: rms (epsilon 1e-6) or layer (1e-5). affine: with learned scale (and shift)."""
+
+    def __init__(self, kind: str, head_width: int, *, affine: bool):
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(torch.ones(head_width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(head_width)) if affine and kind == "layer" else None
+
+    def forward(self, heads: Tensor) -> Tensor:
+        width = heads.shape[-1:]
+        weight, bias = (None if part is None else part.to(heads.dtype) for part in (self.weight, self.bias))
+        if self.kind == "rms":
+            return F.rms_norm(heads, width, weight, eps=1e-6)
+        return F.layer_norm(heads, width, weight, bias, eps=1e-5)
+
+
+class _Projections(nn.Module):
+    """What spatial and temporal attention share."""
+
+    def __init__(self, hidden_size: int, *, num_heads: int, qk_norm: str, qk_norm_affine: bool):
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not divisible by {num_heads} heads; change model.num_heads")
+        if qk_norm not in QK_NORMS:
+            raise ValueError(f"model.processor.qk_norm={qk_norm} is unknown; use one of {', '.join(QK_NORMS)}")
+        self.num_heads, self.head_width = num_heads, hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
+        self.query_norm = self.key_norm = None
+        if qk_norm != "none":
+            self.query_norm = HeadNorm(qk_norm, self.head_width, affine=qk_norm_affine)
+            self.key_norm = HeadNorm(qk_norm, self.head_width, affine=qk_norm_affine)
+        self.initialise()
+
+    def initialise(self) -> None:
+        xavier_(self.qkv)
+        xavier_(self.output)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., D) -> three of (..., h, d)."""
+        query, key, value = rearrange(self.qkv(x), "... (s h d) -> s ... h d", s=3, h=self.num_heads).unbind()
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return query, key, value
+
+
+class SpatialAttention(_Projections):
+    """Softmax attention among the tokens of each frame: (B, T, X, D) -> (B, T, X, D)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        qk_norm: str = "rms",
+        qk_norm_affine: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__(hidden_size, num_heads=num_heads, qk_norm=qk_norm, qk_norm_affine=qk_norm_affine)
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown attention backend {backend!r}; use model.attention={'|'.join(BACKENDS)}")
+        self.backend = backend
+
+    def forward(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:
+        """valid: (B, T, X) bool, True = attend to it; masked tokens must be finite."""
+        frames = x.shape[1]
+        heads = [rearrange(part, "b t x h d -> (b t) h x d") for part in self.heads(x)]
+        mask = None if valid is None else rearrange(valid, "b t x -> (b t) x")
+        mixed = attend(*heads, scale=self.head_width**-0.5, key_mask=mask, backend=self.backend)
+        return self.output(rearrange(mixed, "(b t) h x d -> b t x (h d)", t=frames))
+
+
+class TemporalAttention(_Projections):
+    """Attention among the frames of each place: (B, T, X, D) -> (B, T, X, D).
+
+    num_frames: of the whole sequence. softmax: off, the scaled products themselves are the weights (linear, signed).
+    causal: no frame reads a later one; window: nor one `window` or more frames ago (None: all). rotary_base: of the
+    rotation by frame index, None for none. Queries and keys are not normalised here.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        num_frames: int,
+        softmax: bool = False,
+        causal: bool = True,
+        window: int | None = None,
+        rotary_base: float | None = 100.0,
+    ):
+        super().__init__(hidden_size, num_heads=num_heads, qk_norm="none", qk_norm_affine=False)
+        if window is not None and (window < 1 or not causal):
+            raise ValueError(
+                f"model.processor.window={window} must be at least 1 and needs model.processor.causal=true; "
+                "null reads all frames"
+            )
+        self.softmax = softmax
+        self.rotary = None if rotary_base is None else FrameRotary(num_frames, self.head_width, rotary_base)
+        self.visible = _Visible(num_frames, causal=causal, window=window)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: all frames of the sequence, (B, T, X, D)."""
+        query, key, value = self.heads(x)
+        if self.rotary is not None:
+            query, key = self.rotary(query, 0), self.rotary(key, 0)
+        query, key, value = (rearrange(part, "b t x h d -> b x h t d") for part in (query, key, value))
+        weights = (query * self.head_width**-0.5) @ key.transpose(-1, -2)  # (B, X, h, T, T)
+        visible = self.visible.mask[: x.shape[1], : x.shape[1]]
+        if self.softmax:
+            weights = weights.masked_fill(~visible, -torch.inf).softmax(dim=-1).to(value.dtype)
+        else:
+            weights = weights * visible
+        return self.output(rearrange(weights @ value, "b x h t d -> b t x (h d)"))
+
+
+class _Visible(Tables):
+    """mask: (T, T) bool, row reads column."""
+
+    def __init__(self, num_frames: int, *, causal: bool, window: int | None):
+        super().__init__()
+        age = torch.arange(num_frames)[:, None] - torch.arange(num_frames)
+        visible = age >= 0 if causal else torch.ones_like(age, dtype=torch.bool)
+        self.table("mask", visible if window is None else visible & (age < window))
