@@ -1,13 +1,13 @@
 """Ragged grouped-query attention: the queries of a cell attend to the observation tokens that lie in it.
 
-For a cell with tokens z_1 .. z_m, query head h and its key/value head g (`nq / nkv` query heads share one, kv-head
-major):
+For a cell with tokens z_1 .. z_m, query head h and its key/value head g (`q / g` query heads share one, kv-head major):
 
     w = softmax_i(scale * q_h . Wk_g z_i),    o_h = Wv_g (sum_i w_i z_i) + bv_g;    o_h = 0 where m = 0
 
-The projections of the tokens are folded into the query and the output (q'_h = Wk_g^T q_h attends to z itself): exact,
-and no key or value exists per token. Letters: N cells, n tokens, c token width, d head width, q query heads,
-g key/value heads, s segments of a block, w its width in tokens.
+Two exact ways, whichever multiplies less in a block of cells: crowded cells fold the projections into the query and
+the output (Wk_g^T q_h attends to z itself, no key or value exists per token), sparse ones project their few tokens.
+Of the size of all tokens only their gradient is ever stored. Letters: N cells, M occupied cells, n tokens, c token
+width, d head width, q query heads, g key/value heads, h = q / g; of a block, s segments of width w, b products.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kernels.segments import Segments
-from kernels.segments import segments as cut
+from kernels.segments import Occupied
 
 PATHS = ("auto", "reference", "vectorised")
 
@@ -32,76 +31,121 @@ def pixel_attention(
     *,
     scale: float,
     path: str = "auto",
-    segments: Segments | None = None,
+    occupied: Occupied | None = None,
 ) -> Tensor:
     """(N, q, d), tokens (n, c) sorted by cell, offsets (N + 1,) int64, (g*d, c), (g*d, c), (g*d,) -> (N, q*d).
 
     Exact zeros in empty cells. Computed in float32 (float64 for float64 queries), returned in the query's dtype;
-    deterministic. segments: `segments(offsets)` where already known. path: auto (vectorised), vectorised, or reference
-    (a loop over cells, for tests).
+    deterministic. occupied: `Occupied.of(offsets)`; where given, the query holds these cells only, in their order, and
+    so does the result: (M, q, d) -> (M, q*d). path: auto (vectorised), vectorised, or reference (a loop over cells).
     """
     if path not in PATHS:
         raise ValueError(f"unknown path {path!r} of pixel attention; allowed: {', '.join(PATHS)}")
+    weights = (key_weight, value_weight, value_bias)
     if path == "reference":
-        return _reference(query, tokens, offsets, key_weight, value_weight, value_bias, scale)
-    parts = cut(offsets) if segments is None else segments
-    plan = (parts.cell, parts.start, parts.length, parts.blocks)
-    return torch.ops.hydrasphere.pixel_attention(query, tokens, key_weight, value_weight, value_bias, *plan, scale)[0]
+        cells = range(len(query)) if occupied is None else occupied.cells.tolist()
+        return _reference(query, tokens, offsets.tolist(), cells, *weights, scale)
+    if occupied is not None:
+        blocks = (occupied.place, occupied.start, occupied.length, occupied.blocks)
+        return torch.ops.hydrasphere.pixel_attention(query, tokens, *weights, *blocks, scale)[0]
+    some = Occupied.of(offsets)
+    result = pixel_attention(
+        query.index_select(0, some.cells), tokens, offsets, *weights, scale=scale, path=path, occupied=some
+    )
+    return result.new_zeros(len(query), result.shape[1]).index_copy(0, some.cells, result)
 
 
-def _reference(query, tokens, offsets, key_weight, value_weight, value_bias, scale):
+def _reference(query, tokens, offsets, cells, key_weight, value_weight, value_bias, scale):
     groups = key_weight.shape[0] // query.shape[2]
     dtype = _precision(query)
-    rows = []
-    for cell, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        z = tokens[first:last].to(dtype)
+    rows = [query.new_zeros(0, query.shape[1] * query.shape[2], dtype=dtype)]
+    for row, cell in zip(query.to(dtype), cells, strict=True):
+        z = tokens[offsets[cell] : offsets[cell + 1]].to(dtype)
         keys = rearrange(z @ key_weight.to(dtype).T, "m (g d) -> g m d", g=groups)
         values = z @ value_weight.to(dtype).T
         if value_bias is not None:
             values = values + value_bias.to(dtype)
         values = rearrange(values, "m (g d) -> g m d", g=groups)
-        heads = rearrange(query[cell].to(dtype), "(g h) d -> g h d", g=groups)
-        weights = torch.softmax(scale * heads @ keys.mT, dim=-1)
-        rows.append(rearrange(weights @ values, "g h d -> (g h d)"))  # a sum over no tokens is 0
-    return torch.stack(rows).to(query.dtype)
+        weights = torch.softmax(scale * rearrange(row, "(g h) d -> g h d", g=groups) @ keys.mT, dim=-1)
+        rows.append(rearrange(weights @ values, "g h d -> 1 (g h d)"))  # a sum over no tokens is 0
+    return torch.cat(rows).to(query.dtype)
 
 
 def _precision(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-class _Blocks:
-    """The inputs of one call, block by block, in the precision of the computation."""
+class _Call:
+    """What the blocks of one call share, in the precision of the computation."""
 
-    def __init__(self, query, tokens, key_weight, value_weight, cell, start, length, blocks, scale):
-        self.dtype, self.num_heads, self.head_dim = _precision(query), *query.shape[1:]
-        self.groups = key_weight.shape[0] // self.head_dim
-        self.tokens, self.cell, self.start, self.length = tokens, cell, start, length
-        self.blocks = [] if blocks.is_meta else blocks.tolist()
-        fold = "(g d) c -> g d c"
-        self.key_weight = rearrange(key_weight.to(self.dtype) * scale, fold, g=self.groups)
-        self.value_weight = rearrange(value_weight.to(self.dtype), fold, g=self.groups)
+    def __init__(self, query, tokens, key_weight, value_weight, value_bias, place, start, length, blocks, scale):
+        self.dtype, (_, self.heads, width) = _precision(query), query.shape
+        self.groups = groups = key_weight.shape[0] // width
+        self.tokens, self.place, self.start, self.length, self.blocks = tokens, place, start, length, blocks.tolist()
+        key_weight, value_weight = key_weight.to(self.dtype) * scale, value_weight.to(self.dtype)
+        self.weight = torch.cat([key_weight, value_weight])  # (2 g d, c)
+        self.key_weight, self.value_weight = (w.unflatten(0, (groups, width)) for w in (key_weight, value_weight))
+        bias = torch.zeros_like(value_weight[:, 0]) if value_bias is None else value_bias.to(self.dtype)
+        self.bias = bias.unflatten(0, (groups, 1, width))
 
-    def rows(self, tensor: Tensor, first: int, last: int) -> Tensor:
-        """Rows of (N, ...) that a block's segments read."""
-        return tensor.index_select(0, self.cell[first:last]).to(self.dtype)
+    def projects(self, width: int, whole: int) -> bool:
+        return bool(whole) and width < self.heads // self.groups
 
-    def slots(self, first: int, last: int, width: int) -> tuple[Tensor, Tensor | None]:
-        """Token indices (s, w) of a block, and a mask of its padding or None; padding repeats the last token."""
+    def rows(self, tensor: Tensor, first: int, last: int, whole: int) -> Tensor:
+        """The rows of (M, ...) that belong to the segments of a block."""
+        rows = tensor[first:last] if whole else tensor.index_select(0, self.place[first:last])
+        return rows.to(self.dtype)
+
+    def gather(self, first: int, last: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Token indices (s w,), tokens (s, w, c) and a mask (s, w) of padding, or None.
+
+        Padding repeats the last token of its own segment, so that no number of another cell can leak.
+        """
         start, length = self.start[first:last, None], self.length[first:last, None]
-        place = torch.arange(width, device=start.device)
-        padding = place >= length if width > 1 else None
-        return start + torch.minimum(place, length - 1), padding
+        column = torch.arange(width, device=start.device)
+        index = (start + torch.minimum(column, length - 1)).flatten()
+        tokens = self.tokens.index_select(0, index).to(self.dtype).unflatten(0, (-1, width))
+        padding = column >= length if width > 1 else None
+        return index, tokens, padding
 
-    def gather(self, slots: Tensor) -> Tensor:
-        tokens = self.tokens.index_select(0, slots.flatten()).to(self.dtype)
-        return tokens.unflatten(0, slots.shape)  # (s, w, c)
+    def fold(self, heads: Tensor, weight: Tensor) -> Tensor:
+        """(s, q, d) times the weight (g, d, c) of each head's group -> (s, q, c)."""
+        grouped = rearrange(heads, "s (g h) d -> g (s h) d", g=self.groups)
+        return rearrange(grouped @ weight, "g (s h) c -> s (g h) c", s=len(heads))
+
+    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(s, w, c) -> keys (scaled) and values (s g, w, d)."""
+        both = tokens.flatten(0, 1) @ self.weight.T
+        keys, values = rearrange(both, "(s w) (two g d) -> two s g w d", two=2, g=self.groups, w=tokens.shape[1])
+        return keys.flatten(0, 1), (values + self.bias).flatten(0, 1)
 
     def by_group(self, heads: Tensor) -> Tensor:
-        return rearrange(heads, "s (g h) d -> g (s h) d", g=self.groups)
+        return heads.reshape(-1, self.heads // self.groups, heads.shape[2])  # (s, q, d) -> (s g, h, d)
 
-    def by_segment(self, heads: Tensor, count: int) -> Tensor:
-        return rearrange(heads, "g (s h) d -> s (g h) d", s=count)
+    def by_group_mask(self, padding: Tensor | None) -> Tensor | None:
+        return None if padding is None else padding.repeat_interleave(self.groups, dim=0)
+
+
+def _attend(keys: Tensor, values: Tensor, query: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(b, w, e), (b, w, v), (b, h, e) -> results (b, h, v) and logs of the softmax's denominators (b, h)."""
+    scores = keys @ query.mT  # (b, w, h)
+    if padding is not None:
+        scores.masked_fill_(padding[..., None], -torch.inf)
+    peak = scores.amax(dim=1, keepdim=True)
+    weights = scores.sub_(peak).exp_()
+    total = weights.sum(dim=1, keepdim=True)
+    mixed = weights.div_(total).mT @ values
+    return mixed, (total.log_() + peak).squeeze(1)
+
+
+def _weights_and_slopes(keys, values, query, upstream, logsum, mean, padding) -> tuple[Tensor, Tensor]:
+    """Softmax weights and gradients of the scores, (b, w, h). mean: sum_i w_i dL/dw_i (b, h) where it is known."""
+    weights = (keys @ query.mT).sub_(logsum[:, None]).exp_()
+    if padding is not None:
+        weights.masked_fill_(padding[..., None], 0.0)
+    slopes = values @ upstream.mT
+    mean = (weights * slopes).sum(dim=1) if mean is None else mean
+    return weights, slopes.sub_(mean[:, None]).mul_(weights)
 
 
 @torch.library.custom_op("hydrasphere::pixel_attention", mutates_args=())
@@ -111,62 +155,54 @@ def _forward(
     key_weight: Tensor,
     value_weight: Tensor,
     value_bias: Tensor | None,
-    cell: Tensor,
+    place: Tensor,
     start: Tensor,
     length: Tensor,
     blocks: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (N, q*d) and log of the softmax's denominator (N, q), which the backward pass starts from."""
-    call = _Blocks(query, tokens, key_weight, value_weight, cell, start, length, blocks, scale)
-    count, heads, width = query.shape
-    output = torch.zeros(count, heads, width, dtype=call.dtype, device=query.device)
-    logsum = torch.zeros(count, heads, dtype=call.dtype, device=query.device)
+    """Output (M, q*d) and log of the softmax's denominator (M, q), which the backward pass starts from."""
+    call = _Call(query, tokens, key_weight, value_weight, value_bias, place, start, length, blocks, scale)
+    output = query.new_empty(query.shape)
+    logsum = query.new_empty(query.shape[:2], dtype=call.dtype)
     pieces = []
-    for first, last, longest, whole in call.blocks:
-        slots, padding = call.slots(first, last, longest)
-        z = call.gather(slots)
-        folded = call.by_segment(call.by_group(call.rows(query, first, last)) @ call.key_weight, last - first)
-        scores = z @ folded.mT  # (s, w, q)
-        if padding is not None:
-            scores.masked_fill_(padding[..., None], -torch.inf)
-        peak = scores.amax(dim=1, keepdim=True)
-        weights = scores.sub_(peak).exp_()
-        total = weights.sum(dim=1)
-        mixed = (weights.mT @ z) / total[..., None]  # (s, q, c)
-        values = call.by_segment(call.by_group(mixed) @ call.value_weight.mT, last - first)
-        block_logsum = total.log().add_(peak.squeeze(1))
-        rows = cell[first:last]
-        if whole:
-            if value_bias is not None:
-                values.unflatten(1, (call.groups, -1)).add_(value_bias.to(call.dtype).view(call.groups, 1, -1))
-            output.index_copy_(0, rows, values)
-            logsum.index_copy_(0, rows, block_logsum)
+    for first, last, width, whole in call.blocks:
+        _, z, padding = call.gather(first, last, width)
+        heads = call.rows(query, first, last, whole)
+        if call.projects(width, whole):
+            values, block_logsum = _attend(*call.project(z), call.by_group(heads), call.by_group_mask(padding))
         else:
-            pieces.append((rows, values, block_logsum))
+            mixed, block_logsum = _attend(z, z, call.fold(heads, call.key_weight), padding)
+            values = call.fold(mixed, call.value_weight.mT)
+            values.unflatten(1, (call.groups, -1)).add_(call.bias)
+        if whole:
+            output[first:last] = values.view(-1, *query.shape[1:])
+            logsum[first:last] = block_logsum.view(-1, call.heads)
+        else:
+            pieces.append((place[first:last], values, block_logsum))
     if pieces:
-        _combine(pieces, output, logsum, value_bias, call.groups)
-    return output.flatten(1).to(query.dtype), logsum
+        _join(pieces, output, logsum)
+    return output.flatten(1), logsum
 
 
-def _combine(pieces, output: Tensor, logsum: Tensor, value_bias: Tensor | None, groups: int) -> None:
-    """Joins the softmaxes of the pieces of a cell: a mean of their results, weighted by their denominators."""
-    rows, values, parts = (torch.cat(part) for part in zip(*pieces, strict=True))
-    cells, rows = torch.unique(rows, return_inverse=True)
-    index = rows[:, None].expand_as(parts)
-    peak = parts.new_full((len(cells), parts.shape[1]), -torch.inf).scatter_reduce(0, index, parts, "amax")
-    shares = (parts - peak[rows]).exp_()
-    total = torch.zeros_like(peak).index_add_(0, rows, shares)
-    shares = shares / total[rows]
-    joined = torch.zeros_like(output[cells]).index_add_(0, rows, shares[..., None] * values)
-    if value_bias is not None:
-        joined.unflatten(1, (groups, -1)).add_(value_bias.to(joined.dtype).view(groups, 1, -1))
-    output.index_copy_(0, cells, joined)
-    logsum.index_copy_(0, cells, total.log_().add_(peak))
+def _join(pieces: list[tuple[Tensor, Tensor, Tensor]], output: Tensor, logsum: Tensor) -> None:
+    """Cells cut in pieces: the mean of the results of their pieces, weighted by the denominators of their softmaxes."""
+    place, values, parts = (torch.cat(part) for part in zip(*pieces, strict=True))
+    first = int(place.min())
+    place = place - first
+    count = len(output) - first  # cut cells come last
+    peak = parts.new_full((count, parts.shape[1]), -torch.inf)
+    peak.scatter_reduce_(0, place[:, None].expand_as(parts), parts, "amax")
+    shares = (parts - peak[place]).exp_()
+    total = torch.zeros_like(peak).index_add_(0, place, shares)
+    shares = shares / total[place]
+    joined = values.new_zeros(count, *values.shape[1:]).index_add_(0, place, shares[..., None] * values)
+    output[first:] = joined
+    logsum[first:] = total.log_() + peak
 
 
 @_forward.register_fake
-def _(query, tokens, key_weight, value_weight, value_bias, cell, start, length, blocks, scale):
+def _(query, tokens, key_weight, value_weight, value_bias, place, start, length, blocks, scale):
     count, heads, width = query.shape
     return query.new_empty(count, heads * width), query.new_empty(count, heads, dtype=_precision(query))
 
@@ -181,58 +217,63 @@ def _backward(
     key_weight: Tensor,
     value_weight: Tensor,
     value_bias: Tensor | None,
-    cell: Tensor,
+    place: Tensor,
     start: Tensor,
     length: Tensor,
     blocks: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, tokens, key_weight, value_weight and value_bias; scores are computed again."""
-    call = _Blocks(query, tokens, key_weight, value_weight, cell, start, length, blocks, scale)
-    heads = query.shape[1]
-    gradient, output = (part.unflatten(1, (heads, -1)) for part in (gradient, output))
-    query_gradient = torch.zeros(query.shape, dtype=call.dtype, device=query.device)
+    call = _Call(query, tokens, key_weight, value_weight, value_bias, place, start, length, blocks, scale)
+    gradient, output = gradient.view(query.shape), output.view(query.shape)
+    num_whole = max((last for _, last, _, whole in call.blocks if whole), default=0)
+    query_gradient = query.new_empty(query.shape, dtype=call.dtype)
+    query_gradient[num_whole:] = 0  # cells cut in pieces add up
     # One row more than tokens: where the gradients of padding go.
-    token_gradient = torch.zeros(len(tokens) + 1, tokens.shape[1], dtype=call.dtype, device=query.device)
-    key_gradient, value_gradient = torch.zeros_like(call.key_weight), torch.zeros_like(call.value_weight)
-    bias = torch.zeros_like(call.value_weight[..., 0]) if value_bias is None else value_bias.to(call.dtype)
-    bias = bias.view(call.groups, 1, -1)
-    bias_gradient = torch.zeros_like(bias[:, 0])
-    for first, last, longest, whole in call.blocks:
-        slots, padding = call.slots(first, last, longest)
-        z, segments = call.gather(slots), last - first
-        grouped = call.by_group(call.rows(query, first, last))
-        upstream = call.rows(gradient, first, last)
-        result = call.rows(output, first, last).unflatten(1, (call.groups, -1)) - bias
-        mean = (upstream * result.flatten(1, 2)).sum(dim=-1)  # (s, q): sum_i w_i dL/dw_i
-        upstream = call.by_group(upstream)
-        both = torch.cat([grouped @ call.key_weight, upstream @ call.value_weight], dim=-1)
-        both = rearrange(both, "g (s h) (two c) -> s (two g h) c", s=segments, two=2)
-        products = z @ both.mT  # (s, w, 2 q): scores, and the gradients of the softmax weights
-        scores, slopes = products.split(heads, dim=2)
-        weights = scores.sub_(call.rows(logsum, first, last)[:, None]).exp_()
-        if padding is not None:
-            weights.masked_fill_(padding[..., None], 0.0)
-        slopes.sub_(mean[:, None]).mul_(weights)
-        weights_and_slopes = torch.cat([slopes, weights], dim=2)
-        slots = slots if padding is None else slots.masked_fill(padding, len(tokens))
-        token_gradient.index_copy_(0, slots.flatten(), (weights_and_slopes @ both).flatten(0, 1))
-        mixed = rearrange(weights_and_slopes.mT @ z, "s (two g h) c -> two g (s h) c", two=2, g=call.groups)
-        key_gradient.baddbmm_(grouped.mT, mixed[0])
-        value_gradient.baddbmm_(upstream.mT, mixed[1])
-        bias_gradient += upstream.sum(dim=1) if whole else 0.0
-        block_gradient = call.by_segment(mixed[0] @ call.key_weight.mT, segments)
-        if whole:
-            query_gradient.index_copy_(0, cell[first:last], block_gradient)
+    token_gradient = tokens.new_zeros(len(tokens) + 1, tokens.shape[1], dtype=call.dtype)
+    weight_gradient = torch.zeros_like(call.weight)
+    folded_gradient = weight_gradient.unflatten(0, (2, *call.key_weight.shape[:2]))  # (2, g, d, c)
+    for first, last, width, whole in call.blocks:
+        index, z, padding = call.gather(first, last, width)
+        heads, upstream = (call.rows(part, first, last, whole) for part in (query, gradient))
+        block_logsum = call.rows(logsum, first, last, whole)
+        if call.projects(width, whole):
+            keys, values = call.project(z)
+            heads, upstream, logs = (call.by_group(part) for part in (heads, upstream, block_logsum[..., None]))
+            operands = (keys, values, heads, upstream, logs.squeeze(2), None, call.by_group_mask(padding))
+            weights, slopes = _weights_and_slopes(*operands)
+            projected = torch.stack([slopes @ heads, weights @ upstream])  # gradients of keys and values
+            projected = rearrange(projected, "two (s g) w d -> (s w) (two g d)", g=call.groups)
+            weight_gradient.addmm_(projected.T, z.flatten(0, 1))
+            z_gradient = projected @ call.weight
+            block_gradient = (slopes.mT @ keys).view(-1, *query.shape[1:])
         else:
-            query_gradient.index_add_(0, cell[first:last], block_gradient)
-    split = cell[int(blocks[blocks[:, 3] == 1, 1].max()) if bool(blocks[:, 3].any()) else 0 :]
-    bias_gradient += rearrange(gradient[split.unique()].to(call.dtype), "s (g h) d -> g (s h) d", g=call.groups).sum(1)
+            mean = None
+            if not whole:  # the softmax runs over other blocks too
+                result = call.rows(output, first, last, whole).unflatten(1, (call.groups, -1)) - call.bias
+                mean = (upstream * result.flatten(1, 2)).sum(dim=-1)
+            folded, pulled = call.fold(heads, call.key_weight), call.fold(upstream, call.value_weight)
+            weights, slopes = _weights_and_slopes(z, z, folded, pulled, block_logsum, mean, padding)
+            z_gradient = (slopes @ folded).baddbmm_(weights, pulled).flatten(0, 1)
+            mixed = slopes.mT @ z
+            block_gradient = call.fold(mixed, call.key_weight.mT)
+            for part, left, right in ((0, heads, mixed), (1, upstream, weights.mT @ z)):
+                left, right = (rearrange(side, "s (g h) d -> g (s h) d", g=call.groups) for side in (left, right))
+                folded_gradient[part].baddbmm_(left.mT, right)
+        index = index if padding is None else index.masked_fill(padding.flatten(), len(tokens))
+        token_gradient.index_copy_(0, index, z_gradient)
+        if whole:
+            query_gradient[first:last] = block_gradient
+        else:
+            query_gradient.index_add_(0, place[first:last], block_gradient)
+    # Weights of a cell sum to 1.
+    bias_gradient = rearrange(gradient.sum(dim=0, dtype=call.dtype), "(g h) d -> g h d", g=call.groups).sum(dim=1)
+    key_gradient, value_gradient = weight_gradient.chunk(2)
     return (
         query_gradient.to(query.dtype),
         token_gradient[:-1].to(tokens.dtype, copy=True),
-        (key_gradient.flatten(0, 1) * scale).to(key_weight.dtype),
-        value_gradient.flatten(0, 1).to(value_weight.dtype),
+        (key_gradient * scale).to(key_weight.dtype),
+        value_gradient.to(value_weight.dtype, copy=True),
         bias_gradient.flatten().to(value_weight.dtype),
     )
 
@@ -247,13 +288,10 @@ def _setup(ctx, inputs, output):
     *tensors, scale = inputs
     ctx.scale = scale
     ctx.save_for_backward(*output, *tensors)
-    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, gradient, _):
     output, logsum, *tensors = ctx.saved_tensors
-    if gradient is None:
-        return (None,) * 10
     parts = torch.ops.hydrasphere.pixel_attention_backward(gradient.contiguous(), output, logsum, *tensors, ctx.scale)
     *parts, bias = parts
     return *parts, None if tensors[4] is None else bias, None, None, None, None, None
