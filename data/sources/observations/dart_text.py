@@ -1,10 +1,10 @@
 """DART observation sequences as text (`obs_seq.out`, `obs_seq.final`), with the ensembles a filter left in them.
 
-Channels are the observation kinds of the file's header (`type` holds DART's own numbers). A vertical place in Pa becomes
+Channels are the observation kinds of the header (`type` holds DART's own numbers). A vertical place in Pa becomes
 pressure (hPa), one in metres height. error is the root of the error variance. qc_flag is the DART quality control where
 the file has it (0 assimilated, 1 evaluated only, 2-8 not used), data_qc the flag that came with the data. `prior` and
-`posterior` (R, K) are the members, in order; prior_mean, prior_spread and so on the filter's own. `record` is the number
-of the observation in the file. Format: DART documentation, "Detailed structure of an obs_seq file".
+`posterior` (R, K) are the members, in order; prior_mean, prior_spread and so on the filter's own. `record` is the
+observation's number in the file. Format: DART documentation, "Detailed structure of an obs_seq file".
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Channels are the state variables (zeta, ubar, vbar, u, v, temperature, salinity), platforms the provenances. A negative
 obs_depth is metres and becomes height; a positive one is an s-level index (1 the bottom, N the surface) of the model
 that made the file, kept in the column `level`. error is the root of the file's obs_error, a variance. `record` is the
-row in the file, which files of model equivalents (`wc13_mod.nc`) share; grid_x and grid_y the place on the model's grid.
+row in the file, the same as in files of model equivalents (`wc13_mod.nc`); grid_x and grid_y are the place on that
+model's grid.
 """
 
 from __future__ import annotations

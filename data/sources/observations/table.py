@@ -116,16 +116,16 @@ class Table:
     def sorted_by_time(self) -> Table:
         return self.select(np.argsort(self["time"], kind="stable"))
 
-    def to_frames(self, times: Sequence[int], window: tuple[int, int]) -> Table:
+    def to_frames(self, times: Sequence[int], window: tuple[int, int], *, by: str = "time") -> Table:
         """Rows inside a window about each frame, sorted by frame and time, with the column `frame`.
 
-        times: (n,) int64. window: (first, last) seconds: times[k] + first < time <= times[k] + last. A row inside
-        several windows is repeated.
+        times: (n,) int64. window: (first, last) seconds: times[k] + first < t <= times[k] + last, where t is the column
+        `by`. A row inside several windows is repeated.
         """
-        ordered = self.sorted_by_time()
+        ordered = self.select(np.lexsort((self["time"], self[by])))
         times = np.asarray(times, dtype=np.int64)
-        start = np.searchsorted(ordered["time"], times + window[0], side="right")
-        stop = np.searchsorted(ordered["time"], times + window[1], side="right")
+        start = np.searchsorted(ordered[by], times + window[0], side="right")
+        stop = np.searchsorted(ordered[by], times + window[1], side="right")
         rows = np.concatenate([np.arange(a, b) for a, b in zip(start, stop, strict=True)]).astype(np.int64)
         return ordered.select(rows).with_columns(frame=np.repeat(np.arange(times.size), np.maximum(stop - start, 0)))
 
