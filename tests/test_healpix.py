@@ -235,3 +235,18 @@ def test_corners_without_cells_take_the_mean_of_both_sides_and_gradients_flow():
 def test_what_cannot_be_padded_is_refused(shape, margin):
     with pytest.raises(ValueError, match=r"faces must have the shape|margin 5 is not allowed"):
         pad_faces(torch.zeros(shape), margin)
+
+
+def test_nothing_waits_for_the_device():
+    # Tensors without values cannot be read back: whatever needs their values on the host fails here.
+    latitude = longitude = torch.zeros(7, device="meta")
+    for order in ("nest", "ring", "padxy"):
+        found = angles_to_cell(latitude, longitude, 6, order)
+        assert (found.device.type, found.dtype, found.shape) == ("meta", torch.int64, (7,))
+        assert neighbours(found, 6, order).shape == (7, 8) and bilinear(latitude, longitude, 6, order)[1].shape == (
+            7,
+            4,
+        )
+        assert cell_to_angles(found, 6, order)[0].dtype == torch.float64
+        assert HEALPixGrid(6, order).cell_of(torch.zeros(2, 3, 2, device="meta")).shape == (2, 3)
+    assert pad_faces(torch.zeros(2, 12, 4, 4, device="meta"), 1).shape == (2, 12, 6, 6)
