@@ -46,6 +46,7 @@ WRONG = [
     (["encoder=perceiver"], "model/encoder=<option>"),
     (["model=nope"], "there is no model=nope; choose one of "),
     (["experiment=nope"], "there is no experiment=nope"),
+    (["-m", "hydra/launcher=nope"], "pip install -e '.[sweep]'"),
     (["+cps=8"], "did you mean 'cp'?"),
     (["cp=2"], "leave cp out"),
     (["+dp=2"], "leave dp out"),

@@ -274,6 +274,12 @@ def test_overlapping_files_are_named(plain, tmp_path):
         read(paths)
 
 
+def test_files_that_overlap_by_several_steps_are_named(plain, tmp_path):
+    paths = [save(plain.isel(time=slice(0, 5)), tmp_path, "a.nc"), save(plain.isel(time=slice(3, 8)), tmp_path, "b.nc")]
+    with pytest.raises(ValueError, match=r"files overlap: time goes back from .* in .*b.nc at step 5; give files that"):
+        read(paths)
+
+
 def test_files_on_other_grids_are_named(plain, tmp_path):
     paths = [
         save(plain.isel(time=slice(0, 4)), tmp_path, "a.nc"),

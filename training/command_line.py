@@ -116,6 +116,8 @@ def _composition_sentence(error: Exception) -> str:
         return f"cannot read {error.override}; quote what holds spaces, commas or =, like \"{key}='{value}'\""
     if choice := re.search(r"Could not find '(.+)/(.+)'(?:\s+Available options in '.+':)?([\s\S]*)", text):
         group, name, available = choice.groups()
+        if group == "hydra/launcher":
+            return f"there is no {group}={name} here; joblib and submitit come with: pip install -e '.[sweep]'"
         options = f"choose one of {', '.join(available.split())}" if available.split() else "there is none to choose"
         return f"there is no {group}={name}; {options}"
     if wrong := re.search(r"Error merging override \+*(\S+)", text):

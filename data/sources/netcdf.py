@@ -147,10 +147,13 @@ def _check_times(times: np.ndarray, calendar: str, files: list[SeriesFile]) -> N
     if not wrong.size:
         return
     position = int(wrong[0]) + 1
-    file = files[int(np.searchsorted(np.cumsum([item.length for item in files]), position, side="right"))]
+    ends = np.cumsum([item.length for item in files])
+    file = files[int(np.searchsorted(ends, position, side="right"))]
     stamp, before = format_time(times[position], calendar), format_time(times[position - 1], calendar)
     if times[position] == times[position - 1]:
         problem, fix = f"the time {stamp} appears twice", "drop the repeated step or file"
+    elif position in ends:
+        problem, fix = f"files overlap: time goes back from {before} to {stamp}", "give files that follow each other"
     else:
         problem, fix = f"time goes back from {before} to {stamp}", "sort the file along time"
     count = f" ({wrong.size} such places)" if wrong.size > 1 else ""
