@@ -122,7 +122,9 @@ class Table:
         times: (n,) int64. window: (first, last) seconds: times[k] + first < t <= times[k] + last, where t is the column
         `by`. A row inside several windows is repeated.
         """
-        ordered = self.select(np.lexsort((self["time"], self[by])))
+        ordered = self.sorted_by_time()
+        if by != "time":
+            ordered = ordered.select(np.argsort(ordered[by], kind="stable"))
         times = np.asarray(times, dtype=np.int64)
         start = np.searchsorted(ordered[by], times + window[0], side="right")
         stop = np.searchsorted(ordered[by], times + window[1], side="right")
