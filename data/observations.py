@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from data.batch import Movable, calendar
+from data.batch import Movable, ObservationLayout, calendar
+from data.grids import Grid
+
+EXAMPLES = 3  # rows that a refusal shows
 
 
 @dataclass(frozen=True)
@@ -74,3 +77,56 @@ class Observations(Movable):
     def chosen(self, rows: Tensor) -> Observations:
         """The rows of a mask or of indices."""
         return replace(self, **{name: tensor[rows] for name, tensor in self.rows().items()})
+
+
+def check(
+    observations: Observations, layout: ObservationLayout, num_cells: int | None = None, *, grid: Grid | None = None
+) -> None:
+    """Refuses rows that no model can read; called where batches are made, on the host, so that models need not look.
+
+    num_cells: of the latent grid, for observations that bring their own cells. grid: where their places must lie.
+    Raises ValueError with every rule that is broken, how many rows break it and the first of them.
+    """
+    ids = {
+        "batch": observations.times.shape[0],
+        "frame": observations.times.shape[1],
+        "channel": layout.num_channels,
+        "platform": layout.num_platforms,
+        "type": layout.num_types,
+        "cell": num_cells,
+    }
+    faults = []
+    for name, tensor in observations.rows().items():
+        if ids.get(name) is not None:
+            faults += _fault(tensor, (tensor < 0) | (tensor >= ids[name]), f"{name} outside 0 .. {ids[name] - 1}")
+        elif name in ("value", "longitude", "features"):
+            faults += _fault(tensor, ~tensor.isfinite(), f"{name} that is not finite")
+        elif name == "latitude":
+            faults += _fault(tensor, ~(tensor.abs() <= 90), f"{name} outside -90 .. 90 degrees")
+        elif name == "error":
+            faults += _fault(tensor, ~(tensor > 0) & ~tensor.isnan(), f"{name} that is not above 0")
+    if observations.features is not None and observations.features.shape[1] != layout.num_features:
+        faults.append(f"all have {observations.features.shape[1]} features where the layout has {layout.num_features}")
+    if grid is not None and observations.cell is None and not faults:
+        places = torch.stack([observations.latitude, observations.longitude], dim=-1)
+        faults += _fault(places, grid.cell_of(places) < 0, f"a place outside the {grid.kind} grid")
+    if faults:
+        raise ValueError(
+            f"observations: of {len(observations)} rows {'; '.join(faults)}; drop these rows, or correct the tables "
+            "and windows they were made with"
+        )
+
+
+def _fault(tensor: Tensor, wrong: Tensor, what: str) -> list[str]:
+    wrong = wrong.flatten(1).any(dim=1) if wrong.ndim > 1 else wrong
+    rows = wrong.nonzero().flatten()
+    if not len(rows):
+        return []
+    examples = ", ".join(f"row {row}: {_shown(tensor[row])}" for row in rows[:EXAMPLES].tolist())
+    return [f"{len(rows)} have {what} ({examples}{', ...' if len(rows) > EXAMPLES else ''})"]
+
+
+def _shown(entry: Tensor) -> str:
+    if entry.ndim and entry.shape[0] > 2:  # of many features, the first that is wrong
+        entry = entry[~entry.isfinite()][0]
+    return " ".join(f"{number:g}" for number in entry.reshape(-1).tolist())

@@ -66,12 +66,15 @@ def pack(
     """Tokens (n, token_size) sorted by flat cell (b T + t) X + x of a latent grid of X = num_cells cells a frame.
 
     cell_of: coordinates (n, 2), latitude and longitude in degrees, -> cells (n,) int64; not asked where the
-    observations bring their own cells.
+    observations bring their own cells. Rows outside the grid, which `data.observations.check` refuses, are sorted
+    behind all cells, where nothing reads them.
     """
     cell = observations.cell
     if cell is None:
         cell = cell_of(torch.stack([observations.latitude, observations.longitude], dim=-1))
     batch, frames = observations.times.shape
     flat = (observations.batch * frames + observations.frame) * num_cells + cell
-    order, offsets = sort_and_pack(flat, batch * frames * num_cells)
+    total = batch * frames * num_cells
+    flat = torch.where((cell >= 0) & (cell < num_cells), flat, total)
+    order, offsets = sort_and_pack(flat, total)
     return ObservationContext(tokens.index_select(0, order), offsets, Occupied.of(offsets))
