@@ -39,12 +39,18 @@ def pad_faces(values: Tensor, margin: int) -> Tensor:
         raise ValueError(f"faces must have the shape (..., 12, n, n) with n a power of 2, got {tuple(values.shape)}")
     if not 0 <= margin <= n:
         raise ValueError(f"margin {margin} is not allowed; a face of {n} x {n} cells can be padded by 0 to {n}")
-    source, corner, second = _padding(n, margin, values.device)
+    source, corner, second = _table(n, margin, values.device)
     flat = rearrange(values, "... f h w -> ... (f h w)")
     padded = flat[..., source]
     if margin:
         padded = padded.index_copy(-1, corner, (padded[..., corner] + flat[..., second]) / 2)
     return rearrange(padded, "... (f h w) -> ... f h w", f=12, h=n + 2 * margin)
+
+
+@torch.compiler.assume_constant_result
+def _table(n: int, margin: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The cached `_padding`; compiled models take it as it is instead of tracing what makes it."""
+    return _padding(n, margin, device)
 
 
 @lru_cache(maxsize=16)
