@@ -9,6 +9,7 @@ import sys
 NAMES = {
     "perceiver": "Perceiver IO, forward and backward on CPU, against krasserm's, lucidrains' and transformers'",
     "loader": "samples/s from RAM, memmap, NetCDF and Zarr against xbatcher, and the share of a step spent waiting",
+    "healda_cpu": "HealDA v2, forward and backward on CPU, with and without observations, against PhysicsNeMo's",
     "startup": "seconds until `train.py --help` and until `train.py dry_run=true` return",
 }
 
