@@ -173,7 +173,7 @@ def open_file(path: Path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # several fill values, missing consolidated metadata: both are handled
             if not is_store:
-                _check_classic_size(path)
+                check_classic_size(path)
             return xr.open_dataset(path, engine="zarr" if is_store else "netcdf4", **options)
     except Exception as error:  # each backend raises its own types for a broken file
         raise OSError(
@@ -182,7 +182,7 @@ def open_file(path: Path):
         ) from error
 
 
-def _check_classic_size(path: Path) -> None:
+def check_classic_size(path: Path) -> None:
     """Raises where a classic NetCDF file ends before its data: the C library would read zeros there without a word."""
     with open(path, "rb") as file:
         magic = file.read(4)

@@ -108,7 +108,10 @@ class ChannelTable:
         return table.with_columns(**columns)
 
     def _moments(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
-        """(R,) mean and standard deviation of each row; between levels linear in the logarithm of pressure."""
+        """(R,) mean and standard deviation of each row.
+
+        Between known levels linear in the logarithm of pressure, beside an unknown one those of the nearest level.
+        """
         channel = table["channel"]
         mean, stddev = self.mean[channel], self.stddev[channel]
         if self.by_pressure is None or "pressure" not in table:
@@ -121,7 +124,9 @@ class ChannelTable:
         result = []
         for own, fine in ((mean, self.by_pressure.mean), (stddev, self.by_pressure.stddev)):
             lower, upper = (fine[channel[rows], level] for level in (below, above))
-            between = lower + (place - below) * (upper - lower)
+            share = place - below
+            nearest = np.where(share < 0.5, lower, upper)
+            between = np.where(np.isfinite(lower + upper), lower + share * (upper - lower), nearest)
             own = own.copy()
             own[rows] = np.where(np.isfinite(between), between, own[rows])
             result.append(own)

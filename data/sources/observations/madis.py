@@ -15,6 +15,7 @@ import numpy as np
 
 from data.sources.observations.reports import damaged, existing, require, station_ids, table_of_reports, wind
 from data.sources.observations.table import Table
+from data.sources.series import check_classic_size
 
 # channel -> (variable, factor); winds are made from direction and speed.
 _SCALARS = {
@@ -43,6 +44,8 @@ def _open(path: Path):
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
+        else:
+            check_classic_size(path)
         return netCDF4.Dataset(path.name, memory=content)
     except (OSError, EOFError, ValueError) as error:
         raise damaged(path, error, "MADIS NetCDF") from error

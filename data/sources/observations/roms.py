@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from data.calendars import decode_times
-from data.sources.observations.reports import damaged, existing, require
+from data.sources.observations.reports import existing, require
 from data.sources.observations.table import Table
+from data.sources.series import open_file
 
 VARIABLES = ("obs_type", "obs_provenance", "obs_time", "obs_depth", "obs_lon", "obs_lat", "obs_value", "obs_error")
 STATE = ("zeta", "ubar", "vbar", "u", "v", "temperature", "salinity")
@@ -24,28 +25,20 @@ STATE = ("zeta", "ubar", "vbar", "u", "v", "temperature", "salinity")
 
 def read(path: str | PathLike, *, start: int | None = None, stop: int | None = None) -> Table:
     """The observations of a file in its order. Raises OSError and ValueError."""
-    import netCDF4
-
     path = existing(path)
-    try:
-        dataset = netCDF4.Dataset(path)
-    except OSError as error:
-        raise damaged(path, error, "NetCDF") from error
-    with dataset:
+    with open_file(path) as dataset:
         require(dataset.variables, VARIABLES, path, "variable")
-        columns = {name: np.ma.filled(dataset[name][:].astype(np.float64), np.nan) for name in VARIABLES}
+        columns = {name: dataset[name].values.astype(np.float64) for name in VARIABLES}
         for axis in ("obs_Xgrid", "obs_Ygrid"):
             if axis in dataset.variables:
-                columns[axis] = np.ma.filled(dataset[axis][:].astype(np.float64), np.nan)
+                columns[axis] = dataset[axis].values.astype(np.float64)
         channel, channels = _named(dataset["obs_type"], columns["obs_type"], STATE, path)
         sources = int(np.nanmax(columns["obs_provenance"], initial=1))
         default = tuple(f"provenance_{number}" for number in range(1, sources + 1))
         platform, platforms = _named(dataset["obs_provenance"], columns["obs_provenance"], default, path)
-        clock = dataset["obs_time"]
+        clock = dataset["obs_time"].attrs
         try:
-            time, _ = decode_times(
-                columns["obs_time"], getattr(clock, "units", ""), getattr(clock, "calendar", "standard")
-            )
+            time, _ = decode_times(columns["obs_time"], clock.get("units", ""), clock.get("calendar", "standard"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     depth = columns["obs_depth"]
@@ -70,8 +63,8 @@ def read(path: str | PathLike, *, start: int | None = None, stop: int | None = N
 
 def _named(variable, values: np.ndarray, default: tuple[str, ...], path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
     """Ids from 0 and their names, from the flags of a variable or, without them, numbered from 1 in default order."""
-    names = tuple(getattr(variable, "flag_meanings", "").split()) or default
-    flags = np.atleast_1d(getattr(variable, "flag_values", np.arange(1, len(names) + 1)))
+    names = tuple(variable.attrs.get("flag_meanings", "").split()) or default
+    flags = np.atleast_1d(variable.attrs.get("flag_values", np.arange(1, len(names) + 1)))
     unknown = values[~np.isin(values, flags)]
     if unknown.size or len(flags) != len(names):
         example = f"{unknown[0]:g}" if unknown.size else "none"
