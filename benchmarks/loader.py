@@ -28,7 +28,7 @@ from data.normalisation import Normalisation
 SHAPE = (1460, 48, 96)  # a year of 6-hourly frames, 3.75 degrees
 LEADS, INPUT_FRAMES, BATCH = (1, 4, 12), 2, 32
 TRAINING_BATCH = 4  # a step decodes every cell of three lead times; loading and computing grow alike with the batch
-WORKERS = (0, 1)  # processes that prepare batches ahead; 0: the training process itself
+WORKERS = {"no worker": 0, "one worker": 1}  # processes that prepare batches ahead
 SPLIT = {"train": 0.8, "validation": 0.1, "test": 0.1}
 INSTALL = 'pip install "xbatcher>=0.4,<0.5" dask'
 
@@ -111,9 +111,9 @@ def share_waiting(dataset: ForecastDataset, *, workers: int, steps: int) -> floa
 def main(options: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks loader", description=__doc__.split("\n\n")[0])
     parser.add_argument("--frames", type=int, default=SHAPE[0])
-    parser.add_argument("--batches", type=int, default=20, help="of 32 samples, a round and source")
+    parser.add_argument("--batches", type=int, default=10, help="of 32 samples, a round and source")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="training steps a source")
+    parser.add_argument("--steps", type=int, default=5, help="training steps a source")
     parser.add_argument("--no-store", action="store_true", help="print the table only")
     chosen = parser.parse_args(options)
     torch.set_num_threads(1)
@@ -135,15 +135,15 @@ def main(options: list[str]) -> None:
             sources |= {f"xbatcher, {kind}": (lambda path=path: xbatcher_batches(path)) for kind, path in paths.items()}
         rates = samples_per_second(sources, batches=chosen.batches, rounds=chosen.rounds)
         waiting = {
-            name: {count: share_waiting(loader.dataset, workers=count, steps=chosen.steps) for count in WORKERS}
+            name: {label: share_waiting(loader.dataset, workers=n, steps=chosen.steps) for label, n in WORKERS.items()}
             for name, loader in loaders.items()
         }
     result = environment(("torch", "xarray", "netCDF4", "zarr", "xbatcher"))
     result |= {"command": " ".join(["python -m benchmarks loader", *options]), "shape": [chosen.frames, *SHAPE[1:]]}
     result |= {"samples_per_second": rates, "share_of_step_waiting": waiting}
     rows = [
-        [name, f"{rate:.0f}", *(f"{waiting[name][count]:.1%}" if name in waiting else "-" for count in WORKERS)]
+        [name, f"{rate:.0f}", *(f"{waiting[name][label]:.1%}" if name in waiting else "-" for label in WORKERS)]
         for name, rate in rates.items()
     ]
-    heads = ["source", "samples/s", *(f"step time spent waiting, {count} workers" for count in WORKERS)]
+    heads = ["source", "samples/s", *(f"step time spent waiting, {label}" for label in WORKERS)]
     publish("loader", result, markdown(heads, rows), store=not chosen.no_store)
