@@ -5,6 +5,8 @@ python evaluate.py run=<...> weights=cos split=validation          other choices
 python evaluate.py compare=<sweep folder or MLflow experiment>     one table: CSV, Markdown, HTML
 """
 
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
@@ -14,7 +16,7 @@ from training import command_line
 schema.register()
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="evaluate")
 def main(config: DictConfig) -> None:
     try:
         if (config.run is None) == (config.compare is None):
@@ -42,7 +44,7 @@ def evaluate(config: DictConfig) -> str:
     model = run.model(config.checkpoint).to(choose_device(config.device))
     normalisation = read_normalisation(run.checkpoint(config.checkpoint))
     found, folder = evaluate_run(run, model, run.task(), run.data(), normalisation, Choices.of(config))
-    if config.tracking and run.config.tracking.enabled:
+    if config.log and run.config.tracking.enabled:
         log(run, folder, config)
     return describe(found, folder, config.checkpoint)
 
@@ -69,8 +71,6 @@ def log(run, folder, config: DictConfig) -> None:
 
 def compare(config: DictConfig) -> str:
     """Compares runs, writes the table; returns it with the places of its files."""
-    from pathlib import Path
-
     from evaluation.compare import Comparison, find_runs
     from training.tracking_store import resolve_uri
 

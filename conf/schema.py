@@ -88,7 +88,7 @@ class Evaluate:
     device: str = "auto"
     num_threads: Optional[int] = None
     output: Optional[str] = None
-    tracking: bool = True
+    log: bool = True
     uri: Optional[str] = None
 
 

@@ -34,6 +34,8 @@ def find_runs(what: str | Sequence[str], *, uri: str) -> list[RunFolder]:
 
     Raises ValueError where there is none.
     """
+    if isinstance(what, int):  # a folder or an experiment named by a number
+        what = str(what)
     if not isinstance(what, str):
         runs = [run for item in what for run in find_runs(str(item), uri=uri)]
         return list({run.path.resolve(): run for run in runs}.values())

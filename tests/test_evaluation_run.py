@@ -339,3 +339,12 @@ def test_a_strangers_config_runs_no_code(trained, tmp_path):
     (tmp_path / "config.yaml").write_text("model: [1")
     with pytest.raises(ValueError, match="cannot be read"):
         _ = RunFolder.open(tmp_path).config
+
+
+def test_no_option_of_evaluate_is_named_like_a_configuration_group():
+    """Hydra would take `tracking=false` for the choice of a file in conf/tracking and refuse it."""
+    import yaml
+
+    options = yaml.safe_load((ROOT / "conf" / "evaluate.yaml").read_text())
+    groups = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
+    assert groups >= {"tracking", "data"} and not (options.keys() - {"hydra", "defaults"}) & groups
