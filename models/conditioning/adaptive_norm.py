@@ -21,18 +21,19 @@ class AdaptiveNorm(nn.Module):
     def __init__(self, condition_size: int, hidden_size: int, *, parts: int):
         super().__init__()
         self.parts = parts
-        # Made without torch's own initialisation, which warns about weights without entries.
-        self.linear = nn.utils.skip_init(nn.Linear, condition_size, parts * hidden_size)
+        self.linear = nn.Linear(condition_size, parts * hidden_size) if condition_size else None
+        self.constant = None if condition_size else nn.Parameter(torch.empty(parts * hidden_size))
         self.initialise()
 
     def initialise(self) -> None:
-        zeros_(self.linear)
+        if self.linear is not None:
+            zeros_(self.linear)
+        else:
+            nn.init.zeros_(self.constant)
 
     def forward(self, condition: Tensor | None, batch_size: int) -> tuple[Tensor, ...]:
-        if condition is None:
-            parts = self.linear.bias.expand(batch_size, -1)
-        else:
-            parts = self.linear(F.silu(condition))
+        """condition: None where Dc is 0."""
+        parts = self.constant.expand(batch_size, -1) if self.linear is None else self.linear(F.silu(condition))
         return parts.chunk(self.parts, dim=-1)
 
 

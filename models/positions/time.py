@@ -85,8 +85,9 @@ class LocalCalendar(Tables):
         super().__init__()
         if hidden_size % 4:
             raise ValueError(f"model.hidden_size={hidden_size} must be a multiple of 4 for the calendar harmonics")
-        # Whole seconds and integers: exact in float32.
-        self.table("offset", torch.floor((longitude.double() % 360) * SECONDS_PER_DAY / 360).float())
+        # Product and quotient in float32, as the source: at the few places where an offset is a whole number of seconds
+        # the rounding decides which.
+        self.table("offset", ((longitude.double() % 360).float() * SECONDS_PER_DAY).floor_divide(360))
         self.table("harmonics", torch.arange(1, hidden_size // 4 + 1, device=longitude.device).float())
 
     def forward(self, second_of_day: Tensor, day_of_year: Tensor) -> Tensor:
