@@ -271,7 +271,7 @@ def _backward(
     key_gradient, value_gradient = weight_gradient.chunk(2)
     return (
         query_gradient.to(query.dtype),
-        token_gradient[:-1].to(tokens.dtype, copy=True),
+        token_gradient[:-1].to(tokens.dtype),
         (key_gradient * scale).to(key_weight.dtype),
         value_gradient.to(value_weight.dtype, copy=True),
         bias_gradient.flatten().to(value_weight.dtype),

@@ -15,6 +15,7 @@ PIECE = 1024  # rows: 100,000 rows in one cell make 98 pieces
 EXACT = 8  # segments of at most so many rows are not padded at all: most of them, where observations are sparse
 BLOCK_ROWS = 4096  # rows of a block, padding included, and segments of a block: intermediate results stay in the cache
 BLOCK_SEGMENTS = 128
+ACCELERATOR = 64  # times larger blocks where a launch costs more than a cache miss
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ def _occupied(offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     cell, num_whole = cell[order], int((pieces == 1).sum())
     cut, inverse = torch.unique(cell[num_whole:], return_inverse=True)
     place = torch.cat([torch.arange(num_whole, device=cell.device), num_whole + inverse])
+    factor = 1 if offsets.device.type == "cpu" else ACCELERATOR
     blocks, first = [], 0
     for kind, count in zip(*(part.tolist() for part in key.unique_consecutive(return_counts=True)), strict=True):
         longest = kind % (2 * PIECE)
-        step = min(max(BLOCK_ROWS // longest, 1), BLOCK_SEGMENTS)
+        step = min(max(factor * BLOCK_ROWS // longest, 1), factor * BLOCK_SEGMENTS)
         for begin in range(first, first + count, step):
             blocks.append((begin, min(begin + step, first + count), longest, int(kind == longest)))
         first += count
