@@ -9,7 +9,7 @@ import torch
 from data.batch import Layout
 from data.datasets.assimilation_data import statistics_of
 from data.datasets.ufs_era5 import UfsEra5, era5_variables, store_name
-from data.datasets.ufs_miniature import smooth_truth, write_miniature
+from data.datasets.ufs_miniature import smooth_truth, truth_from_fields, write_miniature
 from data.healpix import HEALPixGrid
 from models.composition import compose
 
@@ -172,6 +172,34 @@ def test_statistics_leave_missing_cells_out():
     found = statistics_of(Fields(), np.arange(40))
     np.testing.assert_allclose(found.mean, [100_019.5] * 2)
     np.testing.assert_allclose(found.scale, [np.arange(40).std()] * 2, rtol=1e-6)
+
+
+def test_a_miniature_of_a_series_on_the_sphere(tmp_path):
+    from example_data import write
+
+    from data.datasets.gridded import GriddedData
+
+    latitude, longitude = np.linspace(-80, 80, 9), np.arange(0, 360, 30.0)
+    source = write(tmp_path / "sphere.nc", frames=60, latitude=latitude, longitude=longitude)
+    series = GriddedData(str(source), split={"train": 0.6, "validation": 0.2, "test": 0.2})
+    truth = truth_from_fields(series)
+    tas, aloft = chosen(["tas", "T850"])[::-1]
+    assert (tas.name, aloft.level) == ("tas", 850)
+    frame, row, column = 7, 2, 11
+    value = series.read([frame])[0, 0, row, column].item()
+    at = (series.times[[frame]], latitude[[row]], longitude[[column]] - 360)
+    assert truth(tas, *at) == pytest.approx(value)
+    # Across Greenwich and between frames: the mean of the corners.
+    corners = series.read([frame, frame + 1])[:, 0, row][:, [-1, 0]].mean().item()
+    assert truth(tas, at[0] + 3 * HOUR, at[1], np.array([345.0])) == pytest.approx(corners, rel=1e-6)
+    small = write_miniature(
+        tmp_path / "m", start="2001-01-03", frames=16, variables=[tas, aloft], truth=truth, stations=4, footprints=4
+    )
+    split = {"train": ["2001-01-03", "2001-01-04"], "validation": "2001-01-05", "test": "2001-01-06"}
+    data = opened(small, variables=["tas", "T850"], split=split)
+    assert data.read([0, 15]).std() > 1 and len(data.observations([3], WINDOW)) > 50
+    with pytest.raises(ValueError, match="the fields cover 2001-01-01"):
+        write_miniature(tmp_path / "late", start="2002-01-01", frames=4, variables=[tas], truth=truth)
 
 
 # Observations

@@ -1,10 +1,12 @@
 """A miniature of the data behind `data=ufs_era5`: the same files and columns, a low level and smooth made-up fields.
 
-The whole road from Parquet and Zarr to a batch can be walked on it in seconds; no observed value enters.
+The whole road from Parquet and Zarr to a batch can be walked on it in seconds; no observed value enters. From the
+embedded sphere: `python -m data.datasets.ufs_miniature <folder>`, which prints what to type next.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -14,12 +16,13 @@ import numpy as np
 
 from data.batch import Variable
 from data.calendars import format_time
+from data.datasets.gridded import GriddedData
 from data.datasets.ufs_era5 import LEVELS, STATIC, era5_variables, store_name
 from data.healpix import HEALPixGrid
 from data.quality_control import QualityControl
 from data.sources.observations.channel_table import ufs_channels
 from data.sources.observations.table import Table, concat
-from data.sources.observations.ufs_parquet import BIN_SECONDS, write, write_channel_table
+from data.sources.observations.ufs_parquet import BIN_SECONDS, PLATFORM_IDS, write, write_channel_table
 
 # truth(variable, times, latitude, longitude): times int64 seconds, degrees; broadcast together, physical values.
 Truth = Callable[[Variable, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -43,7 +46,7 @@ _SURFACE = {
 }
 _TOP = {"U": (15, 15), "V": (0, 10), "T": (212, 6), "Z": (200_000, 3000), "Q": (3e-6, 1e-6)}
 _SONDE_LEVELS = (850, 500, 250)
-_PLATFORM = {"ps": 28, "q": 29, "t": 30, "u": 31, "v": 31, "atms": 26}
+_PLATFORM = {"ps": "ps", "q": "q", "t": "t", "u": "uv", "v": "uv", "atms": "npp"}
 _REPORT_TYPE = {"ps": 181, "q": 120, "t": 120, "u": 220, "v": 220}
 _NOISE = {"ps": 1.0, "q": 3e-4, "t": 0.8, "u": 1.5, "v": 1.5, "atms": 0.4}
 _ORBIT_SECONDS, _INCLINATION = 6082, 98.7
@@ -100,31 +103,24 @@ def write_miniature(
     write_channel_table(root, channels)
     day = [format_time(kept[int(share * (kept.size - 1))])[:10] for share in (0.0, 0.65, 0.8, 1.0)]
     after = [str(np.datetime64(date) + 1) for date in day]
+    chosen = ",".join(store_name(variable) for variable in variables)
     overrides = (
         f"data.observations={root}",
         f"data.fields={folder / 'fields.zarr'}",
         f"data.level={level}",
         f"data.order={order}",
         f"data.step_hours={step_hours}",
-        f"data.variables=[{','.join(store_name(variable) for variable in variables)}]",
-        f"data.split.train=['{day[0]}','{day[1]}']",
-        f"data.split.validation=['{after[1]}','{day[2]}']",
-        f"data.split.test=['{after[2]}','{day[3]}']",
+        *([] if variables == era5_variables() else [f"data.variables=[{chosen}]"]),
+        f'data.split.train=["{day[0]}","{day[1]}"]',
+        f'data.split.validation=["{after[1]}","{day[2]}"]',
+        f'data.split.test=["{after[2]}","{day[3]}"]',
     )
     return Miniature(root, folder / "fields.zarr", overrides)
 
 
 def smooth_truth(variable: Variable, times: np.ndarray, latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
     """Planetary waves that move eastwards under a gradient from the equator to the poles; phases drift with height."""
-    height = 0.0 if variable.level is None else np.log(1000 / variable.level) / np.log(1000 / LEVELS[-1])
-    surface, top = _SURFACE[variable.name], _TOP.get(variable.name, _SURFACE[variable.name])
-    # Humidity and its spread fall by orders of magnitude, so they are interpolated as logarithms.
-    mean, spread = (
-        np.exp((1 - height) * np.log(low) + height * np.log(high))
-        if variable.name == "Q"
-        else low + height * (high - low)
-        for low, high in zip(surface, top, strict=True)
-    )
+    height, mean, spread = _climate(variable)
     place, east = np.deg2rad(latitude), np.deg2rad(longitude)
     days = np.asarray(times) / 86_400
     phase = sum(map(ord, variable.name)) + 2 * height
@@ -133,6 +129,51 @@ def smooth_truth(variable: Variable, times: np.ndarray, latitude: np.ndarray, lo
         for number, period in ((1, 11.0), (3, 5.0), (5, 3.5))
     )
     return mean + spread * (0.4 * wave + 0.6 * np.cos(2 * place))
+
+
+def truth_from_fields(data: GriddedData) -> Truth:
+    """The first variable of a global series as the pattern of every variable, tilted westwards with height.
+
+    Near-surface temperature is the series itself. It is linear between frames and cells; times outside raise
+    ValueError.
+    """
+    from scipy.interpolate import RegularGridInterpolator
+
+    values = data.read(np.arange(data.times.size))[:, 0].numpy()
+    south_up = np.argsort(data.grid.latitude)
+    values, latitudes = values[:, south_up], data.grid.latitude[south_up]
+    west = data.grid.longitude[0]
+    pattern = RegularGridInterpolator(
+        (data.times.astype(np.float64), latitudes, np.append(data.grid.longitude, west + 360)),
+        np.concatenate([values, values[..., :1]], axis=2),
+    )
+    centre, deviation = values.mean(), values.std()
+
+    def truth(variable: Variable, times: np.ndarray, latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
+        height, mean, spread = _climate(variable)
+        times, latitude, longitude = np.broadcast_arrays(times, latitude, longitude)
+        if times.min() < data.times[0] or times.max() > data.times[-1]:
+            first, last = (format_time(data.times[index]) for index in (0, -1))
+            raise ValueError(f"the fields cover {first} to {last}; start a day later and end half a day earlier")
+        north = np.clip(latitude, latitudes[0], latitudes[-1])
+        field = pattern((times, north, west + (longitude + 40 * height - west) % 360))
+        if variable.name == "tas":
+            return field
+        values = mean + spread * (field - centre) / deviation
+        return np.maximum(values, 0) if variable.name in ("Q", "tcwv", "sic") else values
+
+    return truth
+
+
+def _climate(variable: Variable) -> tuple[float, float, float]:
+    """(height in 0..1, mean, spread) of a variable at its level."""
+    height = 0.0 if variable.level is None else np.log(1000 / variable.level) / np.log(1000 / LEVELS[-1])
+    surface, top = _SURFACE[variable.name], _TOP.get(variable.name, _SURFACE[variable.name])
+    if variable.name == "Q":  # it and its spread fall by orders of magnitude
+        mean, spread = (low ** (1 - height) * high**height for low, high in zip(surface, top, strict=True))
+    else:
+        mean, spread = (low + height * (high - low) for low, high in zip(surface, top, strict=True))
+    return height, mean, spread
 
 
 def _land(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
@@ -183,7 +224,7 @@ def _stations(bins: np.ndarray, stations: int, truth: Truth, rng: np.random.Gene
                     "longitude": place[1],
                     "time": times,
                     "channel": np.full(times.size, channels.index(name)),
-                    "platform": np.full(times.size, _PLATFORM[name]),
+                    "platform": np.full(times.size, PLATFORM_IDS[_PLATFORM[name]]),
                     "type": np.full(times.size, _REPORT_TYPE[name]),
                     "pressure": pressure,
                     "height": 7400 * np.log(1013 / pressure),
@@ -218,7 +259,7 @@ def _orbiter(bins: np.ndarray, footprints: int, truth: Truth, rng: np.random.Gen
                     "longitude": longitude % 360,
                     "time": times,
                     "channel": np.full(times.size, channels.index(f"atms_{number + 1}")),
-                    "platform": np.full(times.size, _PLATFORM["atms"]),
+                    "platform": np.full(times.size, PLATFORM_IDS[_PLATFORM["atms"]]),
                     "satellite_zenith": np.abs(scan) * 1.2,
                     "solar_zenith": solar,
                     "scan_angle": scan,
@@ -238,3 +279,24 @@ def _with_faults(table: Table, rng: np.random.Generator) -> Table:
     value[wrong & satellite] = 1000.0
     height[wrong & ~satellite] = 1e6
     return table.with_columns(value=value, height=height)
+
+
+def main() -> None:
+    """Writes a miniature of the embedded sphere into the folder given on the command line."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        description="Write a small copy of the data of data=ufs_era5 and print how to use it"
+    )
+    parser.add_argument("folder")
+    parser.add_argument("--level", type=int, default=2, help="of the HEALPix grid")
+    parser.add_argument("--frames", type=int, default=120, help="6-hourly analyses, from January 2001")
+    given = parser.parse_args()
+    split = {"train": 0.7, "validation": 0.15, "test": 0.15}
+    truth = truth_from_fields(GriddedData("synthetic:weather", split=split))
+    written = write_miniature(given.folder, level=given.level, start="2001-01-03", frames=given.frames, truth=truth)
+    print(" ".join(["python train.py model=healda_v2 data=ufs_era5", *map(shlex.quote, written.overrides)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -22,8 +22,8 @@ from data.sources.observations.table import Table, concat
 
 BIN_SECONDS = 3 * 3600
 PLATFORMS = 32  # ids of the archive's vocabulary
-# Of that vocabulary; the satellites between have no public list.
-PLATFORM_NAMES = {0: "aqua", 26: "npp", 27: "gps", 28: "ps", 29: "q", 30: "t", 31: "uv"}
+# Those of the vocabulary that are public.
+PLATFORM_IDS = {"aqua": 0, "npp": 26, "gps": 27, "ps": 28, "q": 29, "t": 30, "uv": 31}
 TIME, BIN = "Absolute_Obs_Time", "DA_window"
 # archive column -> (our column, whether it may be null)
 _FLOATS = {
