@@ -5,6 +5,7 @@ python evaluate.py run=<...> weights=cos split=validation          other choices
 python evaluate.py compare=<sweep folder or MLflow experiment>     one table: CSV, Markdown, HTML
 """
 
+from dataclasses import fields
 from pathlib import Path
 
 import hydra
@@ -21,6 +22,10 @@ def main(config: DictConfig) -> None:
     try:
         if (config.run is None) == (config.compare is None):
             raise ValueError("give either run=<output folder or MLflow run id> or compare=<sweep folder or experiment>")
+        if unknown := config.keys() - {item.name for item in fields(schema.Evaluate)}:
+            raise ValueError(f"there is no option {min(unknown)}; python evaluate.py --help lists the options")
+        if config.num_threads is not None and config.num_threads < 1:
+            raise ValueError(f"num_threads={config.num_threads} must be at least 1; null takes torch's default")
         print(evaluate(config) if config.compare is None else compare(config))
     except Exception as error:
         if command_line.TRACEBACKS or not command_line.is_user_error(error):

@@ -348,3 +348,13 @@ def test_no_option_of_evaluate_is_named_like_a_configuration_group():
     options = yaml.safe_load((ROOT / "conf" / "evaluate.yaml").read_text())
     groups = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
     assert groups >= {"tracking", "data"} and not (options.keys() - {"hydra", "defaults"}) & groups
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("num_threads=0", "num_threads=0 must be at least 1"), ("+plot=false", "there is no option plot;")],
+)
+def test_a_wrong_option_of_evaluate_is_one_line(folder, override, message):
+    finished = script("evaluate.py", "run=anywhere", override, cache=folder)
+    assert finished.returncode == 1 and finished.stderr.count("\n") == 1
+    assert message in finished.stderr and finished.stdout == ""
