@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml
 		|| { echo "error: $(PYTHON) is not Python 3.11 or 3.12; type: make train PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 # Where an index does not answer, pip prints a page for every package that it tries: into the log, and one line here.
-	@test -z "$(TORCH_INDEX)" || $(RUN) -m pip install --retries 1 --index-url "$(TORCH_INDEX)" $(TORCH) >$(LOG) 2>&1 \
+	@test -z "$(TORCH_INDEX)" || $(RUN) -m pip install --retries 1 --index-url $(TORCH_INDEX) $(TORCH) >$(LOG) 2>&1 \
 		|| { echo "error: cannot install $(TORCH) from $(TORCH_INDEX) (see $(LOG)); check the address and the network, or leave TORCH_INDEX out"; exit 1; }
 	@$(RUN) -m pip install --editable '.[test]' >$(LOG) 2>&1 \
 		|| { echo "error: cannot install the packages of pyproject.toml (see $(LOG)); check the network"; exit 1; }
