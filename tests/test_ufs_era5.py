@@ -11,6 +11,7 @@ from data.datasets.assimilation_data import statistics_of
 from data.datasets.ufs_era5 import UfsEra5, era5_variables, store_name
 from data.datasets.ufs_miniature import smooth_truth, truth_from_fields, write_miniature
 from data.healpix import HEALPixGrid
+from data.observations import check
 from models.composition import compose
 
 HOUR = 3600
@@ -248,8 +249,7 @@ def test_z_scores_of_a_window_reach_the_model(miniature):
     assert observations.frame.max() == 3 and observations.batch.max() == 1
     offset = observations.time - observations.times[observations.batch, observations.frame]
     assert offset.min() > WINDOW[0] and offset.max() <= WINDOW[1]
-    layout = data.observation_layout(frames=4)
-    assert observations.channel.max() < layout.num_channels and observations.platform.max() < layout.num_platforms
+    check(observations, data.observation_layout(frames=4), grid=data.grid)
     pickle.dumps(data)  # also after files were opened
 
 
