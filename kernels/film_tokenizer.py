@@ -22,9 +22,10 @@ def film_tokenizer(
 ) -> Tensor:
     """value (n,), description (n, K) -> tokens (n, c) = scale(description) * value + shift(description).
 
-    expand, norm, project: weight and bias of K -> H, of the layer norm over H, and of H -> 2 c (scale first).
+    expand, norm, project: weight and bias of K -> H, of the layer norm over H, and of H -> 2 c (scale first). A value
+    keeps its precision on every device: tokens are float32 also where autocast computes scale and shift in 16 bits.
     """
     hidden = F.linear(description, *expand)
     hidden = F.silu(F.layer_norm(hidden, hidden.shape[-1:], *norm, eps=NORM_EPS))
     scale, shift = F.linear(hidden, *project).chunk(2, dim=-1)
-    return torch.addcmul(shift, scale, value[:, None].to(scale.dtype))
+    return torch.addcmul(shift, scale, value[:, None])

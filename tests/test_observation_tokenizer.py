@@ -109,3 +109,14 @@ def test_gradients_reach_the_tokens_through_packing():
     tokens = torch.randn(60, 3, requires_grad=True)
     pack(observations, tokens, None, 4).tokens.sum().backward()
     assert torch.equal(tokens.grad, torch.ones(60, 3))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_sixteen_bits_keep_the_precision_of_values(whole):
+    torch.manual_seed(0)
+    tokenizer, observations = ObservationTokenizer(LAYOUT), _observations()
+    expected = tokenizer(observations)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not whole):
+        tokens = (tokenizer.bfloat16() if whole else tokenizer)(observations)
+    assert tokens.dtype == torch.float32
+    assert (tokens - expected).abs().max() < 0.03 * expected.abs().max()

@@ -57,7 +57,8 @@ class ObservationTokenizer(nn.Module):
         if self.platform_table is not None:
             description.append(self.platform_table(observations.platform))
         layers = [(layer.weight, layer.bias) for layer in (self.expand, self.norm, self.project)]
-        return film_tokenizer(observations.value, torch.cat(description, dim=-1), *layers)
+        description = torch.cat(description, dim=-1).to(self.expand.weight.dtype)
+        return film_tokenizer(observations.value, description, *layers)
 
 
 def pack(
