@@ -1,61 +1,68 @@
 """Our models against outputs that other projects computed with the same weights (float32, CPU, evaluation mode)."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from models import build
-from models.convert import TARGET, convert, export, recognise, token_batch
+from models.convert import SOURCES, convert, export
+from tests.golden.comparisons import COMPARISONS, Golden
 
 TOLERANCE = 2e-5  # of max(1, max |output|)
+GRADIENT_TOLERANCE = 1e-4  # of the gradient's norm
 
 
 @pytest.fixture
-def golden(golden_file):
+def golden(golden_file) -> Golden:
     if not golden_file.is_file():
         pytest.fail(f"{golden_file} does not exist; give a file like tests/golden/perceiver_io_hf.npz", pytrace=False)
-    with np.load(golden_file, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    state = {name.removeprefix("state/"): array for name, array in arrays.items() if name.startswith("state/")}
-    return state, json.loads(str(arrays["config"])), arrays
+    return Golden.read(golden_file)
 
 
-def test_outputs_equal_those_of_the_source(golden):
-    state, config, arrays = golden
-    tokens = torch.from_numpy(arrays["input/x"])
-    overrides, layout, weights = convert(recognise(state), state, config, num_tokens=tokens.shape[1])
+@pytest.fixture
+def computed(golden):
+    """Our model with the source's weights, and its outputs."""
+    comparison = COMPARISONS[golden.source]
+    inputs = {name: torch.from_numpy(array) for name, array in golden.group("input").items()}
+    num_tokens = comparison.num_tokens(inputs)
+    overrides, layout, weights = convert(golden.source, golden.state, golden.config, num_tokens=num_tokens)
     model = build(overrides, layout).eval()
     model.load_state_dict(weights)
-    batch = token_batch(layout, tokens, _keep(arrays))
-    with torch.no_grad():
-        latents = model.processor(model.encoder(batch)).tokens[:, 0]
-        logits = model(batch)[TARGET][:, 0].transpose(1, 2)
-    compared = {"latents": latents, "logits": logits}
-    wanted = {name.split("/")[-1]: array for name, array in arrays.items() if name.startswith("output")}
-    if list(wanted) == ["output"]:
-        wanted = {"logits": wanted["output"]}
-    assert wanted and set(wanted) <= set(compared)
+    return model, comparison.outputs(model, comparison.batch(layout, inputs, golden))
+
+
+def test_outputs_equal_those_of_the_source(golden, computed):
+    _, outputs = computed
+    wanted = golden.group("output")
+    assert wanted and set(wanted) <= set(outputs)
     for name, array in wanted.items():
-        error = np.abs(compared[name].numpy() - array).max()
-        assert error <= TOLERANCE * max(1.0, np.abs(array).max()), f"{name}: largest error {error:.2e}"
+        error = np.abs(outputs[name].detach().numpy() - array).max()
+        assert error <= TOLERANCE * max(1.0, np.abs(array).max()), f"output {name}: largest error {error:.2e}"
+
+
+def test_gradients_equal_those_of_the_source(golden, computed):
+    wanted = golden.group("grad")
+    if not wanted:
+        pytest.skip("the file holds no gradients")
+    model, outputs = computed
+    output = outputs[""]
+    loss = (output.flatten() * torch.linspace(-1, 1, output.numel())).sum() / output.numel()
+    loss.backward()
+    assert abs(loss.item() - golden.arrays["loss"]) <= TOLERANCE * max(1.0, np.abs(golden.arrays["output"]).max())
+    ours = {theirs: ours for ours, theirs in SOURCES[golden.source].names(golden.config).items()}
+    parameters = dict(model.named_parameters())
+    for name, array in wanted.items():
+        gradient = parameters[ours[name]].grad
+        assert gradient is not None, f"{name} gets no gradient"
+        error = np.linalg.norm(gradient.numpy() - array)  # must vanish where the source's gradient does
+        assert error <= GRADIENT_TOLERANCE * np.linalg.norm(array), f"gradient of {name}: error {error:.2e}"
 
 
 def test_weights_return_unchanged(golden):
-    state, config, _ = golden
-    source = recognise(state)
-    overrides, layout, weights = convert(source, state, config)
+    overrides, layout, weights = convert(golden.source, golden.state, golden.config)
     model = build(overrides, layout)
     model.load_state_dict(weights)
-    returned = export(source, model, config)
-    assert set(returned) == set(state)
-    for name, array in state.items():
+    returned = export(golden.source, model, golden.config)
+    assert set(returned) == set(golden.state)
+    for name, array in golden.state.items():
         np.testing.assert_array_equal(returned[name].numpy(), array, err_msg=name)
-
-
-def _keep(arrays) -> torch.Tensor | None:
-    """(B, M) bool, True = keep: krasserm's pad mask means the opposite."""
-    if "input/pad_mask" in arrays:
-        return ~torch.from_numpy(arrays["input/pad_mask"]).bool()
-    return torch.from_numpy(arrays["input/valid"]).bool() if "input/valid" in arrays else None

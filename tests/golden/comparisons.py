@@ -1,0 +1,105 @@
+"""How the outputs of each project are computed with our model: a batch from its arrays, results in its axis order.
+
+A file holds `state/<weight>`, `config` (JSON), inputs, `output` or `output/<name>`, and may hold `loss` and
+`grad/<weight>` of loss = mean(output * linspace(-1, 1, output.numel())).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch, Condition, Field, Layout
+from data.observations import Observations, check
+from models.convert import TARGET, physicsnemo, recognise, token_batch
+
+
+@dataclass(frozen=True)
+class Golden:
+    """The content of a file. arrays: all but state and config, by name."""
+
+    source: str
+    state: dict[str, np.ndarray]
+    config: dict
+    arrays: dict[str, np.ndarray]
+
+    @staticmethod
+    def read(path: Path) -> Golden:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        state = {name.removeprefix("state/"): arrays.pop(name) for name in list(arrays) if name.startswith("state/")}
+        return Golden(recognise(state), state, json.loads(str(arrays.pop("config"))), arrays)
+
+    def group(self, prefix: str) -> dict[str, np.ndarray]:
+        """The arrays named prefix/<name>, by that name; one named prefix alone has the name ""."""
+        parts = {name: name.split("/", 1) for name in self.arrays}
+        return {"".join(rest): self.arrays[name] for name, (head, *rest) in parts.items() if head == prefix}
+
+
+class TokenSequences:
+    """Perceivers: raw token sequences in; latents and logits out."""
+
+    def num_tokens(self, inputs: Mapping[str, Tensor]) -> int:
+        return inputs["x"].shape[1]
+
+    def batch(self, layout: Layout, inputs: Mapping[str, Tensor], golden: Golden) -> Batch:
+        keep = inputs["valid"].bool() if "valid" in inputs else None
+        if "pad_mask" in inputs:  # krasserm's mask marks what is padding
+            keep = ~inputs["pad_mask"].bool()
+        return token_batch(layout, inputs["x"], keep)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        logits = model(batch)[TARGET][:, 0].transpose(1, 2)
+        return {"": logits, "logits": logits, "latents": model.processor(model.encoder(batch)).tokens[:, 0]}
+
+
+class HEALPixFrames:
+    """HealDA: frames (B, C, T, X), observations with their flat cell ids, and a noise level in; frames out."""
+
+    def num_tokens(self, inputs: Mapping[str, Tensor]) -> int:
+        return 1
+
+    def batch(self, layout: Layout, inputs: Mapping[str, Tensor], golden: Golden) -> Batch:
+        given, wanted = layout.inputs[physicsnemo.INPUT], layout.targets[physicsnemo.TARGET]
+        values = inputs["x"].transpose(1, 2)
+        times = (torch.arange(values.shape[1]) * given.step).expand(values.shape[0], -1)
+        clock = {name: inputs[name].float() for name in ("second_of_day", "day_of_year")}
+        blank = torch.zeros(*times.shape, len(wanted.variables), *wanted.grid.shape)
+        return Batch(
+            inputs={physicsnemo.INPUT: Field(values, given.variables, given.grid, times, **clock)},
+            targets={physicsnemo.TARGET: Field(blank, wanted.variables, wanted.grid, times, **clock)},
+            layout=layout,
+            observations=self._observations(layout, golden, times, clock),
+            condition=Condition(inputs["t"].float(), inputs.get("class_labels")),
+        )
+
+    def _observations(self, layout: Layout, golden: Golden, times: Tensor, clock: Mapping[str, Tensor]) -> Observations:
+        rows = {name: torch.from_numpy(array) for name, array in golden.group("obs").items()}
+        cells = 12 * 4 ** {**physicsnemo.DEFAULTS, **golden.config}["level_model"]
+        flat = rows["flat_pixel"].long()
+        observations = Observations(
+            value=rows["value"].float(),
+            batch=flat // (times.shape[1] * cells),
+            frame=flat // cells % times.shape[1],
+            cell=flat % cells,
+            channel=rows["channel"].long(),
+            platform=rows["platform"].long(),
+            type=rows["obs_type"].long(),
+            features=rows["float_metadata"].float(),
+            times=times,
+            **clock,
+        )
+        check(observations, layout.observations, cells)
+        return observations
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"": model(batch)[physicsnemo.TARGET].transpose(1, 2)}
+
+
+COMPARISONS = {"transformers": TokenSequences(), "perceiver_io": TokenSequences(), "physicsnemo": HEALPixFrames()}
