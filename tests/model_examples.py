@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from data.batch import Batch, Field, InputLayout, Layout, Reference, TargetLayout, Variable
+from data.batch import Batch, Field, InputLayout, Layout, ObservationLayout, Reference, TargetLayout, Variable
 from data.grids import Grid, LatLonGrid, Points
+from data.healpix import HEALPixGrid
+from data.observations import Observations, check
 
 HOUR = 3600
 BASE_TIME = 1_000_000_000
@@ -18,6 +20,7 @@ TEMPERATURE, WIND = Variable("t", "K"), Variable("u", "m s-1")
 GLOBAL = LatLonGrid(np.linspace(75, -75, 6), np.arange(10) * 36.0)
 REGION = LatLonGrid(np.linspace(20, 60, 7), np.linspace(350, 374, 9) % 360)
 COARSE = LatLonGrid(np.linspace(-60, 60, 4), np.arange(6) * 60.0)
+SPHERE = HEALPixGrid(1, "nest")
 STATIONS = Points([[10.0, 20.0], [10.5, 20.5], [-45.0, 300.0], [89.0, 0.0], [33.0, -120.0]])
 
 
@@ -36,7 +39,20 @@ def tiny_layout(
     return Layout(inputs=inputs, targets={"forecast": TargetLayout((TEMPERATURE, WIND), target_grid or grid, leads)})
 
 
-def tiny_batch(layout: Layout, *, batch_size: int = 2, dtype: torch.dtype = torch.float32) -> Batch:
+def observed_layout(grid: Grid = SPHERE, *, frames: int = 2, analysis: bool = True, gaps: bool = False) -> Layout:
+    """Static fields and observations of `frames` frames; targets at the frames' times, or as forecasts."""
+    times = tuple((frame + 1 - frames) * 6 * HOUR for frame in range(frames))
+    return Layout(
+        inputs={"static": InputLayout((Variable("orography"), Variable("land")), grid, 1, 6 * HOUR, gaps)},
+        targets={"forecast": TargetLayout((TEMPERATURE, WIND), grid, times if analysis else LEADS[:2])},
+        observations=ObservationLayout(
+            num_channels=5, num_platforms=3, num_types=4, num_features=50, frames=frames, step=6 * HOUR
+        ),
+    )
+
+
+def tiny_batch(layout: Layout, *, batch_size: int = 2, dtype: torch.dtype = torch.float32, rows: int = 40) -> Batch:
+    """rows: of observations, where the layout has them."""
     inputs = {}
     for name, item in layout.inputs.items():
         age = torch.arange(1 - item.frames, 1) * item.step
@@ -45,7 +61,41 @@ def tiny_batch(layout: Layout, *, batch_size: int = 2, dtype: torch.dtype = torc
     for name, item in layout.targets.items():
         field = random_field(item.variables, item.grid, torch.tensor(item.lead_times), batch_size, dtype)
         targets[name] = with_reference(field)
-    return Batch(inputs=inputs, targets=targets, layout=layout)
+    observations = None
+    if layout.observations is not None:
+        observations = random_observations(layout, batch_size, rows)
+    return Batch(inputs=inputs, targets=targets, layout=layout, observations=observations)
+
+
+def random_observations(layout: Layout, batch_size: int, rows: int) -> Observations:
+    """Conventional and satellite rows at random places of the first input's grid, half of them in one place."""
+    described = layout.observations
+    grid = next(iter(layout.inputs.values())).grid
+    age = torch.arange(1 - described.frames, 1) * described.step
+    times = BASE_TIME + 86_400 * 40 * torch.arange(batch_size)[:, None] + age
+    place = grid.coordinates[torch.randint(grid.num_points, (rows,))].float()
+    place[: rows // 2] = place[:1]
+    batch, frame = torch.randint(batch_size, (rows,)), torch.randint(described.frames, (rows,))
+    satellite = torch.rand(rows) < 0.5
+    observations = Observations(
+        value=torch.randn(rows),
+        batch=batch,
+        frame=frame,
+        channel=torch.randint(described.num_channels, (rows,)),
+        platform=torch.randint(described.num_platforms, (rows,)),
+        type=torch.randint(described.num_types, (rows,)),
+        times=times,
+        latitude=place[:, 0],
+        longitude=place[:, 1],
+        time=times[batch, frame] + torch.randint(-3 * HOUR, 3 * HOUR, (rows,)),
+        height=torch.where(satellite, torch.nan, 20_000 * torch.rand(rows)),
+        pressure=torch.where(satellite, torch.nan, 1_000 * torch.rand(rows)),
+        satellite_zenith=torch.where(satellite, 60 * torch.rand(rows), torch.nan),
+        solar_zenith=torch.where(satellite, 180 * torch.rand(rows), torch.nan),
+        scan_angle=torch.where(satellite, 50 * torch.rand(rows), torch.nan),
+    )
+    check(observations, described, grid=grid)
+    return observations
 
 
 def random_field(variables, grid: Grid, seconds: torch.Tensor, batch_size: int, dtype: torch.dtype) -> Field:

@@ -1,6 +1,7 @@
 """Every preset and every swap of parts: builds, runs, learns, and survives a checkpoint.
 
-Pairwise by default (every pair of options occurs), the full product with `-m slow`.
+Pairwise by default (every pair of options occurs), the full product with `-m slow`. Data: fields on a
+latitude-longitude grid, and fixed fields with observations on HEALPix and on a latitude-longitude grid.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from data.batch import Batch, Layout
 from models import load
 from models.composition import build_from_config, compose
-from tests.model_examples import tiny_batch, tiny_layout
+from tests.model_examples import GLOBAL, SPHERE, observed_layout, tiny_batch, tiny_layout
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "model"
 TINY = [
@@ -26,18 +28,19 @@ TINY = [
     "model.depth=1",
     "model.num_heads=2",
     "model.num_latents=6",
-    "model.patch_size=3",
+    "model.observation_heads=2",
+    "model.patch_size=2",
 ]
 CPU_ATTENTION = ("auto", "reference", "sdpa", "flash")
+ALIASES = {"healpix_patch"}  # another name of video_patch
 
 
 def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-PRODUCT = list(
-    itertools.product(options("encoder"), options("processor"), options("decoder"), CPU_ATTENTION, ("auto", "global"))
-)
+def distinct(group: str, *without: str) -> list[str]:
+    return [name for name in options(group) if name not in ALIASES and name not in without]
 
 
 def pairwise(product: list[tuple]) -> list[tuple]:
@@ -54,20 +57,62 @@ def pairwise(product: list[tuple]) -> list[tuple]:
     return chosen
 
 
-def overrides(encoder, processor, decoder, attention, scope) -> list[str]:
-    given = [f"model/encoder={encoder}", f"model/processor={processor}", f"model/decoder={decoder}"]
-    given += [f"model.attention={attention}", *TINY]
-    return [*given, f"model.decoder.scope={scope}"] if decoder == "perceiver_io" and scope != "auto" else given
+FIELDS = list(
+    itertools.product(
+        distinct("encoder"), distinct("processor"), distinct("decoder"), CPU_ATTENTION, ("auto", "global")
+    )
+)
+OBSERVED = [
+    *itertools.product(
+        ["healpix"],
+        distinct("encoder", "grid_patch"),
+        distinct("processor", "spatial_transformer", "local_transformer"),
+        distinct("decoder", "grid_patch"),
+        ("analysis", "forecast"),
+    ),
+    *itertools.product(
+        ["latlon"],
+        distinct("encoder", "grid_patch"),
+        distinct("processor"),
+        distinct("decoder"),
+        ("analysis", "forecast"),
+    ),
+]
 
 
-def exercise(given: list[str], folder: Path) -> None:
+def parts(encoder: str, processor: str, decoder: str) -> list[str]:
+    return [f"model/encoder={encoder}", f"model/processor={processor}", f"model/decoder={decoder}", *TINY]
+
+
+def with_fields(encoder, processor, decoder, attention, scope) -> tuple[list[str], Layout]:
+    given = [*parts(encoder, processor, decoder), f"model.attention={attention}"]
+    if decoder == "perceiver_io" and scope != "auto":
+        given.append(f"model.decoder.scope={scope}")
+    return given, tiny_layout(gaps=True)
+
+
+def with_observations(grid, encoder, processor, decoder, times) -> tuple[list[str], Layout]:
+    layout = observed_layout({"healpix": SPHERE, "latlon": GLOBAL}[grid], analysis=times == "analysis", gaps=True)
+    return parts(encoder, processor, decoder), layout
+
+
+def masked(batch: Batch, content: float) -> Batch:
+    """Some values of every input not observed; `content` stands in their place."""
+    inputs = {}
+    for name, field in batch.inputs.items():
+        valid = torch.rand(field.values.shape, generator=torch.Generator().manual_seed(1)) < 0.7
+        inputs[name] = replace(field, values=torch.where(valid, field.values, content), valid=valid)
+    return replace(batch, inputs=inputs)
+
+
+def exercise(given: list[str], layout: Layout, folder: Path) -> None:
     torch.manual_seed(0)
     config = compose(given)
-    layout = tiny_layout(gaps=True)
-    batch = tiny_batch(layout)
+    batch = masked(tiny_batch(layout), torch.nan)
     model = build_from_config(config, layout)
-    for part in model.decoder.values():
-        torch.nn.init.normal_(part.head.weight, std=0.1)  # a zero head would hide every gradient behind it
+    for parameter in model.parameters():  # zero gates and heads would hide every gradient behind them
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
 
     output = model(batch)["forecast"]
     assert output.shape == batch.targets["forecast"].values.shape
@@ -78,6 +123,7 @@ def exercise(given: list[str], folder: Path) -> None:
             continue  # shifts all logits of a row alike: its gradient is zero, absorption leaves it out
         assert parameter.grad is not None, f"{name} gets no gradient"
         assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
+        assert parameter.grad.any(), f"the gradient of {name} is zero"
 
     stored = {
         "format": 1,
@@ -90,20 +136,45 @@ def exercise(given: list[str], folder: Path) -> None:
     loaded = load(folder)
     with torch.no_grad():
         expected = model.eval()(batch)["forecast"]
-        assert torch.equal(loaded(replace(batch, layout=loaded.layout))["forecast"], expected)
+        again = replace(masked(batch, 9.0), layout=loaded.layout)
+        assert torch.equal(loaded(again)["forecast"], expected)
 
 
-@pytest.mark.parametrize("case", pairwise(PRODUCT), ids="-".join)
+@pytest.mark.parametrize("case", pairwise(FIELDS), ids="-".join)
 def test_pairs_of_parts(case, tmp_path):
-    exercise(overrides(*case), tmp_path)
+    exercise(*with_fields(*case), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", PRODUCT, ids="-".join)
+@pytest.mark.parametrize("case", FIELDS, ids="-".join)
 def test_all_parts(case, tmp_path):
-    exercise(overrides(*case), tmp_path)
+    exercise(*with_fields(*case), tmp_path)
+
+
+@pytest.mark.parametrize("case", pairwise(OBSERVED), ids="-".join)
+def test_pairs_of_parts_with_observations(case, tmp_path):
+    exercise(*with_observations(*case), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OBSERVED, ids="-".join)
+def test_all_parts_with_observations(case, tmp_path):
+    exercise(*with_observations(*case), tmp_path)
 
 
 @pytest.mark.parametrize("preset", options("."))
 def test_presets(preset, tmp_path):
-    exercise([f"model={preset}", *TINY], tmp_path)
+    exercise([f"model={preset}", *TINY], tiny_layout(gaps=True), tmp_path)
+
+
+@pytest.mark.parametrize("given", (["model=healda_v2"], ["model=healda_v2", "model/encoder=perceiver"]), ids=len)
+def test_no_observations_at_all_give_every_parameter_a_zero_gradient_or_more(given):
+    torch.manual_seed(0)
+    layout = observed_layout()
+    model = build_from_config(compose([*given, *TINY]), layout)
+    model(tiny_batch(layout, rows=0))["forecast"].square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} gets no gradient"
+        assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
+        if ".observations." in name and "output" not in name:
+            assert not parameter.grad.any(), f"{name} has a gradient without observations"

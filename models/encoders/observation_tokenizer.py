@@ -42,7 +42,7 @@ class ObservationTokenizer(nn.Module):
         super().__init__()
         if hidden_size is None:
             hidden_size = 2 * token_size if token_size <= 64 else token_size
-        self.num_features = layout.num_features
+        self.num_features, self.token_size = layout.num_features, token_size
         self.type_table = nn.Embedding(layout.num_types, type_size)
         self.channel_table = nn.Embedding(layout.num_channels, channel_size)
         self.platform_table = nn.Embedding(layout.num_platforms, platform_size) if platform_size else None
