@@ -24,14 +24,18 @@ def train(config: DictConfig) -> None:
     # torch and everything above it only now: --help and typing errors answer at once.
     from models.composition import check
     from training.run import Run, build_data, build_model, build_task, describe
+    from training.sizes import fitted
 
+    automatic = config.model.get("size") == "auto"
     config = check(config)
     data = build_data(config)
     if config.data.inspect:
         print(data.describe())
         return
     task = build_task(config)
-    model = build_model(config, task.layout(data))
+    layout = task.layout(data)
+    config = fitted(config, layout, automatic=automatic)
+    model = build_model(config, layout)
     if config.dry_run:
         print(describe(config, data, task, model))
         return

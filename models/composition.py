@@ -46,25 +46,26 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def check(config: DictConfig, overrides: Sequence[str] | None = None) -> DictConfig:
-    """The configuration with its automatic size chosen, after every check that needs no data.
+    """The configuration after every check that needs no data; `model/size=auto` becomes what the data recommends.
 
     overrides: what it was composed with; None: those of the running Hydra job. Raises ValueError, one sentence.
     """
-    searched = ()
+    check_config(config, HydraConfig.get().overrides.task if overrides is None else overrides)
+    if config.model.get("size") != "auto":
+        return config
+    recommended = config.data.get("recommended") or {}
+    return with_size(recommended.get("size") or "small", overrides)
+
+
+def with_size(size: str, overrides: Sequence[str] | None = None, searched: Sequence[str] = ()) -> DictConfig:
+    """The configuration of some overrides at a named size; explicit settings of what a size sets beat it.
+
+    overrides, searched: what was typed and folders with more options; None: those of the running Hydra job.
+    """
     if overrides is None:
         job = HydraConfig.get()
         overrides = job.overrides.task
         searched = [source.path for source in job.runtime.config_sources if source.schema == "file"]
-    check_config(config, overrides)
-    return resolve_size(config, overrides, searched)
-
-
-def resolve_size(config: DictConfig, overrides: Sequence[str], searched: Sequence[str] = ()) -> DictConfig:
-    """Turns `model/size=auto` into the size that the data recommends by composing again; explicit overrides beat it."""
-    if config.model.get("size") != "auto":
-        return config
-    recommended = config.data.get("recommended") or {}
-    size = recommended.get("size") or "small"
     kept = [override for override in overrides if override.split("=")[0].lstrip("+") != "model/size"]
     return _composed([*kept, f"model/size={size}"], searched)
 

@@ -13,8 +13,7 @@ from models.latents import Latents
 if TYPE_CHECKING:
     from models.encode_process_decode import EncodeProcessDecode
 
-# Adam keeps two moments beside weight and gradient; an average of the weights may come on top.
-_COPIES_IN_TRAINING = 4
+COPIES_IN_TRAINING = 5  # weights, gradients, two moments of Adam, moving average
 
 
 def describe(model: EncodeProcessDecode, batch: Batch) -> str:
@@ -31,7 +30,7 @@ def describe(model: EncodeProcessDecode, batch: Batch) -> str:
         part.register_forward_hook(lambda module, inputs, output, name=name: outputs.update({name: _shape(output)}))
         for name, part in parts.items()
     ]
-    kept = _Kept(model)
+    kept = KeptTensors(model)
     training = model.training
     device = batch.base_time.device
     try:
@@ -54,25 +53,27 @@ def describe(model: EncodeProcessDecode, batch: Batch) -> str:
         for part, kind, count, shape in lines
     ]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    total = _COPIES_IN_TRAINING * weights + kept.bytes
+    total = COPIES_IN_TRAINING * weights + kept.bytes
     memory = (
         f"training memory about {_size(total)} for a batch of {batch.batch_size}: weights, gradients and optimiser "
-        f"{_size(_COPIES_IN_TRAINING * weights)}, activations {_size(kept.bytes)}"
+        f"{_size(COPIES_IN_TRAINING * weights)}, activations {_size(kept.bytes)}"
     )
     return "\n".join([*table, memory])
 
 
-class _Kept:
+class KeptTensors:
     """Counts the storages that autograd saves for backward, each once, without those of the parameters."""
 
     def __init__(self, model: nn.Module):
         self.seen = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+        self.storages: list[torch.UntypedStorage] = []  # held, so that no address is used twice
         self.bytes = 0
 
     def add(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.seen:
             self.seen.add(storage._cdata)
+            self.storages.append(storage)
             self.bytes += storage.nbytes()
         return tensor
 

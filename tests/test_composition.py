@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from data.batch import InputLayout, Layout
 from models import build, load
-from models.composition import build_from_config, check, compose, resolve_size
+from models.composition import build_from_config, check, compose, with_size
 from models.refusals import REFUSALS
 from tests.model_examples import COARSE, GLOBAL, REGION, STATIONS, TEMPERATURE, tiny_batch, tiny_layout
 
@@ -130,11 +130,7 @@ def test_presets_of_a_users_own_folder_get_their_size_too(tmp_path):
     (tmp_path / "model").mkdir()
     preset = "# @package _global_\ndefaults:\n  - perceiver\n  - _self_\nmodel:\n  name: mine\n  mlp_ratio: 3.0\n"
     (tmp_path / "model" / "mine.yaml").write_text(preset)
-    given = ["model=mine", "data.recommended.size=tiny"]
-    chosen = compose(["model/size=base"])
-    assert resolve_size(chosen, given, [str(tmp_path)]) is chosen  # a size once chosen stays
-    automatic = OmegaConf.merge(chosen, {"model": {"size": "auto"}, "data": {"recommended": {"size": "tiny"}}})
-    config = resolve_size(automatic, given, [str(CONF), str(tmp_path)])
+    config = with_size("tiny", ["model=mine", "model/size=auto"], [str(CONF), str(tmp_path)])
     assert (config.model.name, config.model.mlp_ratio, config.model.size) == ("mine", 3.0, "tiny")
 
 

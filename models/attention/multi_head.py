@@ -190,7 +190,7 @@ class MultiHeadAttention(nn.Module):
 
     def _absorbed(self, query: Tensor, context: Context, bias: Tensor | None) -> Tensor:
         heads, count = query.shape[1:3]
-        key_weight, _ = folded(self.key, context.affine)
+        key_weight, key_bias = folded(self.key, context.affine)
         value_weight, value_bias = folded(self.value, context.affine)
         key_weight = rearrange(key_weight, "(h k) c -> h k c", h=heads).to(query.dtype)
         value_weight = rearrange(value_weight, "(h v) c -> h c v", h=heads).to(query.dtype)
@@ -202,6 +202,8 @@ class MultiHeadAttention(nn.Module):
         attended = mixed @ value_weight
         if value_bias is None:
             return attended
+        # The keys' bias cancels in the softmax; a zero gradient keeps it from looking unused to distributed training.
+        value_bias = value_bias + 0.0 * key_bias.sum()
         return attended + rearrange(value_bias, "(h v) -> h 1 v", h=heads).to(attended.dtype)
 
 
@@ -217,7 +219,8 @@ def folded(linear: nn.Linear, affine: tuple[Tensor, Tensor] | None) -> tuple[Ten
 def in_autocast_dtype(tokens: Tensor) -> Tensor:
     """Casts once what several matrix products would cast each, and keep each for the backward pass."""
     kind = tokens.device.type
-    return tokens.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tokens
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return tokens.to(torch.get_autocast_dtype(kind)) if casts else tokens
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

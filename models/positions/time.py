@@ -91,8 +91,7 @@ class LocalCalendar(Tables):
         self.table("harmonics", torch.arange(1, hidden_size // 4 + 1, device=longitude.device).float())
 
     def forward(self, second_of_day: Tensor, day_of_year: Tensor) -> Tensor:
-        with torch.autocast(second_of_day.device.type, enabled=False):
-            local = (second_of_day.float()[..., None] + self.offset) % SECONDS_PER_DAY / SECONDS_PER_DAY  # (B, T, N)
-            season = (day_of_year.float() / DAYS_PER_YEAR % 1)[..., None].expand_as(local)
-            angles = [2 * math.pi * phase[..., None] * self.harmonics for phase in (local, season)]
-            return torch.cat([part for angle in angles for part in (angle.cos(), angle.sin())], dim=-1)
+        local = (second_of_day.float()[..., None] + self.offset) % SECONDS_PER_DAY / SECONDS_PER_DAY  # (B, T, N)
+        season = (day_of_year.float() / DAYS_PER_YEAR % 1)[..., None].expand_as(local)
+        angles = [2 * math.pi * phase[..., None] * self.harmonics for phase in (local, season)]
+        return torch.cat([part for angle in angles for part in (angle.cos(), angle.sin())], dim=-1)

@@ -1,0 +1,105 @@
+"""How much memory training a model takes, found on the meta device: nothing is allocated, nothing computed.
+
+Weights, gradients, optimiser state and average count exactly; activations are those that autograd would keep in one
+forward pass. Observations, whose number a layout does not know, count with what each cell's queries keep.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from data.batch import Batch, Field, Layout, Reference
+from models.attention.pixel import PixelCrossAttention
+from models.composition import build_from_config
+from models.summary import COPIES_IN_TRAINING, KeptTensors
+
+SIXTEEN_BIT = 0.6  # of the activations in float32: norms and residuals stay wide
+OVERHEAD = 1.15  # work space of products and the allocator's slack
+
+
+def training_bytes(config: DictConfig, layout: Layout, *, batch_size: int, sixteen_bit: bool) -> int:
+    """Bytes that one rank needs to train the model of a configuration on batches of this layout."""
+    config = copy.deepcopy(config)
+    # What the kernels of a device keep; on the meta device they would fall back to the whole matrix of logits.
+    config.model.attention = "blockwise"
+    with torch.device("meta"):
+        model = build_from_config(config, layout)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    activations = _activations(config, model, layout, batch_size)
+    if getattr(model.processor, "recomputed", ()):  # one block at a time is computed again
+        block = OmegaConf.merge(config, {"model": {"depth": 1, "processor": {"checkpoint": "none"}}})
+        with torch.device("meta"):
+            activations += _activations(block, build_from_config(block, layout), layout, batch_size)
+    return round(OVERHEAD * (COPIES_IN_TRAINING * weights + activations * (SIXTEEN_BIT if sixteen_bit else 1.0)))
+
+
+def _activations(config: DictConfig, model: nn.Module, layout: Layout, batch_size: int) -> int:
+    """Bytes that autograd keeps for one backward pass, in float32."""
+    gridded = _without_observations(layout)
+    with torch.device("meta"):
+        plain = build_from_config(config, gridded).to("meta").train()
+    kept = KeptTensors(plain)
+    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+        plain(_meta_batch(gridded, batch_size))
+    return kept.bytes + _queries_bytes(model, batch_size)
+
+
+def available_bytes(device: torch.device, *, ranks: int = 1) -> int:
+    """Memory of the device; of the machine, shared by its ranks, where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemTotal:")
+    ]
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(name).read_text().strip() if Path(name).is_file() else "max"
+        limits += [int(text)] if text.isdigit() else []
+    return min(limits) // ranks
+
+
+def _without_observations(layout: Layout) -> Layout:
+    """The same frames, read from the gridded inputs alone."""
+    inputs = {name: replace(item, frames=layout.frames) for name, item in layout.inputs.items()}
+    if layout.observations is not None:
+        inputs = {name: replace(item, step=layout.observations.step) for name, item in inputs.items()}
+        return replace(layout, inputs=inputs, observations=None)
+    return layout
+
+
+def _meta_batch(layout: Layout, batch_size: int) -> Batch:
+    def field(item, times: int) -> Field:
+        moments = torch.zeros(batch_size, times, device="meta")
+        values = torch.zeros(batch_size, times, len(item.variables), *item.grid.shape, device="meta")
+        return Field(
+            values,
+            item.variables,
+            item.grid,
+            moments.long(),
+            reference=Reference(values, values),
+            second_of_day=moments,
+            day_of_year=moments,
+        )
+
+    inputs = {name: field(item, item.frames) for name, item in layout.inputs.items()}
+    targets = {name: field(item, len(item.lead_times)) for name, item in layout.targets.items()}
+    return Batch(inputs, targets, layout)
+
+
+def _queries_bytes(model: nn.Module, batch_size: int) -> int:
+    """What the attention to observations keeps: normed tokens, queries and mixtures of every cell, in float32."""
+    latents = model.encoder.latent_layout
+    cells = batch_size * latents.frames * latents.num_tokens
+    blocks = getattr(model.processor, "blocks", [])
+    again = {
+        module for index in getattr(model.processor, "recomputed", ()) for module in blocks[index].modules()
+    }  # computed again in the backward pass: nothing is kept
+    layers = [module for module in model.modules() if isinstance(module, PixelCrossAttention) and module not in again]
+    return sum(4 * cells * (layer.query.in_features + 2 * layer.output.in_features) for layer in layers)

@@ -1,0 +1,57 @@
+"""Does the model fit? `model/size=auto` becomes the largest size that does; a forced one that does not is refused."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from data.batch import Layout
+from models.composition import with_size
+from models.memory import available_bytes, training_bytes
+from training.loop import choose_device, choose_precision
+
+SIZES = ("tiny", "small", "base", "production")  # conf/model/size, ascending
+
+
+def fitted(config: DictConfig, layout: Layout, *, automatic: bool) -> DictConfig:
+    """The configuration at a size whose training fits the memory of a rank.
+
+    config: at the size that was asked for or, automatic, that the data recommends: the largest that is tried. Says in a
+    line what was chosen. Raises ValueError where a forced size, or even the smallest one, does not fit.
+    """
+    device = choose_device(config.trainer.device)
+    available = available_bytes(device)
+    wanted = config.model.size
+    while (needed := _needed(config, layout)) > available:
+        smaller = SIZES.index(config.model.size) - 1 if config.model.size in SIZES else -1
+        if not automatic or smaller < 0:
+            raise ValueError(
+                f"model/size={config.model.size} needs about {_gib(needed)} to train with "
+                f"trainer.batch_size={config.trainer.batch_size}, and this {device.type} device has {_gib(available)}; "
+                f"use {_advice(config, smaller)}"
+            )
+        config = with_size(SIZES[smaller])
+    if automatic:
+        size = config.model.size
+        why = "what the data recommends" if size == wanted else f"the largest that fits {_gib(available)}"
+        other = next(name for name in ("small", "tiny") if name != size)
+        print(f"model/size={size}: {why}, about {_gib(needed)}; model/size={other} forces another")
+    return config
+
+
+def _needed(config: DictConfig, layout: Layout) -> int:
+    precision = choose_precision(config.trainer.precision, choose_device(config.trainer.device))
+    return training_bytes(
+        config, layout, batch_size=config.trainer.batch_size, sixteen_bit=precision in ("bf16", "fp16")
+    )
+
+
+def _advice(config: DictConfig, smaller: int) -> str:
+    advice = [f"model/size={SIZES[smaller]}"] if smaller >= 0 else []
+    advice += ["trainer.batch_size=1"] if config.trainer.batch_size > 1 else []
+    if config.model.processor.get("checkpoint") == "none":
+        advice.append("model.processor.checkpoint=all")
+    return " or ".join(advice) or "a machine with more memory"
+
+
+def _gib(number: int) -> str:
+    return f"{number / 2**30:.2g} GiB" if number < 2**30 * 99 else f"{number / 2**30:.0f} GiB"
