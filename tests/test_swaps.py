@@ -119,11 +119,10 @@ def exercise(given: list[str], layout: Layout, folder: Path) -> None:
     sums, weights = model.head.loss(output, batch.targets["forecast"])
     (sums / weights).sum().backward()
     for name, parameter in model.named_parameters():
-        if name.endswith("attention.key.bias"):
-            continue  # shifts all logits of a row alike: its gradient is zero, absorption leaves it out
         assert parameter.grad is not None, f"{name} gets no gradient"
         assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
-        assert parameter.grad.any(), f"the gradient of {name} is zero"
+        if not name.endswith("attention.key.bias"):  # shifts all logits of a row alike
+            assert parameter.grad.any(), f"the gradient of {name} is zero"
 
     stored = {
         "format": 1,
@@ -168,7 +167,7 @@ def test_presets(preset, tmp_path):
 
 
 @pytest.mark.parametrize("given", (["model=healda_v2"], ["model=healda_v2", "model/encoder=perceiver"]), ids=len)
-def test_no_observations_at_all_give_every_parameter_a_zero_gradient_or_more(given):
+def test_no_observations_at_all_give_every_parameter_a_gradient(given):
     torch.manual_seed(0)
     layout = observed_layout()
     model = build_from_config(compose([*given, *TINY]), layout)
