@@ -169,8 +169,7 @@ def load(directory: str | Path, *, ema: bool = True) -> EncodeProcessDecode:
             if "attention" in config.model[part]:
                 config.model[part].attention = "auto"
     model = build_from_config(config, Layout.from_dict(stored["layout"]))
-    averaged = folder / "ema.safetensors"
-    _fill(model, averaged if ema and averaged.is_file() else folder / "model.safetensors")
+    _fill(model, folder / ("ema.safetensors" if ema and stored["averaged"] else "model.safetensors"))
     return model.eval()
 
 
@@ -180,6 +179,8 @@ def _fill(model: nn.Module, path: Path) -> None:
 
     try:
         model.load_state_dict(load_file(path))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} lacks {path.name}; use another checkpoint of the run, like last") from error
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged or of another model ({reason}); use another checkpoint") from error

@@ -169,6 +169,7 @@ def checkpoint(tmp_path):
     model = build_from_config(config, layout)
     torch.nn.init.normal_(model.decoder["forecast"].head.weight)
     stored = {"format": 1, "model": OmegaConf.to_container(config.model, resolve=True), "layout": layout.to_dict()}
+    stored["averaged"] = False
     stored["task"] = OmegaConf.to_container(config.task, resolve=True)
     (tmp_path / "config.json").write_text(json.dumps(stored))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -178,12 +179,16 @@ def checkpoint(tmp_path):
 def test_load_prefers_averaged_weights(checkpoint):
     from safetensors.torch import save_file
 
-    folder, model, _ = checkpoint
+    folder, model, stored = checkpoint
     averaged = {name: value + 1 for name, value in model.state_dict().items()}
     save_file(averaged, folder / "ema.safetensors")
+    (folder / "config.json").write_text(json.dumps({**stored, "averaged": True}))
     name = "decoder.forecast.head.weight"
     assert torch.equal(load(folder).state_dict()[name], averaged[name])
     assert torch.equal(load(folder, ema=False).state_dict()[name], model.state_dict()[name])
+    (folder / "ema.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks ema\.safetensors"):
+        load(folder)
 
 
 def test_load_on_a_machine_without_the_attention_of_the_run(checkpoint, monkeypatch):

@@ -129,6 +129,9 @@ def test_a_damaged_checkpoint_is_one_sentence(data, tmp_path, name):
     with pytest.raises(ValueError, match="damaged or belongs to another model") as caught:
         tiny_loop(tmp_path / "again", data).resume(last_checkpoint(tmp_path))
     assert "\n" not in str(caught.value)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"lacks {name}"):
+        tiny_loop(tmp_path / "again", data).resume(last_checkpoint(tmp_path))
 
 
 def test_a_state_that_would_run_code_is_refused(data, tmp_path):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from training.averaging import WeightAverage
 
 if TYPE_CHECKING:
+    from data.analysis_normalisation import AnalysisNormalisation
     from data.normalisation import Normalisation
 
 FORMAT = 1
@@ -109,20 +110,24 @@ class RunFiles:
     """The files inside a checkpoint folder.
 
     description: content of config.json besides the format: model, task, layout (plain JSON).
-    normalisation: what `data.normalisation.Normalisation` stores.
+    normalisation: the statistics of the task, stored by their `state_dict`.
     """
 
-    def __init__(self, description: dict, normalisation: Normalisation):
+    def __init__(self, description: dict, normalisation: Normalisation | AnalysisNormalisation):
         tensors, metadata = normalisation.state_dict()
+        self._description = {"format": FORMAT, **description}
         self._constant = {
-            "config.json": _json({"format": FORMAT, **description}),
             "normalisation.safetensors": _tensors(tensors),
             "normalisation.json": _json(metadata),
         }
 
     def content(self, model: nn.Module, average: WeightAverage | None, state: dict) -> dict[str, bytes]:
         """File names and bytes. state: what only training needs; plain containers, numbers and tensors."""
-        files = dict(self._constant, **{"model.safetensors": _tensors(model.state_dict())})
+        files = {
+            "config.json": _json({**self._description, "averaged": average is not None}),
+            **self._constant,
+            "model.safetensors": _tensors(model.state_dict()),
+        }
         if average is not None:
             files["ema.safetensors"] = _tensors(average.model.state_dict())
             state = dict(state, average_updates=average.updates)
@@ -145,18 +150,22 @@ class RunFiles:
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Averaged weights where the checkpoint has them, else the trained ones."""
-    averaged = checkpoint / "ema.safetensors"
+    """Averaged weights where the checkpoint was saved with them, else the trained ones."""
     with _readable(checkpoint):
-        _fill(model, averaged if averaged.exists() else checkpoint / "model.safetensors")
+        averaged = json.loads((checkpoint / "config.json").read_text())["averaged"]
+        _fill(model, checkpoint / ("ema.safetensors" if averaged else "model.safetensors"))
 
 
-def read_normalisation(checkpoint: Path) -> Normalisation:
+def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisation:
+    """The statistics that the run was trained with."""
+    from data.analysis_normalisation import AnalysisNormalisation
     from data.normalisation import Normalisation
 
     with _readable(checkpoint):
         tensors = load((checkpoint / "normalisation.safetensors").read_bytes())
-        return Normalisation.from_state(tensors, json.loads((checkpoint / "normalisation.json").read_text()))
+        description = json.loads((checkpoint / "normalisation.json").read_text())
+        kind = AnalysisNormalisation if description.get("kind") == "analysis" else Normalisation
+        return kind.from_state(tensors, description)
 
 
 @contextmanager
@@ -164,6 +173,10 @@ def _readable(checkpoint: Path):
     """Turns what damaged or foreign files raise into one sentence."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"the checkpoint {checkpoint} lacks {Path(error.filename).name}; use another one of the run, like last"
+        ) from error
     except (
         SafetensorError,
         RuntimeError,
@@ -176,7 +189,7 @@ def _readable(checkpoint: Path):
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"the checkpoint {checkpoint} is damaged or belongs to another model ({reason}); "
-            "resume with the overrides that the run was started with, or start anew"
+            "use another checkpoint of the run, and to resume the overrides that it was started with"
         ) from error
 
 

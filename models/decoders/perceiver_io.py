@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from data.batch import Layout, Query
 from data.grids import LatLonGrid
 from models.attention import AttentionLayer, Context, Modulation
+from models.attention.multi_head import KV_MODES
 from models.conditioning.moment import Moment
 from models.decoders.windows import Windows
 from models.initialisation import linear_, table_, zeros_
@@ -76,7 +77,7 @@ class PerceiverIODecoder(nn.Module):
         kv_mode: str = "auto",
     ):
         super().__init__()
-        self._check(queries=queries, features=features, scope=scope, chunk_size=chunk_size)
+        self._check(queries=queries, features=features, scope=scope, chunk_size=chunk_size, kv_mode=kv_mode)
         described = layout.targets[target]
         self.grid, self.zero_head = described.grid, zero_head
         self.chunk_size = chunk_size or described.grid.num_points
@@ -124,11 +125,13 @@ class PerceiverIODecoder(nn.Module):
         self.initialise()
 
     @staticmethod
-    def _check(*, queries: str, features: int, scope: str, chunk_size: int | None) -> None:
+    def _check(*, queries: str, features: int, scope: str, chunk_size: int | None, kv_mode: str) -> None:
         if queries not in QUERIES:
             raise ValueError(f"model.decoder.queries={queries} is unknown; use one of {', '.join(QUERIES)}")
         if scope not in SCOPES:
             raise ValueError(f"model.decoder.scope={scope} is unknown; use one of {', '.join(SCOPES)}")
+        if kv_mode not in KV_MODES:
+            raise ValueError(f"model.decoder.kv_mode={kv_mode} is unknown; use one of {', '.join(KV_MODES)}")
         if features < 0 or (features and features % 2 == 0):
             raise ValueError(f"model.decoder.features={features} must be 0 or an odd number of cells, like 5")
         if chunk_size is not None and chunk_size < 1:
