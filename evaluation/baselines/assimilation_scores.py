@@ -1,8 +1,8 @@
 """Scores of optimal interpolation under the two protocols of honest skill on real data.
 
-`score_osse`: NCEP air temperature observed at METAR stations (`data/datasets/osse.py`), root mean square error in K with
-cos-latitude weights over all frames of the test windows, and over their last frames. `score_wc13`: withheld real ocean
-observations (`data/datasets/wc13.py`), root mean square difference, mean over the seeds.
+`score_osse`: NCEP air temperature observed at METAR stations (`data/datasets/osse.py`), root mean square error in K
+with cos-latitude weights over all frames of the test windows, and over their last frames. `score_wc13`: withheld real
+ocean observations (`data/datasets/wc13.py`), root mean square difference, mean over the seeds.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def score_osse(
     `window` (space-time covariances of 2013), all tuned on 2013. stride: frames from one test window to the next.
     """
     data = OSSE(fields, split=OSSE_SPLIT, density=max(*densities, _TUNING_STATIONS), densities=densities)
-    training, windows = data.training_period, test_windows(data, stride)
+    training, windows = data.training_period, evaluation_windows(data, stride)
     network = _Network.of(data, training)
     weights = data.grid.cos_weights.flatten()
     tuning = network.first(_TUNING_STATIONS)
@@ -61,10 +61,9 @@ def score_osse(
     scores: dict[int, dict[str, WindowScore]] = {}
     for density in densities:
         stations, seen = network.first(density), observed[..., :density]
-        nearest = distances(stations.places, stations.stations).argmin(dim=1)
         analyses = {
             "climatology": torch.zeros_like(truth),
-            "nearest_station": seen[..., nearest],
+            "nearest_station": seen[..., stations.nearest],
             "single_time": stations.fitted(single, 1)(seen.flatten(0, 1)[:, None]).reshape(truth.shape),
             "window": stations.fitted(window, FRAMES)(seen),
         }
@@ -72,7 +71,7 @@ def score_osse(
     return scores
 
 
-def test_windows(data: OSSE, stride: int) -> np.ndarray:
+def evaluation_windows(data: OSSE, stride: int) -> np.ndarray:
     """(B, T) frames of the test year, `stride` frames from one window to the next."""
     return data.windows("test", frames=FRAMES)[::stride]
 
@@ -85,7 +84,7 @@ def score(analysis: Tensor, truth: Tensor, weights: Tensor) -> WindowScore:
 
 @dataclass(frozen=True)
 class _Network:
-    """Training series of cells and stations: places (P, 3), stations (N, 3) in km, cells (n, P), truth and observed
+    """Training series: coordinates (P, 2), station_coordinates (N, 2) in degrees, cells (n, P), truth and observed
     (n, N), float64."""
 
     coordinates: Tensor
@@ -101,12 +100,9 @@ class _Network:
         return _Network(data.grid.coordinates, stations, cells, truth, data.observed(frames))
 
     @property
-    def places(self) -> Tensor:
-        return positions(self.coordinates)
-
-    @property
-    def stations(self) -> Tensor:
-        return positions(self.station_coordinates)
+    def nearest(self) -> Tensor:
+        """(P,) the station nearest to each cell."""
+        return distances(positions(self.coordinates), positions(self.station_coordinates)).argmin(dim=1)
 
     def first(self, density: int) -> _Network:
         kept = self.station_coordinates[:density]

@@ -25,10 +25,10 @@ from evaluation.baselines.covariances import CORRELATIONS, distances, matern32, 
 
 PARTS = 6  # consecutive parts of the training series in cross-validation
 LENGTHS = (500.0, 700.0, 900.0, 1200.0)  # km
-LOCALISATIONS = (1500.0, 2000.0, 2500.0, 3000.0, 4000.0)  # km, half the distance where the taper ends
-SHRINKAGES = (0.03, 0.1, 0.2, 0.35)
+LOCALISATIONS = (2000.0, 3000.0, 4000.0, 6000.0)  # km, half the distance where the taper ends
+SHRINKAGES = (0.1, 0.2, 0.35, 0.5)
 SCATTERED_LENGTHS = (30.0, 50.0, 80.0, 120.0, 200.0, 320.0)  # km
-NOISES = (1e-3, 1e-2, 0.1, 0.3, 1.0)
+NOISES = (1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0)
 TIME_SCALES = (2.0, 5.0, 20.0)  # days
 LEVEL_SCALES = (2.0, 5.0, 15.0)
 FOLDS, MAX_TRIALS = 5, 512
@@ -111,8 +111,7 @@ class WindowInterpolation:
         return WindowInterpolation(cross, torch.linalg.cholesky(matrix))
 
     def __call__(self, observed: Tensor) -> Tensor:
-        """(B, T, N) float64 anomalies at the stations -> (B, T, P). Raises ValueError where an observation is missing.
-        """
+        """(B, T, N) float64 anomalies at the stations -> (B, T, P). Raises ValueError on missing observations."""
         if not observed.isfinite().all():
             raise ValueError(
                 f"{(~observed.isfinite()).sum()} of {observed.numel()} observations are missing; give windows in which "
