@@ -126,6 +126,7 @@ def exercise(given: list[str], layout: Layout, folder: Path) -> None:
 
     stored = {
         "format": 1,
+        "averaged": False,
         "model": OmegaConf.to_container(config.model, resolve=True),
         "task": OmegaConf.to_container(config.task, resolve=True),
         "layout": layout.to_dict(),
