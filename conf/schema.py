@@ -80,7 +80,7 @@ class Evaluate:
     checkpoint: str = "best"
     split: str = "test"
     weights: str = "area"
-    baselines: list[str] = field(default_factory=list)
+    baselines: Optional[list[str]] = None  # None: all of the task
     regions: Any = None
     max_windows: Optional[int] = None
     report: bool = True

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data.batch import Variable
 from data.grids import Grid
-from evaluation.baselines import BASELINES, build, situation
+from evaluation.baselines import build
 from evaluation.regions import land_fraction, regions_of
 from evaluation.scores import SCORES, ForecastScores, cell_weights
 from evaluation.spectra import ZonalSpectra
@@ -27,14 +27,13 @@ if TYPE_CHECKING:
 
 OURS = "ours"
 NETWORK = "network alone"  # beside ours, where ours mixes it with a baseline
-TARGET = "forecast"  # the target's name in a forecast batch
 _VALUES_PER_BATCH = 2**22
 
 
 @dataclass
 class Evaluation:
     """What one pass found. methods: `ours`, where it is stacked `network alone`, then the baselines; hours: (L,)
-    nominal lead times.
+    nominal lead times, 0 or negative for analyses. step_hours: between frames of the data.
 
     scores: method -> ForecastScores. squared_error: method -> (windows, L, C), weight: (windows, L, C), over all cells,
     for intervals. spectra: of `ours`, or None where the grid's rows are unsuited. bases: (windows,) indices of the last
@@ -44,7 +43,7 @@ class Evaluation:
     variables: tuple[Variable, ...]
     grid: Grid
     hours: tuple[float, ...]
-    lead_steps: tuple[int, ...]
+    step_hours: float
     split: str
     weights: str
     bases: np.ndarray
@@ -87,7 +86,7 @@ def evaluate(
     normalisation,
     *,
     split: str = "test",
-    baselines: Sequence[str] = tuple(BASELINES),
+    baselines: Sequence[str] | None = None,
     weights: str = "area",
     boxes: Mapping[str, Sequence[float]] | None = None,
     stacking: Stacking | None = None,
@@ -97,7 +96,7 @@ def evaluate(
 ) -> Evaluation:
     """Scores a model on the windows of `split`, in evaluation mode on the device of its weights.
 
-    task: a ForecastTask; data: its GriddedData. boxes: further regions, see `regions_of`. stacking: mixes the model's
+    task: see `training/tasks`; data: what it learns from. baselines: None, all of the task. boxes: further regions, see `regions_of`. stacking: mixes the model's
     forecasts with a baseline's; the model's own are then scored as well. max_windows: that many, evenly spread over the
     split. on_forecast(bases (B,), forecast (B, L, C, *grid.shape) physical) sees every batch.
     Raises ValueError for unknown names and an empty split.
@@ -108,8 +107,9 @@ def evaluate(
         if max_windows < 1:
             raise ValueError(f"max_windows={max_windows} must be at least 1; null takes the whole split")
         positions = np.unique(np.linspace(0, len(dataset) - 1, min(max_windows, len(dataset))).round().astype(int))
+    baselines = list(task.baselines) if baselines is None else list(baselines)
     names = list(dict.fromkeys([*baselines, *([stacking.baseline] if stacking else [])]))
-    fitted = build(names, data, normalisation, lead_steps=dataset.lead_steps, split=split)
+    fitted = build(names, data, normalisation, lead_steps=dataset.lead_steps, split=split, known=task.baselines)
     methods = (OURS, *([NETWORK] if stacking else []), *baselines)
     cells = cell_weights(data.grid, weights)
     regions = regions_of(data.grid, land_fraction=land_fraction(data), boxes=boxes)
@@ -117,7 +117,7 @@ def evaluate(
         data.variables,
         data.grid,
         dataset.lead_hours,
-        dataset.lead_steps,
+        data.step / 3600,
         split,
         weights,
         dataset.base_indices[positions],
@@ -125,7 +125,7 @@ def evaluate(
         ZonalSpectra(data.grid) if spectra and ZonalSpectra.fits(data.grid) else None,
     )
     per_window: dict[str, list] = {method: [] for method in methods}
-    for window in forecasts(model, dataset, fitted, positions):
+    for window in forecasts(model, task, dataset, fitted, positions):
         network = window.forecasts[NETWORK]
         ours = stacking.mix(network, window.forecasts[stacking.baseline]) if stacking else network
         for method in methods:
@@ -158,9 +158,9 @@ class Windows:
 
 @torch.inference_mode()
 def forecasts(
-    model: nn.Module, dataset, baselines: Mapping[str, object], positions: np.ndarray | None = None
+    model: nn.Module, task, dataset, baselines: Mapping[str, object], positions: np.ndarray | None = None
 ) -> Iterator[Windows]:
-    """The samples `positions` (None: all) of a ForecastDataset, batch by batch, by the model in evaluation mode and by
+    """The samples `positions` (None: all) of a task's data set, batch by batch, by the model in evaluation mode and by
     fitted baselines, on the CPU."""
     data = dataset.data
     positions = np.arange(len(dataset)) if positions is None else positions
@@ -170,12 +170,12 @@ def forecasts(
     with _evaluating(model):
         for start in range(0, positions.size, size):
             chosen = positions[start : start + size]
-            bases = dataset.base_indices[chosen]
-            known, truth = situation(data, dataset.normalisation, bases, dataset.lead_steps)
-            predicted = model.predict(dataset.__getitems__(chosen).to(device))[TARGET].point.values
+            batch = dataset.__getitems__(chosen)
+            known, truth = task.situation(dataset, chosen, batch)
+            predicted = model.predict(batch.to(device))[dataset.target].point.values
             made = {NETWORK: predicted.float().cpu()}
             made |= {name: baseline.forecast(known) for name, baseline in baselines.items()}
-            yield Windows(bases, truth, known.climatology, truth.isfinite() & data.domain, made)
+            yield Windows(dataset.base_indices[chosen], truth, known.climatology, truth.isfinite(), made)
 
 
 @contextmanager
@@ -201,7 +201,7 @@ def write_windows(found: Evaluation, path: Path) -> None:
         weight=found.weight.numpy(),
         bases=found.bases,
         hours=np.array(found.hours),
-        lead_steps=np.array(found.lead_steps),
+        step_hours=np.array(found.step_hours),
         variables=np.array([variable.label for variable in found.variables]),
         **arrays,
     )

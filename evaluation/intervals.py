@@ -29,8 +29,8 @@ def read_windows(path: Path) -> dict[str, np.ndarray] | None:
 def block_length(windows: dict[str, np.ndarray], lead: int) -> int:
     """Windows in a block: a week's, and at least those of two lead times, for forecasts that overlap are alike."""
     bases, hours = windows["bases"], windows["hours"][lead]
-    spacing = max(1.0, np.ptp(bases) / max(1, bases.size - 1)) * hours / windows["lead_steps"][lead]
-    return max(1, int(np.ceil(max(24 * BLOCK_DAYS, 2 * hours) / spacing)))
+    spacing = max(1.0, np.ptp(bases) / max(1, bases.size - 1)) * float(windows["step_hours"])
+    return max(1, int(np.ceil(max(24 * BLOCK_DAYS, 2 * abs(hours)) / spacing)))
 
 
 def method_interval(windows: dict[str, np.ndarray], method: str, lead: int, channel: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from data.grids import LatLonGrid
+from data.grids import Grid, LatLonGrid
 from evaluation.evaluation import OURS, Evaluation
 from evaluation.spectra import ZonalSpectra
 
@@ -59,7 +59,7 @@ def _lead_axis(axis, hours: Sequence[float]) -> None:
 
 def _unit(hours: Sequence[float]) -> tuple[str, float]:
     """(name, hours) of the unit in which people would give these lead times."""
-    if all(abs(value / MONTH - round(value / MONTH)) < 1e-6 for value in hours):
+    if any(hours) and all(abs(value / MONTH - round(value / MONTH)) < 1e-6 for value in hours):
         return "months", MONTH
     return ("days", 24.0) if max(hours) > 96 else ("h", 1.0)
 
@@ -91,13 +91,13 @@ def lead_time_curves(found: Evaluation, channel: int):
     return figure
 
 
-def maps(
-    grid: LatLonGrid, label: str, units: str, truth: Tensor, forecast: Tensor, leads: Sequence[str], title: str = ""
-):
-    """Truth, forecast and error, a row a lead time. truth, forecast: (L, H, W); grey where the truth is NaN.
+def maps(grid: Grid, label: str, units: str, truth: Tensor, forecast: Tensor, leads: Sequence[str], title: str = ""):
+    """Truth, forecast and error, a row a lead time. truth, forecast: (L, *grid.shape); grey where the truth is NaN.
 
-    Limits: the 1st and 99th percentile of the truth for the fields, symmetric about 0 for the error (its 99th).
+    Cells that are no rows and columns are drawn by the nearest one. Limits: the 1st and 99th percentile of the truth for the fields, symmetric about 0 for the error (its 99th).
     """
+    if not isinstance(grid, LatLonGrid):
+        grid, (truth, forecast) = _drawn(grid, truth, forecast)
     truth, forecast = truth.double().numpy(), forecast.double().numpy()
     error = forecast - truth
     seen = np.isfinite(truth)
@@ -129,6 +129,17 @@ def maps(
                 )
     figure.suptitle(f"{label}, {title}" if title else label, fontsize=12)
     return figure
+
+
+def _drawn(grid: Grid, *fields: Tensor) -> tuple[LatLonGrid, list[Tensor]]:
+    """Fields (..., *grid.shape) on a latitude-longitude grid finer than their cells."""
+    from data.regridding import Regridder
+
+    rows = int(np.clip(2 * np.sqrt(grid.num_points), 45, 360))
+    step = 180 / rows
+    regular = LatLonGrid(90 - step * (np.arange(rows) + 0.5), step * (np.arange(2 * rows) + 0.5) - 180)
+    regrid = Regridder(grid, regular, method="nearest")
+    return regular, [regrid(field) for field in fields]
 
 
 def _degrees(axis, *, first: bool, last: bool) -> None:

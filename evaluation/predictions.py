@@ -1,7 +1,8 @@
-"""`predictions.nc`: forecasts in physical units, in the dimensions that WeatherBench scripts read.
+"""`predictions.nc`: forecasts and analyses in physical units, in the dimensions that WeatherBench scripts read.
 
-Dimensions (init_time, lead_time, [level,] latitude, longitude); `valid_time` (init_time, lead_time) holds the exact
-target times, which for monthly data are not init_time plus the nominal lead. CF conventions, missing = NaN.
+Dimensions (init_time, lead_time, [level,] latitude, longitude), or (..., cell) on HEALPix with the latitude and
+longitude of each cell's centre; `valid_time` (init_time, lead_time) holds the exact target times, which for monthly data
+are not init_time plus the nominal lead. CF conventions, missing = NaN.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from data.batch import Variable
-from data.grids import LatLonGrid
+from data.grids import Grid, LatLonGrid
 
 
 class PredictionsFile:
@@ -29,7 +30,7 @@ class PredictionsFile:
         path: Path,
         *,
         variables: Sequence[Variable],
-        grid: LatLonGrid,
+        grid: Grid,
         times: np.ndarray,
         lead_steps: Sequence[int],
         hours: Sequence[float],
@@ -45,7 +46,7 @@ class PredictionsFile:
         except OSError as error:
             raise OSError(f"cannot write {path} ({error}); free some space or choose another folder") from error
         self._file.setncatts({"Conventions": "CF-1.8", **attributes})
-        self._axes(grid)
+        self._places = self._axes(grid)
         self._file.createDimension("init_time")
         self._file.createDimension("lead_time", len(lead_steps))
         epoch = {"units": "seconds since 1970-01-01 00:00:00", "calendar": calendar}
@@ -61,15 +62,24 @@ class PredictionsFile:
         )
         self._targets = self._data_variables(variables)
 
-    def _axes(self, grid: LatLonGrid) -> None:
-        """Creates latitude and longitude."""
-        for name, units in (("latitude", "degrees_north"), ("longitude", "degrees_east")):
-            values = getattr(grid, name)
-            self._file.createDimension(name, values.size)
-            self._coordinate(name, "f8", standard_name=name, long_name=name, units=units)[:] = values
+    def _axes(self, grid: Grid) -> tuple[str, ...]:
+        """Creates latitude and longitude; returns the dimensions of a field."""
+        regular = isinstance(grid, LatLonGrid)
+        if not regular:
+            self._file.createDimension("cell", grid.num_points)
+            self._file.setncatts({f"grid_{name}": value for name, value in grid.to_dict().items()})
+        for column, (name, units) in enumerate((("latitude", "degrees_north"), ("longitude", "degrees_east"))):
+            values = getattr(grid, name) if regular else grid.coordinates[:, column].numpy()
+            if regular:
+                self._file.createDimension(name, values.size)
+            created = self._coordinate(
+                name, "f8", name if regular else "cell", standard_name=name, long_name=name, units=units
+            )
+            created[:] = values
+        return ("latitude", "longitude") if regular else ("cell",)
 
-    def _coordinate(self, name: str, kind: str, **attributes):
-        variable = self._file.createVariable(name, kind, (name,))
+    def _coordinate(self, name: str, kind: str, dimension: str | None = None, **attributes):
+        variable = self._file.createVariable(name, kind, (dimension or name,))
         variable.setncatts(attributes)
         return variable
 
@@ -86,18 +96,18 @@ class PredictionsFile:
                 created = self._file.createVariable(
                     variable.name,
                     "f4",
-                    ("init_time", "lead_time", *vertical, "latitude", "longitude"),
+                    ("init_time", "lead_time", *vertical, *self._places),
                     zlib=True,
                     complevel=1,
                     fill_value=np.float32(np.nan),
                 )
-                created.setncatts({"units": variable.units, "long_name": f"forecast of {variable.name}"})
+                created.setncatts({"units": variable.units, "long_name": f"prediction of {variable.name}"})
             place = None if variable.level is None else levels.index(variable.level)
             targets.append((self._file[variable.name], place))
         return targets
 
     def append(self, bases: np.ndarray, forecast: Tensor) -> None:
-        """bases: (B,) indices into `times` of the last input frames; forecast: (B, L, C, H, W), physical units."""
+        """bases: (B,) indices into `times` of the last input frames; forecast: (B, L, C, *grid.shape), physical units."""
         start = len(self._file.dimensions["init_time"])
         rows = slice(start, start + len(bases))
         self._file["init_time"][rows] = self._times[bases]

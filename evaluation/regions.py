@@ -10,7 +10,7 @@ from torch import Tensor
 from data.grids import Grid
 
 TROPICS = 20.0  # degrees; WeatherBench 2 draws the line between tropics and extratropics here
-LAND_NAMES = ("lsm", "land_sea_mask", "land_mask", "sftlf")
+LAND_NAMES = ("land_fraction", "lsm", "land_sea_mask", "land_mask", "sftlf")
 
 
 def regions_of(
@@ -49,7 +49,7 @@ def _inside(name: str, box: Sequence[float], latitude: Tensor, longitude: Tensor
 
 
 def land_fraction(data) -> Tensor | None:
-    """(H, W) in 0..1 from a field without time that is named like a land-sea mask, or None. data: a GriddedData."""
+    """(*grid.shape,) in 0..1 from a field without time that is named like a land-sea mask, or None. data: has static fields."""
     for channel, variable in enumerate(data.static_variables):
         if variable.name.lower() in LAND_NAMES:
             values = data.static[channel].nan_to_num(0.0)

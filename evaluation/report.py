@@ -44,7 +44,7 @@ def write_report(
 ) -> None:
     """Writes the page into `folder`, which holds the scores of the same evaluation.
 
-    data: the GriddedData. example: (base index, truth (L, C, H, W), forecast) of the window to draw, or None for a page
+    data: what the run learnt from. example: (base index, truth (L, C, *grid.shape), forecast) of the window to draw, or None for a page
     without pictures.
     """
     body = [
@@ -79,8 +79,8 @@ def _facts(found: Evaluation, run: RunFolder, checkpoint: str, parameters: int, 
     grid = found.grid
     facts = {
         "model": f"{' → '.join(parts)}, {parameters:,} parameters, checkpoint {checkpoint}",
-        "data": f"{config.data.get('path')}: {', '.join(variable.label for variable in found.variables)}, "
-        f"{grid.shape[0]} x {grid.shape[1]} cells, {'global' if grid.is_global else 'regional'}",
+        "data": f"{getattr(data, 'path', None) or config.data._target_.rpartition('.')[2]}: {', '.join(variable.label for variable in found.variables)}, "
+        f"{' x '.join(map(str, grid.shape))} cells, {'global' if grid.is_global else 'regional'}",
         "evaluated": f"{found.split} split, {found.bases.size} forecasts started {when(found.bases[0])} to "
         f"{when(found.bases[-1])}",
         "weights": {"area": "exact cell area", "cos": "cosine of latitude"}[found.weights],

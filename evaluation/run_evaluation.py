@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from evaluation.baselines import BASELINES, build
+from evaluation.baselines import build
 from evaluation.evaluation import NETWORK, OURS, Evaluation, evaluate, forecasts
 from evaluation.predictions import PredictionsFile
 from evaluation.report import REPORT_FILE, typical_window, write_report
@@ -31,13 +31,13 @@ PREDICTIONS_FILE = "predictions.nc"
 class Choices:
     """What to evaluate and write, the options of `conf/evaluate.yaml` of the same names.
 
-    regions: named boxes, (south, north, west, east).
+    baselines: None, all of the task. regions: named boxes, (south, north, west, east).
     """
 
     checkpoint: str = "best"
     split: str = "test"
     weights: str = "area"
-    baselines: Sequence[str] = tuple(BASELINES)
+    baselines: Sequence[str] | None = None
     regions: Mapping[str, Sequence[float]] | None = None
     max_windows: int | None = None
     report: bool = True
@@ -80,7 +80,7 @@ def evaluate_run(
             lead_steps=dataset.lead_steps,
             hours=dataset.lead_hours,
             calendar=data.calendar,
-            attributes={"title": f"forecasts of {run.path.resolve().name}", "source": str(data.path)},
+            attributes={"title": f"forecasts of {run.path.resolve().name}", "source": str(getattr(data, "path", ""))},
         )
     with file as predictions:
         found = evaluate(
@@ -89,7 +89,7 @@ def evaluate_run(
             data,
             normalisation,
             split=choices.split,
-            baselines=list(choices.baselines),
+            baselines=choices.baselines,
             weights=choices.weights,
             boxes=choices.regions,
             stacking=stacking,
@@ -99,7 +99,7 @@ def evaluate_run(
         )
     write_scores(found, folder)
     if choices.report:
-        example = _example(found, model, dataset, stacking)
+        example = _example(found, model, task, dataset, stacking)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         write_report(
             found, run, folder, checkpoint=choices.checkpoint, parameters=parameters, data=data, example=example
@@ -157,13 +157,20 @@ def written_files(folder: Path) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
 
 
-def _example(found: Evaluation, model: nn.Module, dataset, stacking: Stacking | None):
-    """(base index, truth, forecast), each (L, C, H, W), of a typical window."""
+def _example(found: Evaluation, model: nn.Module, task, dataset, stacking: Stacking | None):
+    """(base index, truth, forecast), each (L, C, *grid.shape), of a typical window."""
     base = found.bases[typical_window(found)]
     position = np.flatnonzero(dataset.base_indices == base)
     names = [stacking.baseline] if stacking else []
-    fitted = build(names, dataset.data, dataset.normalisation, lead_steps=dataset.lead_steps, split=found.split)
-    (window,) = forecasts(model, dataset, fitted, position)
+    fitted = build(
+        names,
+        dataset.data,
+        dataset.normalisation,
+        lead_steps=dataset.lead_steps,
+        split=found.split,
+        known=task.baselines,
+    )
+    (window,) = forecasts(model, task, dataset, fitted, position)
     forecast = window.forecasts[NETWORK]
     if stacking:
         forecast = stacking.mix(forecast, window.forecasts[stacking.baseline])

@@ -61,10 +61,12 @@ def fit_stacking(model: nn.Module, task, data, normalisation) -> Stacking | None
     if task.stacking is None:
         return None
     dataset = task.dataset(data, "validation", normalisation)
-    fitted = build([task.stacking], data, normalisation, lead_steps=dataset.lead_steps, split="validation")
+    fitted = build(
+        [task.stacking], data, normalisation, lead_steps=dataset.lead_steps, split="validation", known=task.baselines
+    )
     weights = data.grid.area_weights.double()
     shared, own = 0.0, 0.0
-    for window in forecasts(model, dataset, fitted):
+    for window in forecasts(model, task, dataset, fitted):
         network, baseline = window.forecasts[NETWORK], window.forecasts[task.stacking]
         away, error = (torch.where(window.valid, x - network, 0.0).double() for x in (baseline, window.truth))
         places = (0, *range(3, away.ndim))

@@ -34,7 +34,7 @@ class DeterministicHead:
         if loss not in LOSSES:
             raise ValueError(f"task.loss={loss} is unknown; use one of {', '.join(LOSSES)}")
         if huber_delta <= 0:
-            raise ValueError(f"huber_delta={huber_delta} must be greater than 0")
+            raise ValueError(f"task.huber_delta={huber_delta} must be greater than 0")
         self.loss_name, self.huber_delta = loss, huber_delta
 
     def loss(self, output: Tensor, target: Field, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -80,8 +80,8 @@ def _error(loss: str, output: Tensor, truth: Tensor, delta: float) -> Tensor:
 HEADS = {"deterministic": DeterministicHead}
 
 
-def build_head(name: str, *, loss: str) -> DeterministicHead:
+def build_head(name: str, *, loss: str, huber_delta: float = 1.0) -> DeterministicHead:
     """The head of `task.head` with the loss of `task.loss`. Raises ValueError for unknown names."""
     if name not in HEADS:
         raise ValueError(f"task.head={name} is unknown; use one of {', '.join(HEADS)}")
-    return HEADS[name](loss=loss)
+    return HEADS[name](loss=loss, huber_delta=huber_delta)

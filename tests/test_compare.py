@@ -37,7 +37,7 @@ def make_run(folder, *, overrides, rmse, val, windows=True, samples_per_second=N
             weight=np.ones((300, 2, 1)),
             bases=np.arange(300),
             hours=np.array([6.0, 24.0]),
-            lead_steps=np.array([1, 4]),
+            step_hours=np.array(6.0),
             variables=np.array(["air"]),
         )
     return folder
@@ -143,7 +143,7 @@ def test_paired_intervals_are_narrower_and_short_series_have_none():
         "weight": np.ones((300, 1, 1)),
         "bases": np.arange(300),
         "hours": np.array([6.0]),
-        "lead_steps": np.array([1]),
+        "step_hours": np.array(6.0),
     }
     assert intervals.block_length(windows, 0) == 28
     low, high = intervals.difference_interval(windows, "ours", "other", 0, 0)

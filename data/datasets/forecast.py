@@ -29,6 +29,8 @@ class ForecastDataset:
     window.
     """
 
+    target = "forecast"
+
     def __init__(
         self,
         data: GriddedData,

@@ -220,9 +220,7 @@ class SimulatedNetwork(AssimilationData):
         unknown = np.full(len(CHANNELS), np.nan, np.float32)
         sensor = np.array([0, 0, 1, 1, 1])
         bounds = [np.full(len(CHANNELS), bound, np.float32) for bound in (100.0, 400.0)]
-        table = ChannelTable(
-            CHANNELS, (CONVENTIONAL, "sounder"), sensor, *bounds, sensor == 0, unknown, unknown.copy()
-        )
+        table = ChannelTable(CHANNELS, (CONVENTIONAL, "sounder"), sensor, *bounds, sensor == 0, unknown, unknown.copy())
         places = np.linspace(0, self.training_period.size - 1, _SAMPLED_FRAMES).astype(np.int64)
         bins = np.unique(self.times[self.training_period[places]] // BIN_SECONDS)
         return table.fit(self._rows(bins), levels=tuple(SONDE_LEVELS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from evaluation.baselines.ridge import LocalRidge
 from evaluation.baselines.simple import Climatology, DampedPersistence, Persistence
@@ -18,12 +18,20 @@ BASELINES = {
 __all__ = ["BASELINES", "Situation", "build", "situation"]
 
 
-def build(names: Sequence[str], data, normalisation, *, lead_steps: Sequence[int], split: str = "test") -> dict:
+def build(
+    names: Sequence[str],
+    data,
+    normalisation,
+    *,
+    lead_steps: Sequence[int],
+    split: str = "test",
+    known: Mapping[str, type] = BASELINES,
+) -> dict:
     """name -> fitted baseline, in the order of `names`; what is fitted reads no frame of `split`.
 
-    data: a GriddedData. normalisation: its Normalisation. Raises ValueError for unknown names.
+    data, normalisation: those of a task. known: the baselines of that task. Raises ValueError for unknown names.
     """
-    unknown = [name for name in names if name not in BASELINES]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"unknown baseline {unknown[0]!r}; allowed: {', '.join(BASELINES)}")
-    return {name: BASELINES[name].fit(data, normalisation, lead_steps=lead_steps, split=split) for name in names}
+        raise ValueError(f"unknown baseline {unknown[0]!r}; allowed: {', '.join(known)}")
+    return {name: known[name].fit(data, normalisation, lead_steps=lead_steps, split=split) for name in names}

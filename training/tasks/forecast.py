@@ -11,22 +11,24 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Layout, TargetLayout
+from data.batch import Batch, Layout
+from training.tasks.gridded import GriddedTask
 
 if TYPE_CHECKING:
     from data.datasets.forecast import ForecastDataset
     from data.datasets.gridded import GriddedData
     from data.normalisation import Normalisation
+    from evaluation.baselines import Situation
     from models.encode_process_decode import EncodeProcessDecode
-    from models.heads import DeterministicHead
 
 DEFAULT_LEAD_STEPS = (1, 4, 12)
 
 
-class ForecastTask:
+class ForecastTask(GriddedTask):
     """Forecasts every variable of one gridded series at fixed lead times.
 
     input_frames: consecutive frames that the model sees. lead_times: hours after the last of them; None: 1, 4 and 12
@@ -104,10 +106,7 @@ class ForecastTask:
             raise ValueError(
                 f"task.lead_weights has {len(self.lead_weights)} values for {len(steps)} lead times; give one for each"
             )
-        names = [variable.label for variable in data.variables]
-        for name in self.variable_weights:
-            if name not in names:
-                raise ValueError(f"task.variable_weights names {name!r}; the data has {', '.join(names)}")
+        self.check_variable_weights(data.variables)
         from data.datasets.forecast import forecast_layout
 
         return forecast_layout(data, input_frames=self.input_frames, lead_steps=steps)
@@ -130,12 +129,22 @@ class ForecastTask:
             reference=self.reference,
         )
 
-    # Model
+    # Evaluation
 
-    def head(self) -> DeterministicHead:
-        from models.heads import build_head
+    @property
+    def baselines(self) -> Mapping[str, type]:
+        """What forecasts are compared with."""
+        from evaluation.baselines import BASELINES
 
-        return build_head(self.head_name, loss=self.loss_name)
+        return BASELINES
+
+    def situation(self, dataset: ForecastDataset, positions: np.ndarray, batch: Batch) -> tuple[Situation, Tensor]:
+        """(what baselines may know, truth (B, L, C, *grid.shape), NaN where not scored) of the samples `positions`."""
+        from evaluation.baselines import situation
+
+        bases = dataset.base_indices[positions]
+        known, truth = situation(dataset.data, dataset.normalisation, bases, dataset.lead_steps)
+        return known, truth.where(dataset.data.domain, torch.nan)
 
     # Training
 
@@ -150,54 +159,6 @@ class ForecastTask:
             for name, field in batch.inputs.items()
         }
         return replace(batch, inputs=noisy)
-
-    def total_weights(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Sum of the weights of everything present in the targets of all batches, per target: (L, C)."""
-        totals = {}
-        for batch in batches:
-            for name in batch.targets:
-                target, weights = batch.wanted(name), _area_weights(batch, name)
-                weights = weights.expand_as(target.values)
-                if target.presence is not None:
-                    weights = weights * target.presence
-                totals[name] = totals.get(name, 0.0) + weights.sum((0, *range(3, weights.ndim)))
-        return totals
-
-    def sums(self, outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Area-weighted error sums and weight sums, per target: (L, C) each."""
-        head = self.head()
-        return {
-            name: head.loss(output, batch.wanted(name), _area_weights(batch, name)) for name, output in outputs.items()
-        }
-
-    def combine(self, sums: Mapping[str, Tensor], totals: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-        """Losses from error sums (L, C) and total weights (L, C): one a variable, and `loss`, the one to minimise.
-
-        Means per lead time and variable, then their mean weighted by lead_weights and variable_weights; what has no
-        value at all in these batches does not count.
-        """
-        weighted, importance, losses = 0.0, 0.0, {}
-        for name, target in layout.targets.items():
-            present = totals[name] > 0
-            means = sums[name] / torch.where(present, totals[name], 1.0)
-            weights = self._importance(target, means) * present
-            weighted, importance = weighted + (weights * means).sum(), importance + weights.sum()
-            labels = [variable.label for variable in target.variables]
-            losses |= dict(zip(labels, (means * present).sum(0) / present.sum(0).clamp(min=1), strict=True))
-        return {"loss": weighted / importance.clamp(min=1e-30), **losses}
-
-    def _importance(self, target: TargetLayout, like: Tensor) -> Tensor:
-        """(L, C): product of lead and variable weights."""
-        leads = like.new_tensor(self.lead_weights or [1.0] * len(target.lead_times))
-        variables = like.new_tensor([self.variable_weights.get(item.label, 1.0) for item in target.variables])
-        return leads[:, None] * variables
-
-
-def _area_weights(batch: Batch, name: str) -> Tensor:
-    """Cell areas of a target, of its grid's shape or (P,) where only some places are decoded."""
-    target, places = batch.targets[name], batch.places.get(name) if batch.places else None
-    weights = target.grid.area_weights.to(target.values.device, target.values.dtype)
-    return weights if places is None else weights.flatten()[places]
 
 
 def _unordered(numbers: Sequence[float]) -> bool:

@@ -1,0 +1,131 @@
+"""Windows of observations over an `AssimilationData`: fixed fields and observations in, an analysis of every frame out.
+
+Letters: B windows, T frames of each, C variables, S static variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.analysis_normalisation import AnalysisNormalisation
+from data.batch import Batch, Field, Reference
+from data.calendars import clock
+from data.datasets.assimilation_data import AssimilationData
+from data.observations import Observations, check
+
+REFERENCES = ("climatology", "none")
+TARGET = "analysis"
+
+
+class AssimilationDataset:
+    """Windows of one split; a sample is T frames, named by the last of them.
+
+    frames: T. frame_steps: steps of the data between them. window: (first, last) seconds around a frame whose
+    observations belong to it. num_features: of a row's description. reference: what the model's output is added to: the
+    harmonic climatology, or none (the mean of each channel).
+    Batches: input `static` (B, 1, S, *grid), observations of all windows with their batch and frame index, target
+    `analysis` (B, T, C, *grid), z-scored per channel. Raises ValueError where the split holds no window.
+    """
+
+    target = TARGET
+
+    def __init__(
+        self,
+        data: AssimilationData,
+        split: str,
+        normalisation: AnalysisNormalisation,
+        *,
+        frames: int,
+        window: tuple[int, int],
+        frame_steps: int = 1,
+        num_features: int = 50,
+        reference: str = "climatology",
+    ):
+        if reference not in REFERENCES:
+            raise ValueError(f"task.reference={reference} is unknown; allowed: {', '.join(REFERENCES)}")
+        self.data, self.split, self.normalisation, self.reference = data, split, normalisation, reference
+        self.window = window
+        self.layout = data.layout(frames=frames, frame_steps=frame_steps, num_features=num_features)
+        self.windows = data.windows(split, frames=frames, frame_steps=frame_steps)
+        self.lead_steps = tuple(frame_steps * frame for frame in range(1 - frames, 1))
+
+    @property
+    def base_indices(self) -> np.ndarray:
+        """(n,) int64: last frames of the windows."""
+        return self.windows[:, -1]
+
+    @property
+    def lead_hours(self) -> tuple[float, ...]:
+        """Hours of the frames after the last one: 0 or negative."""
+        return tuple(step * self.data.step / 3600 for step in self.lead_steps)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """One batch of the samples `indices` (B,), positions in `windows`; every frame is read once."""
+        frames = self.windows[np.asarray(indices)]
+        times = torch.from_numpy(self.data.times[frames])
+        second_of_day, day_of_year = clock(times, self.data.calendar)
+        clocks = {"second_of_day": second_of_day, "day_of_year": day_of_year}
+        unique, inverse = np.unique(frames, return_inverse=True)
+        inverse = torch.from_numpy(inverse.reshape(frames.shape))
+        values = self.data.read(unique)
+        mean, scale = (self._spread(item) for item in (self.normalisation.fields.mean, self.normalisation.fields.scale))
+        target = Field(
+            ((values - mean) / scale)[inverse],
+            self.data.variables,
+            self.data.grid,
+            times,
+            valid=values.isfinite()[inverse],
+            scale=scale,
+            offset=mean,
+            reference=self._reference(unique, inverse, mean, scale),
+            **clocks,
+        )
+        return Batch(
+            {"static": self._static(times[:, -1:], day_of_year[:, -1:], second_of_day[:, -1:])},
+            {TARGET: target},
+            self.layout,
+            observations=self._observations(frames, times, clocks),
+        )
+
+    def _reference(self, frames: np.ndarray, inverse: Tensor, mean: Tensor, scale: Tensor) -> Reference | None:
+        if self.reference == "none":
+            return None
+        climatology = self.normalisation.climatology(self.data.times[frames])
+        values = ((climatology - mean) / scale).nan_to_num(0.0)
+        return Reference(values[inverse], self._spread(self.normalisation.anomaly_scale) / scale)
+
+    def _static(self, times: Tensor, day_of_year: Tensor, second_of_day: Tensor) -> Field:
+        statistics = self.normalisation.static
+        mean, scale = self._spread(statistics.mean), self._spread(statistics.scale)
+        values = ((self.data.static - mean) / scale).nan_to_num(0.0)
+        return Field(
+            values.expand(times.shape[0], 1, *values.shape),
+            self.data.static_variables,
+            self.data.grid,
+            times,
+            scale=scale,
+            offset=mean,
+            second_of_day=second_of_day,
+            day_of_year=day_of_year,
+        )
+
+    def _observations(self, frames: np.ndarray, times: Tensor, clocks: dict[str, Tensor]) -> Observations:
+        table = self.data.observations(frames.flatten(), self.window)
+        made = replace(self.data.channels.normalised(table).to_observations(times), **clocks)
+        check(made, self.layout.observations, grid=self.data.grid)
+        return made
+
+    def _spread(self, numbers: Tensor) -> Tensor:
+        """(C,) -> (C, 1, ...), to broadcast over the grid."""
+        return numbers.view(-1, *[1] * len(self.data.grid.shape))

@@ -1,0 +1,161 @@
+"""Assimilation: sparse observations and fixed fields of some frames in, the gridded state of every frame out.
+
+Letters: B batch, T frames, C variables, n observations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batch, Layout
+from data.observation_features import LAYOUTS
+from training.tasks.gridded import GriddedTask
+
+if TYPE_CHECKING:
+    from data.analysis_normalisation import AnalysisNormalisation
+    from data.datasets.assimilation import AssimilationDataset
+    from data.datasets.assimilation_data import AssimilationData
+    from evaluation.baselines.analyses import AnalysisSituation
+    from models.encode_process_decode import EncodeProcessDecode
+
+
+class AssimilationTask(GriddedTask):
+    """Analyses every variable of an `AssimilationData` on its grid.
+
+    frames: of a window, frame_steps steps of the data apart. window: [first, last] seconds around each frame (after
+        first, up to last) whose observations belong to it. features: numbers that describe an observation, 28, 30 or 50
+        (`data/observation_features.py`).
+    reference: what the model's output is added to, climatology or none. head: see `models/heads.py`. loss: mse, l1 or
+        huber with huber_delta, of z-scores in units of the reference's scale, weighted by cell area.
+    variable_weights: {name: weight}, 1 where not named. frame_weights: one a frame, None: all 1.
+    row_dropout: share of the observations left out of a training batch; platform_dropout, channel_dropout: chance that
+        all observations of a platform or channel are left out of a window.
+    Raises ValueError where a value is not allowed.
+    """
+
+    stacking = None  # nothing is mixed into an analysis
+
+    def __init__(
+        self,
+        *,
+        frames: int,
+        window: Sequence[int],
+        reference: str,
+        head: str,
+        loss: str,
+        frame_steps: int = 1,
+        features: int = 50,
+        huber_delta: float = 1.0,
+        variable_weights: Mapping[str, float] | None = None,
+        frame_weights: Sequence[float] | None = None,
+        row_dropout: float = 0.0,
+        platform_dropout: float = 0.0,
+        channel_dropout: float = 0.0,
+    ):
+        for name, value in (("frames", frames), ("frame_steps", frame_steps)):
+            if value < 1:
+                raise ValueError(f"task.{name}={value} must be at least 1")
+        if len(window) != 2 or not window[0] < window[1]:
+            raise ValueError(
+                f"task.window={list(window)} must be [first, last] seconds, like task.window=[-10800,10800]"
+            )
+        if features not in LAYOUTS:
+            raise ValueError(f"task.features={features} is unknown; allowed: {', '.join(map(str, LAYOUTS))}")
+        if huber_delta <= 0:
+            raise ValueError(f"task.huber_delta={huber_delta} must be above 0")
+        if frame_weights is not None and (
+            len(frame_weights) != frames or min(frame_weights) < 0 or max(frame_weights) == 0
+        ):
+            raise ValueError(
+                f"task.frame_weights={list(frame_weights)} must be {frames} numbers of 0 or more, and not all 0"
+            )
+        for name, value in (("row", row_dropout), ("platform", platform_dropout), ("channel", channel_dropout)):
+            if not 0 <= value < 1:
+                raise ValueError(f"task.{name}_dropout={value} must be at least 0 and below 1")
+        self.frames, self.frame_steps, self.features = frames, frame_steps, features
+        self.window = (int(window[0]), int(window[1]))
+        self.reference, self.head_name = reference, head
+        self.loss_name, self.huber_delta = loss, huber_delta
+        self.variable_weights = dict(variable_weights or {})
+        self.lead_weights = None if frame_weights is None else tuple(frame_weights)
+        self.row_dropout = row_dropout
+        self.platform_dropout, self.channel_dropout = platform_dropout, channel_dropout
+
+    # Data
+
+    def layout(self, data: AssimilationData) -> Layout:
+        """What the model reads and predicts; needs no file. Raises ValueError where data and task do not fit."""
+        from data.datasets.assimilation_data import AssimilationData
+
+        if not isinstance(data, AssimilationData):
+            raise ValueError(
+                "task=assimilation needs data with observations, like data=simulated_network; "
+                "for fields alone use task=forecast"
+            )
+        self.check_variable_weights(data.variables)
+        return data.layout(frames=self.frames, frame_steps=self.frame_steps, num_features=self.features)
+
+    def fit(self, data: AssimilationData) -> AnalysisNormalisation:
+        """z-scores and harmonic climatology of the training period."""
+        from data.analysis_normalisation import AnalysisNormalisation
+
+        return AnalysisNormalisation.fit(data)
+
+    def dataset(self, data: AssimilationData, split: str, normalisation: AnalysisNormalisation) -> AssimilationDataset:
+        from data.datasets.assimilation import AssimilationDataset
+
+        return AssimilationDataset(
+            data,
+            split,
+            normalisation,
+            frames=self.frames,
+            frame_steps=self.frame_steps,
+            window=self.window,
+            num_features=self.features,
+            reference=self.reference,
+        )
+
+    # Evaluation
+
+    @property
+    def baselines(self) -> Mapping[str, type]:
+        """What analyses are compared with."""
+        from evaluation.baselines.analyses import ANALYSIS_BASELINES
+
+        return ANALYSIS_BASELINES
+
+    def situation(
+        self, dataset: AssimilationDataset, positions: np.ndarray, batch: Batch
+    ) -> tuple[AnalysisSituation, Tensor]:
+        """(what baselines may know, truth (B, T, C, *grid.shape), NaN where missing) of a batch."""
+        from evaluation.baselines.analyses import AnalysisSituation
+
+        target = batch.targets[dataset.target]
+        climatology = dataset.normalisation.climatology(target.times.flatten())
+        climatology = climatology.unflatten(0, tuple(target.times.shape))
+        truth = target.physical().where(target.valid, torch.nan)
+        return AnalysisSituation(climatology, batch.observations), truth
+
+    # Training
+
+    def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
+        """A training batch without the observations that dropout leaves out. Draws from torch's global generator."""
+        observations, size = batch.observations, batch.batch_size
+        device = observations.value.device
+        kept = torch.ones_like(observations.value, dtype=torch.bool)
+        if self.row_dropout > 0:
+            kept &= torch.rand(len(observations), device=device) >= self.row_dropout
+        tables = batch.layout.observations
+        for share, ids, number in (
+            (self.platform_dropout, observations.platform, tables.num_platforms),
+            (self.channel_dropout, observations.channel, tables.num_channels),
+        ):
+            if share > 0:
+                kept &= (torch.rand(size, number, device=device) >= share)[observations.batch, ids]
+        return batch if kept.all() else replace(batch, observations=observations.chosen(kept))

@@ -1,0 +1,88 @@
+"""What tasks with gridded targets share: the head, error sums that can be added over batches, and the loss of them.
+
+Letters: B batch, L lead times, C variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, where
+
+from data.batch import Batch, Layout, TargetLayout
+
+if TYPE_CHECKING:
+    from data.batch import Variable
+    from models.heads import DeterministicHead
+
+
+class GriddedTask:
+    """Base of tasks whose targets are fields. A subclass sets head_name, loss_name, variable_weights, lead_weights
+    (one a lead time, or None: all 1) and, for the Huber loss, huber_delta."""
+
+    head_name: str
+    loss_name: str
+    huber_delta: float = 1.0
+    variable_weights: Mapping[str, float]
+    lead_weights: Sequence[float] | None
+
+    def head(self) -> DeterministicHead:
+        from models.heads import build_head
+
+        return build_head(self.head_name, loss=self.loss_name, huber_delta=self.huber_delta)
+
+    def check_variable_weights(self, variables: Sequence[Variable]) -> None:
+        """Raises ValueError where a weight is of no variable."""
+        names = [variable.label for variable in variables]
+        for name in self.variable_weights:
+            if name not in names:
+                raise ValueError(f"task.variable_weights names {name!r}; the data has {', '.join(names)}")
+
+    def total_weights(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Sum of the weights of everything present in the targets of all batches, per target: (L, C)."""
+        totals = {}
+        for batch in batches:
+            for name in batch.targets:
+                target, weights = batch.wanted(name), _area_weights(batch, name)
+                weights = weights.expand_as(target.values)
+                if target.presence is not None:
+                    weights = weights * target.presence
+                totals[name] = totals.get(name, 0.0) + weights.sum((0, *range(3, weights.ndim)))
+        return totals
+
+    def sums(self, outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Area-weighted error sums and weight sums, per target: (L, C) each."""
+        head = self.head()
+        return {
+            name: head.loss(output, batch.wanted(name), _area_weights(batch, name)) for name, output in outputs.items()
+        }
+
+    def combine(self, sums: Mapping[str, Tensor], totals: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+        """Losses from error sums (L, C) and total weights (L, C): one a variable, and `loss`, the one to minimise.
+
+        Means per lead time and variable, then their mean weighted by lead_weights and variable_weights; what has no
+        value at all in these batches does not count.
+        """
+        weighted, importance, losses = 0.0, 0.0, {}
+        for name, target in layout.targets.items():
+            present = totals[name] > 0
+            means = sums[name] / where(present, totals[name], 1.0)
+            weights = self._importance(target, means) * present
+            weighted, importance = weighted + (weights * means).sum(), importance + weights.sum()
+            labels = [variable.label for variable in target.variables]
+            losses |= dict(zip(labels, (means * present).sum(0) / present.sum(0).clamp(min=1), strict=True))
+        return {"loss": weighted / importance.clamp(min=1e-30), **losses}
+
+    def _importance(self, target: TargetLayout, like: Tensor) -> Tensor:
+        """(L, C): product of lead and variable weights."""
+        leads = like.new_tensor(self.lead_weights or [1.0] * len(target.lead_times))
+        variables = like.new_tensor([self.variable_weights.get(item.label, 1.0) for item in target.variables])
+        return leads[:, None] * variables
+
+
+def _area_weights(batch: Batch, name: str) -> Tensor:
+    """Cell areas of a target, of its grid's shape or (P,) where only some places are decoded."""
+    target, places = batch.targets[name], batch.places.get(name) if batch.places else None
+    weights = target.grid.area_weights.to(target.values.device, target.values.dtype)
+    return weights if places is None else weights.flatten()[places]
