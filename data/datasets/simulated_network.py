@@ -8,7 +8,7 @@ wider surroundings, with a bias towards the limb and one of each platform. Lette
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -51,6 +51,7 @@ PLATFORM_BIAS = {"orbiter_a": 0.8, "orbiter_b": -0.6}  # K
 NOISE = {"station_t": 0.7, "sonde_t": 0.5, "sounder_1": 0.5, "sounder_2": 0.4, "sounder_3": 0.4}  # K
 SITE_BIAS = 0.3  # K, standard deviation over stations
 MELTING = 273.15
+Sampler = Callable[[float], np.ndarray]
 STATIC = (Variable("orography", units="m"), Variable("land_fraction", units="1"))
 _VERSION = 1  # part of the cached file's name: change it when the truth changes
 _SAMPLED_FRAMES = 64  # of the training period, for the statistics of channels
@@ -126,10 +127,10 @@ class SimulatedNetwork(AssimilationData):
     def grid(self) -> Grid:
         return self.cells if self.on_cells else self._weather.grid
 
-    @property
+    @cached_property
     def times(self) -> np.ndarray:
         """(N,) int64 seconds since 1970 UTC."""
-        return self._weather.times
+        return self._regridded["times"].numpy()
 
     @cached_property
     def _splits(self) -> Splits:
@@ -165,7 +166,7 @@ class SimulatedNetwork(AssimilationData):
 
     @cached_property
     def _regridded(self) -> dict[str, Tensor]:
-        """truth (N, X) K and land (X,) on the HEALPix cells, from the cache folder, written there when absent."""
+        """truth (N, X) K and land (X,) on the HEALPix cells, times (N,), from the cache folder; written when absent."""
         from filelock import FileLock
         from safetensors.torch import load_file, save
 
@@ -176,7 +177,8 @@ class SimulatedNetwork(AssimilationData):
                     weather = self._weather
                     regrid = Regridder(weather.grid, self.cells)
                     truth = regrid(weather.read(np.arange(weather.times.size))[:, 0])
-                    _write(path, save({"truth": truth.contiguous(), "land": regrid(weather.static[0])}))
+                    times = torch.from_numpy(weather.times)
+                    _write(path, save({"truth": truth.contiguous(), "land": regrid(weather.static[0]), "times": times}))
         return load_file(path)
 
     @cached_property
@@ -238,32 +240,32 @@ class SimulatedNetwork(AssimilationData):
         tables = []
         for platform, instrument in self._instruments.items():
             looks = instrument.looks(bins)
+            sampled = self._sampler(looks)
             if platform == "station":
-                tables.append(self._station_rows(looks))
+                tables.append(self._station_rows(looks, sampled))
             elif platform == "sonde":
-                tables += [self._sonde_rows(looks, level) for level in SONDE_LEVELS]
+                tables += [self._sonde_rows(looks, sampled, level) for level in SONDE_LEVELS]
             else:
-                tables += [self._sounder_rows(looks, platform, channel) for channel in SOUNDER]
+                tables += [self._sounder_rows(looks, sampled, platform, channel) for channel in SOUNDER]
         return concat(tables) if tables else _empty()
 
-    def _station_rows(self, looks: Looks) -> Table:
+    def _station_rows(self, looks: Looks, sampled: Sampler) -> Table:
         bias = SITE_BIAS * normal(self.seed, looks.site, 7)
-        return self._table(looks, "station", "station_t", self._sampled(looks, 0.0) + bias, pressure=1000.0)
+        return self._table(looks, "station", "station_t", sampled(0.0) + bias, pressure=1000.0)
 
-    def _sonde_rows(self, looks: Looks, level: float) -> Table:
+    def _sonde_rows(self, looks: Looks, sampled: Sampler, level: float) -> Table:
         base, gain = SONDE_LEVELS[level]
-        value = base + gain * (self._sampled(looks, SOUNDER["sounder_1"][0]) - MELTING)
+        value = base + gain * (sampled(SOUNDER["sounder_1"][0]) - MELTING)
         return self._table(looks, "sonde", "sonde_t", value, pressure=level)
 
-    def _sounder_rows(self, looks: Looks, platform: str, channel: str) -> Table:
+    def _sounder_rows(self, looks: Looks, sampled: Sampler, platform: str, channel: str) -> Table:
         radius, base, gain, limb = SOUNDER[channel]
-        value = base + gain * (self._sampled(looks, radius) - MELTING) + PLATFORM_BIAS[platform]
+        value = base + gain * (sampled(radius) - MELTING) + PLATFORM_BIAS[platform]
         value += limb * (1 / np.cos(np.deg2rad(looks.satellite_zenith)) - 1)
         return self._table(looks, platform, channel, value)
 
-    def _sampled(self, looks: Looks, radius: float) -> np.ndarray:
-        """(R,) K: a smoothed field between its frames in time and between four cells in place."""
-        field = self._seen[radius]
+    def _sampler(self, looks: Looks) -> Sampler:
+        """radius -> (R,) K: a smoothed field between its frames in time and between four cells in place."""
         place = (looks.time - self.times[0]) / self.step
         before = np.floor(place).astype(np.int64).clip(0, self.times.size - 2)
         after = torch.from_numpy((place - before).astype(np.float32))
@@ -271,8 +273,13 @@ class SimulatedNetwork(AssimilationData):
             torch.from_numpy(looks.latitude), torch.from_numpy(looks.longitude), self.cells.level, self.cells.order
         )
         start = torch.from_numpy(before)[:, None]
-        values = torch.lerp(field[start, cells], field[start + 1, cells], after[:, None])
-        return (values * weights).sum(dim=1).numpy()
+
+        def sampled(radius: float) -> np.ndarray:
+            field = self._seen[radius]
+            values = torch.lerp(field[start, cells], field[start + 1, cells], after[:, None])
+            return (values * weights).sum(dim=1).numpy()
+
+        return sampled
 
     def _table(
         self, looks: Looks, platform: str, channel: str, value: np.ndarray, *, pressure: float | None = None
