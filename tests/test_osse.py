@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from data.analysis_normalisation import AnalysisNormalisation
+from data.datasets.assimilation import AssimilationDataset
 from data.datasets.osse import OSSE
 from evaluation.baselines.assimilation_scores import OSSE_SPLIT, evaluation_windows, score, score_osse
 from evaluation.baselines.covariances import distances, positions
@@ -86,6 +88,17 @@ def test_observations_are_sorted_by_frame_and_normalised_like_the_field(data):
     np.testing.assert_allclose(scaled["error"], 1 / scale, rtol=1e-5)
     observations = scaled.to_observations(torch.from_numpy(data.times[indices]).reshape(2, 2))
     assert len(observations) == 200 and observations.batch.tolist()[150:] == [1] * 50
+
+
+def test_the_task_reads_windows_of_it(data):
+    normalisation = AnalysisNormalisation.fit(data)
+    dataset = AssimilationDataset(data, "test", normalisation, frames=8, window=WINDOW)
+    batch = dataset.__getitems__([0, 100])
+    assert len(batch.observations) == 2 * 8 * 50
+    target, frames = batch.targets["analysis"], dataset.windows[[0, 100]]
+    torch.testing.assert_close(target.physical().flatten(0, 1), data.read(frames.ravel()), rtol=1e-5, atol=1e-4)
+    # The climatology of anomalies is 0.
+    assert target.physical(target.reference.values).abs().max() < 0.01
 
 
 def test_training_draws_a_network_and_errors_for_each_window(data):

@@ -50,6 +50,7 @@ class OSSE(AssimilationData):
     variables = (Variable("air_anomaly", "K"),)
     static_variables = (Variable("air_mean", "K"), Variable("air_anomaly_spread", "K"))
     num_channels = num_platforms = num_types = 1
+    diurnal_harmonics = 2
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class OSSE(AssimilationData):
             variables=["air"],
             cache="ram",
             annual_harmonics=self.annual_harmonics,
+            diurnal_harmonics=self.diurnal_harmonics,
         )
         if series.grid != self.grid:
             raise ValueError(
