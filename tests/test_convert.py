@@ -1,6 +1,8 @@
 """Weights of other projects: the rule's errors, sharing, and that their packages import beside our folders."""
 
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +64,17 @@ def krasserm_state(width=8, channels=6, queries=3):
     return state | layer("1.cross_attn", width) | linear("1.output_adapter.linear", width, 2)
 
 
+def healda_model(name="healda_a"):
+    """Our model with the weights of a golden file, and their configuration."""
+    with np.load(ROOT / "tests" / "golden" / f"{name}.npz", allow_pickle=False) as stored:
+        state = {key.removeprefix("state/"): stored[key] for key in stored.files if key.startswith("state/")}
+        config = json.loads(str(stored["config"]))
+    overrides, layout, weights = convert("physicsnemo", state, config)
+    model = build(overrides, layout)
+    model.load_state_dict(weights)
+    return model, state, config
+
+
 def test_sources_are_recognised_by_their_keys():
     assert recognise(transformers_state()) == "transformers"
     assert recognise(krasserm_state()) == "perceiver_io"
@@ -117,6 +130,95 @@ def test_export_refuses_a_model_of_another_config():
     model = build(overrides, layout)
     with pytest.raises(ValueError, match="no transformers model of that config"):
         export("transformers", model, {**CONFIG, "num_self_attends_per_block": 1})
+
+
+# HealDA
+
+
+def test_frequencies_that_older_physicsnemo_weights_leave_out_are_filled_in():
+    _, state, config = healda_model()
+    frequencies = torch.from_numpy(state.pop("dit.conditioning_embedder.map_noise.freqs"))
+    _, _, weights = convert("physicsnemo", state, config)
+    torch.testing.assert_close(weights["condition.noise.frequencies"], frequencies)
+
+
+@pytest.mark.parametrize("name", ("healda_a", "healda_condition", "healda_layernorm_affine"))
+def test_training_package_names_go_both_ways(name):
+    model, _, config = healda_model(name)
+    state = export("healda", model, config)
+    block = "transformer_blocks.0"
+    published = {
+        *(f"{block}.{part}.weight" for part in ("norm1.linear", "temporal_attn_norm.linear", "obs_attn_norm.linear")),
+        *(f"{block}.temporal_attn.{part}.weight" for part in ("qkv", "proj")),
+        *(f"{block}.obs_attn.{part}.weight" for part in ("q_proj", "k_proj", "v_proj", "out_proj")),
+        *(f"{block}.ff.net.{part}.weight" for part in ("0.proj", "2")),
+        "proj_out_1.weight",
+    }
+    assert published <= set(state)
+    prefixes = ("pos_embed.", "noise_embed.", "transformer_blocks.", "proj_out_1.", "patch_decode.")
+    assert all(key.startswith((*prefixes, "backbone_obs_tokenizer.")) for key in state)
+    assert recognise(state) == "healda"
+    overrides, layout, weights = convert("healda", state, config)
+    again = build(overrides, layout)
+    again.load_state_dict(weights)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+    returned = export("healda", again, config)
+    assert returned.keys() == state.keys() and all(torch.equal(returned[key], state[key]) for key in state)
+
+
+SPELLINGS = (
+    ("pos_embed.pos_embed", "pos_embed.table"),
+    ("pos_embed.proj", "pos_embed.patchify.conv"),
+    ("noise_embed.map_layer0", "noise_embed.mlp.0"),
+    ("noise_embed.map_layer1", "noise_embed.mlp.2"),
+    ("noise_embed.map_condition", "noise_embed.class_embed"),
+    ("patch_decode", "patch_decode.conv_t"),
+    ("embed_table", "embedder.obs_type"),
+    ("channel_embedding", "embedder.channel"),
+    ("platform_embedding", "embedder.platform"),
+    ("cond_mlp", "embedder.net"),
+    ("attn1.proj", "attn1.to_out.0"),
+)
+
+
+@pytest.mark.parametrize("name", ("healda_a", "healda_condition", "healda_layernorm_affine"))
+def test_training_package_weights_by_other_names_are_found_by_role(name):
+    model, _, config = healda_model(name)
+    given = {}
+    for key, tensor in export("healda", model, config).items():
+        for ours, theirs in SPELLINGS:
+            key = key.replace(ours, theirs)
+        if found := re.fullmatch(r"(.*attn1\.)qkv\.(weight|bias)", key):
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                given[f"{found[1]}to_{part}.{found[2]}"] = piece
+        else:
+            given[key] = tensor[None] if key == "pos_embed.table" else tensor
+    del given["noise_embed.map_noise.freqs"]
+    for index in range(config["num_layers"]):
+        given[f"transformer_blocks.{index}.temporal_attn.rope.freqs_cos"] = torch.zeros(2, 3)
+        given[f"transformer_blocks.{index}.attn1._extra_state"] = torch.zeros(0)
+    shuffled = {key: given[key] for key in sorted(given, reverse=True)}
+    _, _, weights = convert("healda", shuffled, config)
+    assert weights.keys() == model.state_dict().keys()
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(weights[key], tensor, msg=key)
+
+
+def test_tables_of_2048_channels_and_strange_weights():
+    model, _, config = healda_model()
+    state = export("healda", model, config)
+    name = "backbone_obs_tokenizer.channel_embedding.weight"
+    wide = {**state, name: torch.randn(2048, state[name].shape[1])}
+    overrides, layout, weights = convert("healda", wide, config)
+    assert layout.observations.num_channels == 2048 and layout.observations.num_types == 1024
+    build(overrides, layout).load_state_dict(weights)
+    with pytest.raises(ValueError, match=r"healda weights: 'transformer_blocks\.0\.attn2\.weight' is unknown"):
+        convert("healda", {**state, "transformer_blocks.0.attn2.weight": torch.zeros(1)}, config)
+    with pytest.raises(ValueError, match=r"'transformer_blocks\.1\.ff\.net\.2\.bias' is missing"):
+        convert("healda", {key: state[key] for key in state if not key.endswith("1.ff.net.2.bias")}, config)
+    with pytest.raises(ValueError, match=r"temporal_attn_legacy_scaling_bug=true .* is not supported"):
+        convert("healda", state, {**config, "temporal_attn_legacy_scaling_bug": True})
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")

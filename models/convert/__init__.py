@@ -6,8 +6,8 @@
     state_dict = export("transformers", model, config)
 
 A source is an entry of `SOURCES`: a `model` (what its weights are of), a key prefix that `recognises` it,
-`names(config)` (our name of a weight -> theirs), `overrides(config, weights)` and
-`layout(config, weights, num_tokens)`.
+`canonical(state_dict)` (tensors, by the names that the rule knows), `names(config)` (our name of a weight -> theirs),
+`overrides(config, weights)` and `layout(config, weights, num_tokens)`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data.batch import Layout
-from models.convert import krasserm, physicsnemo, transformers
+from models.convert import healda, krasserm, physicsnemo, transformers
 from models.convert.perceiver import TARGET, PerceiverSource, token_batch
 from models.convert.physicsnemo import PhysicsNeMoSource
 
@@ -30,6 +29,7 @@ SOURCES: dict[str, PerceiverSource | PhysicsNeMoSource] = {
     "transformers": transformers.SOURCE,
     "perceiver_io": krasserm.SOURCE,
     "physicsnemo": physicsnemo.SOURCE,
+    "healda": healda.SOURCE,
 }
 
 
@@ -44,11 +44,12 @@ def convert(
     """
     rule = _source(source)
     names = rule.names(config)
-    unused, missing = set(state_dict) - set(names.values()), set(names.values()) - set(state_dict)
+    tensors = rule.canonical(state_dict)
+    unused, missing = set(tensors) - set(names.values()), set(names.values()) - set(tensors)
     if unused or missing:
         kind, keys = ("missing", missing) if missing else ("unknown", unused)
         raise ValueError(f"{source} weights: {min(keys)!r} is {kind} ({len(keys)} such); give those of {rule.model}")
-    weights = {ours: torch.as_tensor(np.asarray(state_dict[theirs])).clone() for ours, theirs in names.items()}
+    weights = {ours: tensors[theirs].clone() for ours, theirs in names.items()}
     return rule.overrides(config, weights), rule.layout(config, weights, num_tokens), weights
 
 

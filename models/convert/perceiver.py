@@ -83,6 +83,9 @@ class PerceiverSource:
             names[f"decoder.{TARGET}.head.{kind}"] = f"{described.head}.{kind}"
         return names
 
+    def canonical(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {name: torch.as_tensor(array).detach() for name, array in state.items()}
+
     def overrides(self, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[str]:
         """What to type to build it. weights: by our names; widths are theirs."""
         return _overrides(self.describe(config), weights)

@@ -1,4 +1,4 @@
-"""PhysicsNeMo: `VideoHealDA` (names and defaults of 2.2), and the same model by the names of its training package."""
+"""PhysicsNeMo: `VideoHealDA` (names and defaults of 2.2)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from data.batch import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
 from data.healpix import HEALPixGrid
+from models.conditioning.noise_level import NoiseFeatures
 
 INPUT, TARGET = "static", "analysis"
 STEP = 6 * 3600
@@ -85,6 +87,19 @@ class PhysicsNeMoSource:
             for ours, theirs, kinds in self._block(given):
                 layer(f"processor.blocks.{index}.{ours}", f"dit.blocks.{index}.{theirs}", kinds)
         return names
+
+    def canonical(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The state dict with every tensor of `names` under its name there."""
+        tensors = {name: torch.as_tensor(array).detach() for name, array in state.items()}
+        embedder = "dit.conditioning_embedder"
+        return self.with_frequencies(tensors, f"{embedder}.map_noise.freqs", f"{embedder}.map_layer0.weight")
+
+    @staticmethod
+    def with_frequencies(tensors: dict[str, Tensor], frequencies: str, layer: str) -> dict[str, Tensor]:
+        """Older state dicts leave out the frequencies of the noise level: constants, as many as `layer` reads."""
+        if frequencies not in tensors and layer in tensors:
+            tensors[frequencies] = NoiseFeatures(tensors[layer].shape[1]).frequencies
+        return tensors
 
     def _block(self, given: Mapping[str, Any]) -> list[tuple[str, str, tuple[str, ...]]]:
         """(our part, theirs, its tensors) of one block."""

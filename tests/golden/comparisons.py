@@ -102,4 +102,9 @@ class HEALPixFrames:
         return {"": model(batch)[physicsnemo.TARGET].transpose(1, 2)}
 
 
-COMPARISONS = {"transformers": TokenSequences(), "perceiver_io": TokenSequences(), "physicsnemo": HEALPixFrames()}
+COMPARISONS = {
+    "transformers": TokenSequences(),
+    "perceiver_io": TokenSequences(),
+    "physicsnemo": HEALPixFrames(),
+    "healda": HEALPixFrames(),
+}
