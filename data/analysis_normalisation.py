@@ -5,16 +5,25 @@ Large archives are sampled: a climatology of a few harmonics does not need every
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.datasets.assimilation_data import AssimilationData, FieldStatistics
+from data.departures import Departures
+from data.grids import Grid
 from data.normalisation import Harmonics
 
+if TYPE_CHECKING:
+    from data.sources.observations.channel_table import ChannelTable
+    from data.sources.observations.table import Table
+
 MAX_FRAMES = 4096  # of the training period that are read
+OBSERVED_FRAMES = 96  # of the training period, whose observations departures are fitted on
 _BLOCK = 64  # frames read at a time
 _RIDGE = 1.0  # on the harmonics of cells with gaps: the weight of one observation
 
@@ -24,7 +33,7 @@ class AnalysisNormalisation:
     """fields, static: z-scores, physical = normalised * scale + mean (static None where the data has none).
 
     coefficients: (K, C, *grid.shape) of the climatology, physical. anomaly_scale: (C,), the area-weighted standard
-    deviation of departures from it.
+    deviation of departures from it. departures: what observations are expected to be, or None: they are z-scores.
     """
 
     fields: FieldStatistics
@@ -32,10 +41,14 @@ class AnalysisNormalisation:
     harmonics: Harmonics
     coefficients: Tensor
     anomaly_scale: Tensor
+    departures: Departures | None = None
 
     @staticmethod
-    def fit(data: AssimilationData) -> AnalysisNormalisation:
-        """From the training period of `data` (float64 sums); cells that are never observed have no climatology."""
+    def fit(data: AssimilationData, *, window: tuple[int, int] | None = None) -> AnalysisNormalisation:
+        """From the training period of `data` (float64 sums); cells that are never observed have no climatology.
+
+        window: seconds about the frames whose observations departures are fitted on; None: no departures.
+        """
         frames = _sampled(data.training_period)
         harmonics = Harmonics.resolved(data.times[frames], data.calendar, data.annual_harmonics, data.diurnal_harmonics)
         fields = data.statistics
@@ -54,17 +67,42 @@ class AnalysisNormalisation:
         coefficients = torch.linalg.solve(normal + 1e-6 * penalty, right.flatten(1)).view_as(right) / share
         coefficients[0] += mean
         coefficients = torch.where(count > 0, coefficients, torch.nan).float()
-        return AnalysisNormalisation(
+        found = AnalysisNormalisation(
             fields,
             data.static_statistics,
             harmonics,
             coefficients,
             _anomaly_scale(data, frames, harmonics, coefficients),
         )
+        if window is None:
+            return found
+        seen = frames[np.unique(np.linspace(0, frames.size - 1, OBSERVED_FRAMES).astype(np.int64))]
+        departures = Departures.fit(
+            data.channels.normalised(data.observations(seen, window)),
+            partial(found.expected, data.grid),
+            num_channels=data.num_channels,
+            num_platforms=data.num_platforms,
+        )
+        return replace(found, departures=departures)
 
     def climatology(self, times: np.ndarray | Tensor) -> Tensor:
         """(n, C, *grid.shape) float32, physical, at times (n,), int64 seconds; NaN where nothing was ever observed."""
         return _evaluate(self.harmonics, self.coefficients, torch.as_tensor(times))
+
+    def expected(self, grid: Grid, table: Table) -> np.ndarray:
+        """(R, C) z-scored climatology at the place and time of each row; 0 where there is none."""
+        places = torch.from_numpy(np.stack([table["latitude"], table["longitude"]], axis=-1))
+        cell = grid.cell_of(places)
+        times, row = np.unique(table["time"], return_inverse=True)
+        design = self.harmonics.design(torch.from_numpy(times)).float()[torch.from_numpy(row)]  # (R, K)
+        at_rows = self.coefficients.flatten(2)[:, :, cell.clamp_min(0)]  # (K, C, R)
+        climatology = torch.einsum("rk,kcr->rc", design, at_rows)
+        return ((climatology - self.fields.mean) / self.fields.scale).nan_to_num(0.0).double().numpy()
+
+    def observed(self, grid: Grid, channels: ChannelTable, table: Table) -> Table:
+        """Physical values as a model reads them: z-scores, or departures where they were fitted."""
+        table = channels.normalised(table)
+        return table if self.departures is None else self.departures(table, partial(self.expected, grid))
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, plain JSON): what a checkpoint stores."""
@@ -76,7 +114,9 @@ class AnalysisNormalisation:
         }
         if self.static is not None:
             tensors |= {"static_mean": self.static.mean, "static_scale": self.static.scale}
-        return tensors, {"kind": "analysis", "harmonics": self.harmonics.__dict__}
+        if self.departures is not None:
+            tensors |= {"departures": self.departures.coefficients, "departure_scale": self.departures.scale}
+        return tensors, {"kind": "analysis", "harmonics": asdict(self.harmonics)}
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], description: dict) -> AnalysisNormalisation:
@@ -90,6 +130,7 @@ class AnalysisNormalisation:
             Harmonics(**description["harmonics"]),
             tensors["coefficients"],
             tensors["anomaly_scale"],
+            Departures(tensors["departures"], tensors["departure_scale"]) if "departures" in tensors else None,
         )
 
 

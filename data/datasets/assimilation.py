@@ -26,7 +26,8 @@ class AssimilationDataset:
     """Windows of one split; a sample is T frames, named by the last of them.
 
     frames: T. frame_steps: steps of the data between them. window: (first, last) seconds around a frame whose
-    observations belong to it. num_features: of a row's description. reference: what the model's output is added to: the
+    observations belong to it. stride: every how many frames a window ends (training windows end at all). num_features:
+    of a row's description. reference: what the model's output is added to: the
     harmonic climatology, or none (the mean of each channel).
     Batches: input `static` (B, 1, S, *grid), observations of all windows with their batch and frame index, target
     `analysis` (B, T, C, *grid), z-scored per channel. Raises ValueError where the split holds no window.
@@ -43,6 +44,7 @@ class AssimilationDataset:
         frames: int,
         window: tuple[int, int],
         frame_steps: int = 1,
+        stride: int = 1,
         num_features: int = 50,
         reference: str = "climatology",
     ):
@@ -51,7 +53,8 @@ class AssimilationDataset:
         self.data, self.split, self.normalisation, self.reference = data, split, normalisation, reference
         self.window = window
         self.layout = data.layout(frames=frames, frame_steps=frame_steps, num_features=num_features)
-        self.windows = data.windows(split, frames=frames, frame_steps=frame_steps)
+        windows = data.windows(split, frames=frames, frame_steps=frame_steps)
+        self.windows = windows if split == "train" else windows[::stride]
         self.lead_steps = tuple(frame_steps * frame for frame in range(1 - frames, 1))
 
     @property
@@ -121,8 +124,13 @@ class AssimilationDataset:
         )
 
     def _observations(self, frames: np.ndarray, times: Tensor, clocks: dict[str, Tensor]) -> Observations:
-        table = self.data.observations(frames.flatten(), self.window)
-        made = replace(self.data.channels.normalised(table).to_observations(times), **clocks)
+        draw = getattr(self.data, "drawn_observations", None) if self.split == "train" else None
+        if draw is None:
+            table = self.data.observations(frames.flatten(), self.window)
+        else:  # a batch is made of other windows in every epoch, so its draws are new, and repeat where it is repeated
+            table = draw(frames, np.random.default_rng(frames[:, -1]))
+        normalised = self.normalisation.observed(self.data.grid, self.data.channels, table)
+        made = replace(normalised.to_observations(times), **clocks)
         check(made, self.layout.observations, grid=self.data.grid)
         return made
 

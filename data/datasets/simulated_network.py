@@ -192,7 +192,7 @@ class SimulatedNetwork(AssimilationData):
         distance = EARTH_RADIUS_KM * torch.arccos((place @ place.T).clamp(-1, 1))
         fields = {0.0: truth}
         for radius, *_ in SOUNDER.values():
-            weights = torch.exp(-((distance / radius) ** 2))
+            weights = torch.exp(-((distance / radius) ** 2)).where(distance < 3 * radius, 0.0)
             fields[radius] = truth @ (weights / weights.sum(dim=1, keepdim=True)).float().T
         return fields
 

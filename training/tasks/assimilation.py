@@ -31,6 +31,9 @@ class AssimilationTask(GriddedTask):
     frames: of a window, frame_steps steps of the data apart. window: [first, last] seconds around each frame (after
         first, up to last) whose observations belong to it. features: numbers that describe an observation, 28, 30 or 50
         (`data/observation_features.py`).
+    stride: frames from one validation or test window to the next; training windows start at every frame.
+    departures: observations as departures from what the climatology leads one to expect (`data/departures.py`), which
+        is learnt from in fewer steps; false: as z-scores of their channel.
     reference: what the model's output is added to, climatology or none. head: see `models/heads.py`. loss: mse, l1 or
         huber with huber_delta, of z-scores in units of the reference's scale, weighted by cell area.
     variable_weights: {name: weight}, 1 where not named. frame_weights: one a frame, None: all 1.
@@ -50,7 +53,9 @@ class AssimilationTask(GriddedTask):
         head: str,
         loss: str,
         frame_steps: int = 1,
+        stride: int = 1,
         features: int = 50,
+        departures: bool = True,
         huber_delta: float = 1.0,
         variable_weights: Mapping[str, float] | None = None,
         frame_weights: Sequence[float] | None = None,
@@ -58,7 +63,7 @@ class AssimilationTask(GriddedTask):
         platform_dropout: float = 0.0,
         channel_dropout: float = 0.0,
     ):
-        for name, value in (("frames", frames), ("frame_steps", frame_steps)):
+        for name, value in (("frames", frames), ("frame_steps", frame_steps), ("stride", stride)):
             if value < 1:
                 raise ValueError(f"task.{name}={value} must be at least 1")
         if len(window) != 2 or not window[0] < window[1]:
@@ -78,8 +83,9 @@ class AssimilationTask(GriddedTask):
         for name, value in (("row", row_dropout), ("platform", platform_dropout), ("channel", channel_dropout)):
             if not 0 <= value < 1:
                 raise ValueError(f"task.{name}_dropout={value} must be at least 0 and below 1")
-        self.frames, self.frame_steps, self.features = frames, frame_steps, features
+        self.frames, self.frame_steps, self.stride, self.features = frames, frame_steps, stride, features
         self.window = (int(window[0]), int(window[1]))
+        self.departures = departures
         self.reference, self.head_name = reference, head
         self.loss_name, self.huber_delta = loss, huber_delta
         self.variable_weights = dict(variable_weights or {})
@@ -102,10 +108,10 @@ class AssimilationTask(GriddedTask):
         return data.layout(frames=self.frames, frame_steps=self.frame_steps, num_features=self.features)
 
     def fit(self, data: AssimilationData) -> AnalysisNormalisation:
-        """z-scores and harmonic climatology of the training period."""
+        """z-scores, harmonic climatology and what observations are expected to be, of the training period."""
         from data.analysis_normalisation import AnalysisNormalisation
 
-        return AnalysisNormalisation.fit(data)
+        return AnalysisNormalisation.fit(data, window=self.window if self.departures else None)
 
     def dataset(self, data: AssimilationData, split: str, normalisation: AnalysisNormalisation) -> AssimilationDataset:
         from data.datasets.assimilation import AssimilationDataset
@@ -117,6 +123,7 @@ class AssimilationTask(GriddedTask):
             frames=self.frames,
             frame_steps=self.frame_steps,
             window=self.window,
+            stride=self.stride,
             num_features=self.features,
             reference=self.reference,
         )
