@@ -96,7 +96,8 @@ def evaluate(
 ) -> Evaluation:
     """Scores a model on the windows of `split`, in evaluation mode on the device of its weights.
 
-    task: see `training/tasks`; data: what it learns from. baselines: None, all of the task. boxes: further regions, see `regions_of`. stacking: mixes the model's
+    task: see `training/tasks`; data: what it learns from. baselines: None, all of the task. boxes: further regions,
+    see `regions_of`. stacking: mixes the model's
     forecasts with a baseline's; the model's own are then scored as well. max_windows: that many, evenly spread over the
     split. on_forecast(bases (B,), forecast (B, L, C, *grid.shape) physical) sees every batch.
     Raises ValueError for unknown names and an empty split.

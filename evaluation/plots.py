@@ -94,7 +94,8 @@ def lead_time_curves(found: Evaluation, channel: int):
 def maps(grid: Grid, label: str, units: str, truth: Tensor, forecast: Tensor, leads: Sequence[str], title: str = ""):
     """Truth, forecast and error, a row a lead time. truth, forecast: (L, *grid.shape); grey where the truth is NaN.
 
-    Cells that are no rows and columns are drawn by the nearest one. Limits: the 1st and 99th percentile of the truth for the fields, symmetric about 0 for the error (its 99th).
+    Cells that are no rows and columns are drawn by the nearest one. Limits: the 1st and 99th percentile of the truth
+    for the fields, symmetric about 0 for the error (its 99th).
     """
     if not isinstance(grid, LatLonGrid):
         grid, (truth, forecast) = _drawn(grid, truth, forecast)

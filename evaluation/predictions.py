@@ -1,8 +1,8 @@
 """`predictions.nc`: forecasts and analyses in physical units, in the dimensions that WeatherBench scripts read.
 
 Dimensions (init_time, lead_time, [level,] latitude, longitude), or (..., cell) on HEALPix with the latitude and
-longitude of each cell's centre; `valid_time` (init_time, lead_time) holds the exact target times, which for monthly data
-are not init_time plus the nominal lead. CF conventions, missing = NaN.
+longitude of each cell's centre; `valid_time` (init_time, lead_time) holds the exact target times, which for monthly
+data are not init_time plus the nominal lead. CF conventions, missing = NaN.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class PredictionsFile:
         return targets
 
     def append(self, bases: np.ndarray, forecast: Tensor) -> None:
-        """bases: (B,) indices into `times` of the last input frames; forecast: (B, L, C, *grid.shape), physical units."""
+        """bases: (B,) indices into `times` of the last input frames; forecast: (B, L, C, *grid.shape), physical."""
         start = len(self._file.dimensions["init_time"])
         rows = slice(start, start + len(bases))
         self._file["init_time"][rows] = self._times[bases]

@@ -49,7 +49,7 @@ def _inside(name: str, box: Sequence[float], latitude: Tensor, longitude: Tensor
 
 
 def land_fraction(data) -> Tensor | None:
-    """(*grid.shape,) in 0..1 from a field without time that is named like a land-sea mask, or None. data: has static fields."""
+    """(*grid.shape,) in 0..1 from a field without time that is named like a land-sea mask, or None."""
     for channel, variable in enumerate(data.static_variables):
         if variable.name.lower() in LAND_NAMES:
             values = data.static[channel].nan_to_num(0.0)

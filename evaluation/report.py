@@ -44,8 +44,7 @@ def write_report(
 ) -> None:
     """Writes the page into `folder`, which holds the scores of the same evaluation.
 
-    data: what the run learnt from. example: (base index, truth (L, C, *grid.shape), forecast) of the window to draw, or None for a page
-    without pictures.
+    data: what the run learnt from. example: (base index, truth (L, C, *grid.shape), forecast) of the window to draw.
     """
     body = [
         f"<h1>{escape(run.path.resolve().name)}</h1>",
@@ -77,9 +76,10 @@ def _facts(found: Evaluation, run: RunFolder, checkpoint: str, parameters: int, 
         str(config.model[slot].get("_target_", "")).rpartition(".")[2] for slot in ("encoder", "processor", "decoder")
     ]
     grid = found.grid
+    source = getattr(data, "path", None) or config.data._target_.rpartition(".")[2]
     facts = {
         "model": f"{' → '.join(parts)}, {parameters:,} parameters, checkpoint {checkpoint}",
-        "data": f"{getattr(data, 'path', None) or config.data._target_.rpartition('.')[2]}: {', '.join(variable.label for variable in found.variables)}, "
+        "data": f"{source}: {', '.join(variable.label for variable in found.variables)}, "
         f"{' x '.join(map(str, grid.shape))} cells, {'global' if grid.is_global else 'regional'}",
         "evaluated": f"{found.split} split, {found.bases.size} forecasts started {when(found.bases[0])} to "
         f"{when(found.bases[-1])}",

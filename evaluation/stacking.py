@@ -3,8 +3,8 @@
     forecast = (1 - w) network + w baseline,   w = argmin of the area-weighted squared error on the validation split,
 
 one w in 0..1 per lead time and variable. The baseline is fitted without the validation frames, so that w does not
-favour it for having seen them; forecasts of later splits use its ordinary fit. The network is trained alone and stays what
-`models.load` returns; scores of it are printed beside ours.
+favour it for having seen them; forecasts of later splits use its ordinary fit. The network is trained alone and
+stays what `models.load` returns; scores of it are printed beside ours.
 Source: stacked generalisation, Wolpert (1992), Neural Networks 5(2).
 Letters: L lead times, C variables.
 """

@@ -1,4 +1,4 @@
-"""Simulated instruments: where and when stations, sondes and polar orbiters look, and their noise, as functions of time.
+"""Simulated instruments: where and when stations, sondes and polar orbiters look, and their noise.
 
 Every number follows from (seed, what, when) by hashing, so the observations of any hours can be made in any order and
 are always the same. Orbits are circular and sun-synchronous. Letters: K time bins, S sites, R rows.
