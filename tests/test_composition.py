@@ -20,7 +20,16 @@ from data.batch import InputLayout, Layout
 from models import build, load
 from models.composition import build_from_config, check, compose, with_size
 from models.refusals import REFUSALS
-from tests.model_examples import COARSE, GLOBAL, REGION, STATIONS, TEMPERATURE, tiny_batch, tiny_layout
+from tests.model_examples import (
+    COARSE,
+    GLOBAL,
+    REGION,
+    STATIONS,
+    TEMPERATURE,
+    observed_layout,
+    tiny_batch,
+    tiny_layout,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -30,7 +39,7 @@ TINY = [
     "model.depth=1",
     "model.num_heads=2",
     "model.num_latents=6",
-    "model.patch_size=3",
+    "model.patch_size=2",
 ]
 
 WRONG = {
@@ -223,27 +232,32 @@ def test_a_folder_that_is_no_checkpoint_is_one_sentence(checkpoint, damage):
 # Refusals and files
 
 
-def _layout_for(row: int) -> tuple[list[str], Layout]:
-    two_lengths = tiny_layout()
-    other = InputLayout((TEMPERATURE,), GLOBAL, 3, 21_600)
-    two_lengths = Layout(inputs={**two_lengths.inputs, "satellite": other}, targets=two_lengths.targets)
-    stations = tiny_layout(STATIONS)
-    return (
-        (["model/encoder=grid_patch", "model/processor=latent_transformer"], stations),
-        (["model/encoder=grid_patch"], tiny_layout(boundary=COARSE)),
-        (["model/encoder=perceiver", "model.encoder.frames=each"], two_lengths),
-        (["model/decoder=grid_patch"], tiny_layout(target_grid=STATIONS)),
-        (["model/encoder=perceiver", "model/processor=spatial_transformer"], stations),
-        (["model=perceiver", "model.decoder.scope=local"], stations),
-    )[row]
+def _two_lengths() -> Layout:
+    layout, other = tiny_layout(), InputLayout((TEMPERATURE,), GLOBAL, 3, 21_600)
+    return Layout(inputs={**layout.inputs, "satellite": other}, targets=layout.targets)
 
 
-@pytest.mark.parametrize("row", range(len(REFUSALS)))
-def test_every_refusal_has_its_sentence_and_its_override_works(row):
-    given, layout = _layout_for(row)
+# One entry a row of the table, in its order: overrides and a layout that it refuses.
+REFUSED = {
+    "patches of stations": (["model/encoder=grid_patch", "model/processor=latent_transformer"], tiny_layout(STATIONS)),
+    "patches of two grids": (["model/encoder=grid_patch"], tiny_layout(boundary=COARSE)),
+    "observations unread": (["model/encoder=grid_patch"], observed_layout(GLOBAL, analysis=False)),
+    "frames of stations": (["model=video_dit"], tiny_layout(STATIONS, target_grid=GLOBAL)),
+    "frames of two grids": (["model=video_dit"], tiny_layout(boundary=COARSE)),
+    "patches written to stations": (["model=video_dit"], tiny_layout(target_grid=STATIONS)),
+    "frames that do not pair": (["model/encoder=perceiver", "model.encoder.frames=each"], _two_lengths()),
+    "grid patches written to stations": (["model/decoder=grid_patch"], tiny_layout(target_grid=STATIONS)),
+    "rows and columns of HEALPix": (["model=healda_v2", "model/processor=spatial_transformer"], observed_layout()),
+    "windows among stations": (["model=perceiver", "model.decoder.scope=local"], tiny_layout(STATIONS)),
+}
+
+
+@pytest.mark.parametrize("row, refused", enumerate(REFUSED.values()), ids=REFUSED)
+def test_every_refusal_has_its_sentence_and_its_override_works(row, refused):
+    given, layout = refused
     with pytest.raises(ValueError, match=re.escape(REFUSALS[row].sentence)):
         build([*given, *TINY], layout)
-    instead = re.search(r"use (\S+)$", REFUSALS[row].sentence).group(1)
+    instead = re.search(r"use (\S+)(?: or \S+)?$", REFUSALS[row].sentence).group(1)
     kept = [override for override in given if override.split("=")[0] != instead.split("=")[0]]
     if "encoder" in instead:  # options of the encoder that is replaced go with it
         kept = [override for override in kept if not override.startswith("model.encoder.")] + (
@@ -251,6 +265,10 @@ def test_every_refusal_has_its_sentence_and_its_override_works(row):
         )
     model = build([*kept, instead, *TINY], layout)
     assert torch.isfinite(model(tiny_batch(layout))["forecast"]).all()
+
+
+def test_every_refusal_has_a_test():
+    assert len(REFUSED) == len(REFUSALS) == len({row.sentence for row in REFUSALS})
 
 
 def test_a_target_elsewhere_than_the_inputs_runs_with_every_part():
