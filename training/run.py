@@ -27,6 +27,7 @@ from training.tracking_store import resolve_uri
 
 PARTS = ("encoder", "processor", "decoder")
 UNVARIED = (*(f"model.{part}." for part in PARTS), "data.path", "data.inspect", "data.recommended", "trainer.progress")
+DEFAULT_LR = 1e-3
 VALIDATIONS = 10  # over the budget, where trainer.validate_every is not given
 
 
@@ -50,6 +51,8 @@ def complete(config: DictConfig, data) -> None:
     trainer = config.trainer
     if trainer.max_steps is None:
         trainer.max_steps = data.recommended.get("max_steps", 2000)
+    if config.optimizer.lr is None:
+        config.optimizer.lr = float(data.recommended.get("lr", DEFAULT_LR))
     trainer.precision = choose_precision(trainer.precision, choose_device(trainer.device))
     if trainer.validate_every is None:
         trainer.validate_every = max(1, trainer.max_steps // VALIDATIONS)
@@ -137,7 +140,10 @@ class Run:
             self.tracker.finish(status)
 
     def _write_files(self) -> None:
-        overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("resume=")]
+        overrides = [
+            item for item in HydraConfig.get().overrides.task if not item.startswith(("resume=", "model/size="))
+        ]
+        overrides.append(f"model/size={self.config.model.size}")  # what was automatic stays on another machine
         contents = {
             "config.yaml": OmegaConf.to_yaml(self.config, resolve=True),
             OVERRIDES: "".join(f"{item}\n" for item in overrides),
@@ -204,9 +210,12 @@ class Run:
 def describe(config: DictConfig, data, task, model: nn.Module) -> str:
     """`dry_run=true`: parts, parameters and shapes for one training batch, and the memory a step needs."""
     from models.summary import describe as describe_parts
+    from models.summary import outline
 
     complete(config, data)
     trainer = config.trainer
+    if not data.available:
+        return f"{outline(model)}\nbudget     {trainer.max_steps} steps; the data's files are not given"
     dataset = task.dataset(data, "train", task.fit(data))
     batch = dataset.__getitems__([number % len(dataset) for number in range(trainer.batch_size)])
     return (
