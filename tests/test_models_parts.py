@@ -17,7 +17,8 @@ from models.heads import DeterministicHead
 from tests.model_examples import COARSE, GLOBAL, HOUR, REGION, STATIONS, tiny_batch, tiny_layout
 
 TINY = ["model/size=tiny", "model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.num_latents=6"]
-TINY += ["model.patch_size=3", "model.dropout=0", "model.drop_path=0"]
+TINY += ["model.patch_size=3", "model.dropout=0", "model.drop_path=0", "model.observation_heads=2"]
+PRESETS = ("perceiver_io", "perceiver", "patch_transformer", "video_dit", "healda_v2")
 
 
 def built(given: list[str], layout, seed: int = 0):
@@ -85,7 +86,7 @@ def test_output_chunks_change_nothing(scope, chunk):
     torch.testing.assert_close(model(batch)["forecast"], whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("preset", ("perceiver_io", "perceiver", "patch_transformer"))
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_lead_time_is_decoded_as_if_alone(preset):
     layout = tiny_layout(REGION)
     model = built([f"model={preset}"], layout)
@@ -197,7 +198,7 @@ def test_grid_patch_model_turns_with_the_globe_except_for_its_positions():
 # Masks
 
 
-@pytest.mark.parametrize("preset", ("perceiver_io", "perceiver", "patch_transformer"))
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("gaps", (False, True))
 def test_values_that_are_not_present_are_never_read(preset, gaps):
     layout = tiny_layout(REGION, gaps=gaps)
@@ -269,7 +270,7 @@ def test_a_batch_of_another_kind_is_refused_by_name():
     assert model(tiny_batch(longer))["forecast"].shape == (2, 1, 2, 7, 9)  # lead times are data
 
 
-@pytest.mark.parametrize("preset", ("perceiver_io", "perceiver", "patch_transformer"))
+@pytest.mark.parametrize("preset", PRESETS)
 def test_construction_and_forward_on_the_meta_device(preset):
     layout = tiny_layout()
     config = compose([*TINY, f"model={preset}"])
@@ -282,7 +283,7 @@ def test_construction_and_forward_on_the_meta_device(preset):
         assert torch.equal(model.get_buffer(name), buffer), f"{name} holds no values after building on meta"
 
 
-@pytest.mark.parametrize("preset", ("perceiver_io", "perceiver", "patch_transformer"))
+@pytest.mark.parametrize("preset", PRESETS)
 def test_bfloat16_models_and_autocast(preset):
     layout = tiny_layout()
     model, batch = built([f"model={preset}"], layout), tiny_batch(layout)
@@ -329,7 +330,7 @@ def test_a_model_can_be_kept_from_knowing_date_and_place():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ("perceiver_io", "perceiver", "patch_transformer"))
+@pytest.mark.parametrize("preset", PRESETS)
 def test_models_compile_to_one_graph(preset):
     layout = tiny_layout()
     model, batch = built([f"model={preset}"], layout), tiny_batch(layout)

@@ -141,6 +141,7 @@ class _Visible(Tables):
 
     def __init__(self, num_frames: int, *, causal: bool, window: int | None):
         super().__init__()
-        age = torch.arange(num_frames)[:, None] - torch.arange(num_frames)
+        frame = torch.arange(num_frames, device="cpu")
+        age = frame[:, None] - frame
         visible = age >= 0 if causal else torch.ones_like(age, dtype=torch.bool)
         self.table("mask", visible if window is None else visible & (age < window))

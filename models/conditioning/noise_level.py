@@ -27,7 +27,8 @@ class NoiseFeatures(Tables):
         if num_features < 4 or num_features % 2:
             raise ValueError(f"model.condition.num_features={num_features} must be even and at least 4")
         count = num_features // 2
-        self.table("frequencies", 10_000.0 ** (-torch.arange(count).float() / (count - 1)), persistent=True)
+        place = torch.arange(count, device="cpu").float() / (count - 1)
+        self.table("frequencies", 10_000.0**-place, persistent=True)
 
     def forward(self, noise_level: Tensor) -> Tensor:
         angles = noise_level.float()[:, None] * self.frequencies
