@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 @dataclass
 class Optimizer:
     name: str = "adamw"
-    lr: float = 1e-3
+    lr: Optional[float] = None  # None: what the data recommends, else 1e-3
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8

@@ -4,8 +4,8 @@ Every channel of every platform has a linear model of its z-scores, fitted on tr
 
     expected = a + sum_c b_c climatology_c(place, time) + d_1 slant + d_2 scan + d_3 scan^2,
 
-slant = 1 / cos(zenith) - 1, so biases of platforms and towards the limb go with it. What remains, divided by its standard deviation, is what a model
-can learn from at once; with z-scores it first has to find the climatology by itself.
+slant = 1 / cos(zenith) - 1, so biases of platforms and towards the limb go with it. What remains, divided by its
+standard deviation, is what a model can learn from at once; with z-scores it first has to find the climatology.
 Letters: R rows, C variables, K harmonics, M channels, P platforms, F predictors.
 """
 

@@ -61,6 +61,17 @@ def describe(model: EncodeProcessDecode, batch: Batch) -> str:
     return "\n".join([*table, memory])
 
 
+def outline(model: EncodeProcessDecode) -> str:
+    """One line a part (class, parameters), without running anything."""
+    parts = {"encoder": model.encoder, "processor": model.processor}
+    parts |= {f"adapter.{name}": part for name, part in model.adapter.items()}
+    parts |= {f"decoder.{name}": part for name, part in model.decoder.items()}
+    lines = [(name, type(part).__name__, f"{_count(part):,}") for name, part in parts.items()]
+    lines.append(("total", "", f"{_count(model):,}"))
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in lines)
+
+
 class KeptTensors:
     """Counts the storages that autograd saves for backward, each once, without those of the parameters."""
 

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from data.analysis_normalisation import AnalysisNormalisation
-from data.batch import Batch, Field, Reference
+from data.batch import Batch, Field, Layout, Reference
 from data.calendars import clock
 from data.datasets.assimilation_data import AssimilationData
+from data.observation_features import features
 from data.observations import Observations, check
+from data.place_in_grid import NUM_FEATURES as NUM_PLACE_FEATURES
+from data.place_in_grid import place_features
 
 REFERENCES = ("climatology", "none")
 TARGET = "analysis"
@@ -27,8 +30,8 @@ class AssimilationDataset:
 
     frames: T. frame_steps: steps of the data between them. window: (first, last) seconds around a frame whose
     observations belong to it. stride: every how many frames a window ends (training windows end at all). num_features:
-    of a row's description. reference: what the model's output is added to: the
-    harmonic climatology, or none (the mean of each channel).
+    of a row's description. places: add where in the pattern of cells a row lies (`data/place_in_grid.py`). reference:
+    what the model's output is added to: the harmonic climatology, or none (the mean of each channel).
     Batches: input `static` (B, 1, S, *grid), observations of all windows with their batch and frame index, target
     `analysis` (B, T, C, *grid), z-scored per channel. Raises ValueError where the split holds no window.
     """
@@ -46,13 +49,17 @@ class AssimilationDataset:
         frame_steps: int = 1,
         stride: int = 1,
         num_features: int = 50,
+        places: bool = False,
         reference: str = "climatology",
     ):
         if reference not in REFERENCES:
             raise ValueError(f"task.reference={reference} is unknown; allowed: {', '.join(REFERENCES)}")
         self.data, self.split, self.normalisation, self.reference = data, split, normalisation, reference
         self.window = window
-        self.layout = data.layout(frames=frames, frame_steps=frame_steps, num_features=num_features)
+        self.num_features, self.places = num_features, places
+        self.layout = analysis_layout(
+            data, frames=frames, frame_steps=frame_steps, num_features=num_features, places=places
+        )
         windows = data.windows(split, frames=frames, frame_steps=frame_steps)
         self.windows = windows if split == "train" else windows[::stride]
         self.lead_steps = tuple(frame_steps * frame for frame in range(1 - frames, 1))
@@ -131,9 +138,23 @@ class AssimilationDataset:
             table = draw(frames, np.random.default_rng(frames[:, -1]))
         normalised = self.normalisation.observed(self.data.grid, self.data.channels, table)
         made = replace(normalised.to_observations(times), **clocks)
+        if self.places:
+            described = [
+                features(made, self.num_features),
+                place_features(self.data.grid, made.latitude, made.longitude),
+            ]
+            made = replace(made, features=torch.cat(described, dim=1))
         check(made, self.layout.observations, grid=self.data.grid)
         return made
 
     def _spread(self, numbers: Tensor) -> Tensor:
         """(C,) -> (C, 1, ...), to broadcast over the grid."""
         return numbers.view(-1, *[1] * len(self.data.grid.shape))
+
+
+def analysis_layout(
+    data: AssimilationData, *, frames: int, frame_steps: int, num_features: int, places: bool
+) -> Layout:
+    """What the batches of an `AssimilationDataset` look like; needs no file."""
+    width = num_features + (NUM_PLACE_FEATURES if places else 0)
+    return data.layout(frames=frames, frame_steps=frame_steps, num_features=width)

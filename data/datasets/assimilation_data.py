@@ -48,7 +48,12 @@ class AssimilationData(ABC):
     num_channels: int  # sizes of the id tables: ids are smaller
     num_platforms: int
     num_types: int
+    available: bool = True  # False: files are not given, only the layout is known
+    annual_harmonics: int = 2  # of the climatology
+    diurnal_harmonics: int = 2
     num_workers: int = 0
+    fake: bool = False
+    inspect: bool = False
     recommended: Mapping
     splits: dict[str, np.ndarray]  # train, validation, test: indices into times, disjoint
     training_period: np.ndarray  # train plus the validation frames withheld from inside its range
@@ -96,6 +101,9 @@ class AssimilationData(ABC):
         every row into exactly one frame; where windows overlap a row is repeated. The table has a column `frame`
         (R,) int64, the position in `indices`; `Table.to_observations` turns it into (batch, frame).
         """
+
+    # drawn_observations(windows (B, T), random) -> Table: optional; what training windows read instead of
+    # `observations`, drawn anew (other networks, other errors) from a NumPy generator, `frame` counting row by row.
 
     def observation_layout(self, *, frames: int, frame_steps: int = 1, num_features: int = 50) -> ObservationLayout:
         """frames: of a window, `frame_steps` steps of the data apart."""

@@ -50,6 +50,8 @@ class GriddedData:
     Raises ValueError or OSError, one sentence, where the data cannot be used.
     """
 
+    available = True
+
     def __init__(
         self,
         path: str | Sequence[str],

@@ -114,6 +114,7 @@ class UfsEra5(AssimilationData):
         self.grid, self.order, self.step = HEALPixGrid(level, "padxy"), order, 3600 * step_hours
         self.variables = _chosen(era5_variables(), variables)
         self.sensors = None if sensors is None else list(sensors)
+        self.available = observations is not None and fields is not None
         self.window_by, self.split = window_by, dict(split)
         self.quality = {
             "archive_flags": archive_flags,

@@ -31,6 +31,8 @@ class AssimilationTask(GriddedTask):
     frames: of a window, frame_steps steps of the data apart. window: [first, last] seconds around each frame (after
         first, up to last) whose observations belong to it. features: numbers that describe an observation, 28, 30 or 50
         (`data/observation_features.py`).
+    places: describe observations also by where in the pattern of cells they lie (`data/place_in_grid.py`); None: where
+        cells are coarse.
     stride: frames from one validation or test window to the next; training windows start at every frame.
     departures: observations as departures from what the climatology leads one to expect (`data/departures.py`), which
         is learnt from in fewer steps; false: as z-scores of their channel.
@@ -55,6 +57,7 @@ class AssimilationTask(GriddedTask):
         frame_steps: int = 1,
         stride: int = 1,
         features: int = 50,
+        places: bool | None = None,
         departures: bool = True,
         huber_delta: float = 1.0,
         variable_weights: Mapping[str, float] | None = None,
@@ -85,7 +88,7 @@ class AssimilationTask(GriddedTask):
                 raise ValueError(f"task.{name}_dropout={value} must be at least 0 and below 1")
         self.frames, self.frame_steps, self.stride, self.features = frames, frame_steps, stride, features
         self.window = (int(window[0]), int(window[1]))
-        self.departures = departures
+        self.places, self.departures = places, departures
         self.reference, self.head_name = reference, head
         self.loss_name, self.huber_delta = loss, huber_delta
         self.variable_weights = dict(variable_weights or {})
@@ -105,7 +108,20 @@ class AssimilationTask(GriddedTask):
                 "for fields alone use task=forecast"
             )
         self.check_variable_weights(data.variables)
-        return data.layout(frames=self.frames, frame_steps=self.frame_steps, num_features=self.features)
+        from data.datasets.assimilation import analysis_layout
+
+        return analysis_layout(
+            data,
+            frames=self.frames,
+            frame_steps=self.frame_steps,
+            num_features=self.features,
+            places=self._places(data),
+        )
+
+    def _places(self, data: AssimilationData) -> bool:
+        from data.place_in_grid import is_coarse
+
+        return is_coarse(data.grid) if self.places is None else self.places
 
     def fit(self, data: AssimilationData) -> AnalysisNormalisation:
         """z-scores, harmonic climatology and what observations are expected to be, of the training period."""
@@ -125,6 +141,7 @@ class AssimilationTask(GriddedTask):
             window=self.window,
             stride=self.stride,
             num_features=self.features,
+            places=self._places(data),
             reference=self.reference,
         )
 

@@ -1,0 +1,420 @@
+"""The task `assimilation`: windows, what observations are expected to be, dropout, scores, and input that is bad."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+
+from data.analysis_normalisation import AnalysisNormalisation
+from data.datasets.simulated_network import SimulatedNetwork
+from data.datasets.ufs_miniature import write_miniature
+from data.departures import Departures
+from data.grids import LatLonGrid
+from data.healpix import HEALPixGrid
+from data.loading import BatchLoader
+from data.normalisation import Harmonics
+from data.observations import check
+from data.place_in_grid import NUM_FEATURES, is_coarse, place_features
+from data.sources.observations.table import Table
+from evaluation.evaluation import OURS, evaluate
+from models.composition import build_from_config, compose
+from models.heads import residual
+from models.patches import patches_of
+from training.tasks.assimilation import AssimilationTask
+
+SPLIT = {"train": ["2001-01", "2001-03"], "validation": "2001-04", "test": ["2001-05-01", "2001-05-08"]}
+HOUR = 3600
+SMALL = [
+    "model=healda_v2",
+    "model/size=tiny",
+    "model.hidden_size=16",
+    "model.depth=1",
+    "model.num_heads=2",
+    "model.num_latents=6",
+    "model.observation_heads=2",
+    "task.frames=3",
+    "data.level=2",
+    "data.stations=20",
+    "data.sondes=4",
+    "data.split.train=[2001-01-01,2001-01-20]",
+    "data.split.validation=[2001-01-21,2001-01-24]",
+    "data.split.test=[2001-01-25,2001-01-29]",
+]
+
+
+def task_of(**changes) -> AssimilationTask:
+    settings = dict(
+        frames=3, window=[-3 * HOUR, 3 * HOUR], reference="climatology", head="deterministic", loss="huber", stride=2
+    )
+    return AssimilationTask(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def network() -> SimulatedNetwork:
+    return SimulatedNetwork(split=SPLIT, level=2, stations=20, sondes=4)
+
+
+@pytest.fixture(scope="module")
+def normalisation(network) -> AnalysisNormalisation:
+    return task_of().fit(network)
+
+
+@pytest.fixture(scope="module")
+def batch(network, normalisation):
+    return task_of().dataset(network, "train", normalisation).__getitems__([0, 50])
+
+
+# Windows
+
+
+def test_a_batch_holds_truth_reference_and_observations(network, normalisation, batch):
+    dataset = task_of().dataset(network, "train", normalisation)
+    target, frames = batch.targets["analysis"], dataset.windows[[0, 50]]
+    assert target.values.shape == (2, 3, 1, 192) and batch.layout == task_of().layout(network) == dataset.layout
+    assert np.array_equal(target.times, network.times[frames])
+    assert torch.allclose(target.physical(), network.read(frames.ravel()).unflatten(0, (2, 3)), atol=1e-3)
+    climatology = normalisation.climatology(network.times[frames.ravel()]).unflatten(0, (2, 3))
+    assert torch.allclose(target.physical(target.reference.values), climatology, atol=1e-3)
+    assert 0.5 < residual(target).std() < 2
+    observations = batch.observations
+    late = observations.time - target.times[observations.batch, observations.frame]
+    assert late.abs().max() <= 3 * HOUR and set(observations.batch.tolist()) == {0, 1}
+    assert observations.features.shape == (len(observations), 50 + NUM_FEATURES)
+    static = batch.inputs["static"]
+    assert static.values.shape == (2, 1, 2, 192) and torch.allclose(static.physical()[0, 0], network.static, atol=1e-2)
+
+
+def test_lead_hours_count_back_from_the_last_frame(network, normalisation):
+    dataset = task_of(frame_steps=2).dataset(network, "test", normalisation)
+    assert dataset.lead_hours == (-24.0, -12.0, 0.0)
+    assert np.array_equal(dataset.windows[:, -1], dataset.base_indices) and (np.diff(dataset.base_indices) == 2).all()
+    training = task_of().dataset(network, "train", normalisation)
+    assert (np.diff(training.base_indices) == 1).all()
+
+
+def test_without_reference_targets_are_z_scores(network, normalisation):
+    dataset = task_of(reference="none").dataset(network, "train", normalisation)
+    target = dataset[3].targets["analysis"]
+    assert target.reference is None
+    assert torch.allclose(residual(target) * normalisation.fields.scale + normalisation.fields.mean, target.physical())
+
+
+def test_batches_from_a_worker_process_are_the_same(network, normalisation):
+    dataset = task_of().dataset(network, "train", normalisation)
+    here = next(iter(BatchLoader(dataset, batch_size=2, num_workers=0)))
+    there = next(iter(BatchLoader(dataset, batch_size=2, num_workers=1)))
+    assert torch.equal(here.observations.value, there.observations.value)
+    assert torch.equal(here.targets["analysis"].values, there.targets["analysis"].values)
+
+
+def test_training_may_draw_observations_of_its_own(normalisation):
+    class Drawing(SimulatedNetwork):
+        def drawn_observations(self, windows, random):
+            rows = self.observations(windows.flatten(), (-HOUR, HOUR))
+            return rows.select(random.random(len(rows)) < 0.5)
+
+    dataset = task_of().dataset(Drawing(split=SPLIT, level=2, stations=20, sondes=4), "train", normalisation)
+    first, again, other = (dataset.__getitems__(indices).observations for indices in ([1, 2], [1, 2], [2, 1]))
+    assert torch.equal(first.value, again.value)
+    assert not torch.equal(first.value[first.batch == 0], other.value[other.batch == 1])
+
+
+# What is fitted
+
+
+def test_the_climatology_is_the_regression_on_harmonics(network, normalisation):
+    frames = network.training_period
+    design = normalisation.harmonics.design(torch.from_numpy(network.times[frames])).numpy()
+    values = network.read(frames)[:, 0].double().numpy()
+    expected = design @ np.linalg.lstsq(design, values, rcond=None)[0]
+    found = normalisation.climatology(network.times[frames])[:, 0].numpy()
+    assert np.abs(found - expected).max() < 0.01
+    assert normalisation.anomaly_scale.item() == pytest.approx((values - expected).std(), rel=0.1)
+
+
+def test_departures_take_away_climatology_limb_and_platform():
+    random, rows = np.random.default_rng(0), 4000
+    climatology = random.normal(size=(rows, 2))
+    zenith, platform = random.uniform(0, 60, rows), random.integers(0, 2, rows)
+    slant, noise = 1 / np.cos(np.deg2rad(zenith)) - 1, random.normal(size=rows)
+    value = 0.3 + climatology @ [0.8, -0.4] + 0.5 * slant + 0.7 * platform + 0.2 * noise
+    table = Table(
+        {
+            "value": value,
+            "latitude": zenith,
+            "longitude": zenith,
+            "time": np.arange(rows),
+            "channel": np.ones(rows),
+            "platform": platform,
+            "satellite_zenith": zenith,
+            "error": np.full(rows, 0.2),
+        }
+    )
+    found = Departures.fit(table, lambda _: climatology, num_channels=3, num_platforms=2)
+    assert found.coefficients.shape == (3, 2, 6)
+    assert np.allclose(found.coefficients[1, :, 1:4], [0.8, -0.4, 0.5], atol=0.03)
+    assert np.allclose(found.coefficients[1, :, 0], [0.3, 1.0], atol=0.03)
+    left = found(table, lambda _: climatology)
+    assert np.square(left["value"] - noise).mean() < 0.01 and np.allclose(left["error"], 1, atol=0.05)
+    few = table.select(np.arange(20))
+    unseen = Departures.fit(few, lambda _: climatology[:20], num_channels=3, num_platforms=2)
+    assert np.array_equal(unseen(few, lambda _: climatology[:20])["value"], few["value"])
+
+
+def test_departures_correlate_with_what_is_to_be_found(network, batch):
+    observations, target = batch.observations, residual(batch.targets["analysis"])
+    cell = network.grid.cell_of(torch.stack([observations.latitude, observations.longitude], dim=-1).double())
+    truth = target[observations.batch, observations.frame, 0, cell]
+    sounder = observations.channel == 2
+    assert np.corrcoef(truth[sounder], observations.value[sounder])[0, 1] > 0.5
+    plain = task_of(departures=False)
+    values = plain.dataset(network, "train", plain.fit(network)).__getitems__([0, 50]).observations.value
+    assert np.corrcoef(truth[sounder], values[sounder])[0, 1] < 0.5
+
+
+def test_the_state_survives_a_checkpoint(normalisation):
+    tensors, description = normalisation.state_dict()
+    again = AnalysisNormalisation.from_state(tensors, description)
+    times = np.array([1_000_000_000, 1_000_050_000])
+    assert torch.equal(again.climatology(times), normalisation.climatology(times))
+    assert torch.equal(again.departures.coefficients, normalisation.departures.coefficients)
+    assert isinstance(again.harmonics, Harmonics)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [HEALPixGrid(2, "padxy"), LatLonGrid(np.linspace(80, -80, 8), np.arange(18) * 20.0)],
+    ids=["healpix", "latlon"],
+)
+def test_place_features_tell_the_cells_of_a_patch_apart_and_run_smoothly(grid):
+    centres = grid.coordinates
+    found = place_features(grid, centres[:, 0], centres[:, 1])
+    assert found.shape == (grid.num_points, NUM_FEATURES)
+    patches = patches_of(grid, 2)
+    cells = patches.to_images(torch.arange(grid.num_points).view(1, 1, *grid.shape).float())
+    for patch in F.unfold(cells, 2, stride=2).transpose(1, 2).flatten(0, 1).long():
+        inside = found[patch]
+        assert (torch.cdist(inside, inside) + 9 * torch.eye(4)).min() > 1
+    moved = place_features(grid, centres[:, 0] + 0.01, centres[:, 1] + 0.01)
+    assert (moved - found).norm(dim=-1).max() < 0.2
+    assert is_coarse(grid) and not is_coarse(HEALPixGrid(6))
+
+
+# Training
+
+
+def test_dropout_leaves_out_rows_platforms_and_channels(batch):
+    torch.manual_seed(0)
+    assert task_of().augment(batch, None) is batch
+    rows = task_of(row_dropout=0.3).augment(batch, None).observations
+    assert 0.6 < len(rows) / len(batch.observations) < 0.8
+    torch.manual_seed(1)
+    once = task_of(platform_dropout=0.5).augment(batch, None).observations
+    torch.manual_seed(1)
+    assert torch.equal(once.value, task_of(platform_dropout=0.5).augment(batch, None).observations.value)
+    for sample in (0, 1):
+        for platform in range(4):
+            before, after = (
+                ((item.batch == sample) & (item.platform == platform)).sum() for item in (batch.observations, once)
+            )
+            assert after in (0, before)
+    channels = task_of(channel_dropout=0.5).augment(batch, None).observations
+    assert 0 < len(channels) < len(batch.observations)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"frames": 0}, "task.frames=0 must be at least 1"),
+        ({"window": [3, 3]}, r"task.window=\[3, 3\] must be \[first, last\] seconds"),
+        ({"features": 29}, "task.features=29 is unknown; allowed: 28, 30, 50"),
+        ({"huber_delta": 0.0}, "task.huber_delta=0.0 must be above 0"),
+        ({"row_dropout": 1.0}, "task.row_dropout=1.0 must be at least 0 and below 1"),
+        ({"frame_weights": [1.0]}, r"task.frame_weights=\[1.0\] must be 3 numbers"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        task_of(**changes)
+
+
+def test_data_and_task_must_fit(network, normalisation):
+    with pytest.raises(ValueError, match=r"task.variable_weights names 'q'; the data has t2m"):
+        task_of(variable_weights={"q": 1.0}).layout(network)
+    with pytest.raises(ValueError, match="needs data with observations, like data=simulated_network"):
+        task_of().layout(object())
+    with pytest.raises(ValueError, match=r"task.reference=persistence is unknown; allowed: climatology, none"):
+        task_of(reference="persistence").dataset(network, "train", normalisation)
+
+
+def composed(*overrides):
+    config = compose([*SMALL, *overrides])
+    data, task = (instantiate(node, _convert_="all") for node in (config.data, config.task))
+    torch.manual_seed(0)
+    return config, data, task, build_from_config(config, task.layout(data))
+
+
+def one_step(task, model, batch) -> float:
+    """The loss after a step of gradient descent, relative to before."""
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(2):
+        sums = {name: errors for name, (errors, _) in task.sums(model(batch), batch).items()}
+        loss = task.combine(sums, task.total_weights([batch]), batch.layout)["loss"]
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    return losses[1] / losses[0]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model/encoder=perceiver"],
+        ["model/decoder=perceiver_io"],
+        ["model/encoder=perceiver", "model/processor=latent_transformer", "model/decoder=perceiver_io"],
+        ["data.grid=latlon", "model.patch_size=4"],
+        ["data.grid=latlon", "model/encoder=video_patch", "model/decoder=perceiver_io", "model.patch_size=4"],
+        ["task.reference=none", "task.features=28", "task.places=false", "task.loss=mse"],
+        ["task.features=30", "task.departures=false", "task.frame_weights=[0,0,1]"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_swapped_parts_and_choices_learn(overrides):
+    _, data, task, model = composed(*overrides)
+    dataset = task.dataset(data, "train", task.fit(data))
+    assert one_step(task, model, dataset.__getitems__([0, 9])) < 1
+
+
+def test_the_miniature_of_the_archive_trains(tmp_path):
+    names = {"T850", "tas", "sst"}
+    from data.datasets.ufs_era5 import era5_variables, store_name
+
+    variables = [item for item in era5_variables() if store_name(item) in names]
+    written = write_miniature(tmp_path, level=1, frames=32, variables=variables, footprints=8)
+    kept = [item for item in SMALL if not item.startswith("data.")]
+    config = compose([*kept, "data=ufs_era5", *written.overrides])
+    data, task = (instantiate(node, _convert_="all") for node in (config.data, config.task))
+    torch.manual_seed(0)
+    model = build_from_config(config, task.layout(data))
+    normalisation = task.fit(data)
+    assert one_step(task, model, task.dataset(data, "train", normalisation).__getitems__([0, 5])) < 1
+    found = evaluate(model, task, data, normalisation, spectra=False)
+    values = found.content()["sst"]["rmse"]["0"]
+    assert np.isfinite([values[OURS], values["climatology"]]).all()
+
+
+# Scores
+
+
+def test_an_output_of_nothing_scores_as_the_climatology(network, normalisation):
+    _, _, task, model = composed()
+    for parameter in model.decoder.parameters():
+        torch.nn.init.zeros_(parameter)
+    found = evaluate(model, task, network, normalisation, spectra=False)
+    assert found.hours == (-12.0, -6.0, 0.0) and set(found.methods) == {"ours", "climatology"}
+    content = found.content()["t2m"]["rmse"]
+    assert list(content) == ["-12", "-6", "0"]
+    for hours, scores in content.items():
+        assert scores[OURS] == pytest.approx(scores["climatology"], rel=1e-4), hours
+    dataset = task.dataset(network, "test", normalisation)
+    frames = dataset.windows[:, -1]
+    error = network.read(frames) - normalisation.climatology(network.times[frames])
+    assert content["0"]["climatology"] == pytest.approx(error.square().mean().sqrt().item(), rel=1e-4)
+
+
+# Bad input
+
+
+def awake_model():
+    """A model whose gates are open, so that observations matter without training."""
+    _, _, _, model = composed()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def outputs(model, batch, rows=None, **columns):
+    observations = batch.observations if rows is None else batch.observations.chosen(rows)
+    with torch.no_grad():
+        return model.eval()(replace(batch, observations=replace(observations, **columns)))["analysis"]
+
+
+def test_a_window_without_observations_is_analysed_and_learnt_from():
+    _, data, task, model = composed("data.stations=0", "data.sondes=0")
+    normalisation = task.fit(data)
+    dataset = task.dataset(data, "train", normalisation)
+    silent = dataset.__getitems__([0])
+    silent = replace(silent, observations=silent.observations.chosen(torch.zeros(len(silent.observations)).bool()))
+    found = model(silent)["analysis"]
+    assert found.isfinite().all()
+    found.sum().backward()
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not missing
+
+
+def test_data_without_any_observation_train():
+    _, data, task, model = composed("data.stations=0", "data.sondes=0", "data.orbiters=0")
+    dataset = task.dataset(data, "train", task.fit(data))
+    batch = dataset.__getitems__([0, 3])
+    assert len(batch.observations) == 0 and one_step(task, model, batch) < 1
+
+
+def test_all_observations_in_one_pixel(network, batch):
+    model = awake_model()
+    place = torch.full_like(batch.observations.latitude, 12.0)
+    found = outputs(model, batch, latitude=place, longitude=place)
+    assert found.isfinite().all() and not torch.equal(found, outputs(model, batch))
+
+
+def test_longitudes_of_either_convention_and_any_order_of_rows(batch):
+    model, observations = awake_model(), batch.observations
+    turned = torch.where(observations.longitude > 180, observations.longitude - 360, observations.longitude)
+    assert (turned < 0).any()
+    expected = outputs(model, batch)
+    assert not torch.allclose(outputs(model, batch, longitude=observations.longitude + 20), expected, atol=1e-2)
+    assert torch.allclose(outputs(model, batch, longitude=turned), expected, atol=1e-4)
+    assert torch.allclose(outputs(model, batch, rows=torch.randperm(len(observations))), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("platform", 99, "1 have platform outside 0 .. 7 .row 5: 99."),
+        ("channel", -1, "1 have channel outside 0 .. 7"),
+        ("latitude", torch.nan, "1 have latitude outside -90 .. 90 degrees"),
+        ("latitude", 91.0, "1 have latitude outside -90 .. 90 degrees"),
+        ("longitude", torch.nan, "1 have longitude that is not finite"),
+        ("value", torch.inf, "1 have value that is not finite"),
+        ("frame", 3, "1 have frame outside 0 .. 2"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_counted_and_shown(batch, name, value, sentence):
+    column = getattr(batch.observations, name).clone()
+    column[5] = value
+    with pytest.raises(ValueError, match=sentence):
+        check(replace(batch.observations, **{name: column}), batch.layout.observations)
+
+
+def test_a_data_set_with_such_rows_is_refused_where_batches_are_made(network, normalisation):
+    class Broken(SimulatedNetwork):
+        def observations(self, indices, window):
+            table = super().observations(indices, window)
+            latitude = table["latitude"].copy()
+            latitude[:2] = np.nan
+            return table.with_columns(latitude=latitude)
+
+    dataset = task_of().dataset(Broken(split=SPLIT, level=2, stations=20, sondes=4), "train", normalisation)
+    with pytest.raises(ValueError, match=r"observations: of \d+ rows 2 have latitude outside"):
+        dataset[0]
+
+
+def test_observations_outside_every_window_are_left_out(network):
+    rows = network.observations([30], (-3 * HOUR, 3 * HOUR))
+    moved = rows.with_columns(time=rows["time"] + 10 * 86_400)
+    assert len(moved.to_frames(network.times[[30]], (-3 * HOUR, 3 * HOUR))) == 0
