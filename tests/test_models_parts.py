@@ -14,7 +14,15 @@ from models.composition import build_from_config, compose
 from models.encode_process_decode import describe
 from models.encoders.perceiver import PerceiverEncoder
 from models.heads import DeterministicHead
-from tests.model_examples import COARSE, GLOBAL, HOUR, REGION, STATIONS, tiny_batch, tiny_layout
+from tests.model_examples import (
+    COARSE,
+    GLOBAL,
+    HOUR,
+    REGION,
+    STATIONS,
+    tiny_batch,
+    tiny_layout,
+)
 
 TINY = ["model/size=tiny", "model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.num_latents=6"]
 TINY += ["model.patch_size=3", "model.dropout=0", "model.drop_path=0", "model.observation_heads=2"]
