@@ -28,7 +28,7 @@ class Scheduler:
 @dataclass
 class Trainer:
     max_steps: Optional[int] = None  # None: what the data recommends
-    batch_size: int = 32
+    batch_size: Optional[int] = None  # None: what the data recommends, else 8
     accumulate: int = 1
     clip_norm: Optional[float] = 1.0
     ema_decay: Optional[float] = 0.999

@@ -98,7 +98,8 @@ def evaluate(
 
     task: see `training/tasks`; data: what it learns from. baselines: None, all of the task. boxes: further regions,
     see `regions_of`. stacking: mixes the model's forecasts with a baseline's; the model's own are then scored as well.
-    max_windows: that many, evenly spread over the split. on_forecast(bases (B,), forecast (B, L, C, *grid.shape) physical) sees every batch.
+    max_windows: that many, evenly spread over the split. on_forecast(bases (B,), forecast (B, L, C, *grid.shape)
+    physical) sees every batch.
     Raises ValueError for unknown names and an empty split.
     """
     dataset = task.dataset(data, split, normalisation)

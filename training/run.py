@@ -21,6 +21,7 @@ from training import environment
 from training.checkpoints import RunFiles, load_weights, read_normalisation
 from training.loop import Outcome, TrainingLoop, choose_device, choose_precision
 from training.run_folder import OVERRIDES, last_checkpoint
+from training.sizes import batch_size
 from training.sweep import parent_run
 from training.tracking import build_tracker
 from training.tracking_store import resolve_uri
@@ -51,6 +52,7 @@ def complete(config: DictConfig, data) -> None:
     trainer = config.trainer
     if trainer.max_steps is None:
         trainer.max_steps = data.recommended.get("max_steps", 2000)
+    trainer.batch_size = batch_size(config)
     if config.optimizer.lr is None:
         config.optimizer.lr = float(data.recommended.get("lr", DEFAULT_LR))
     trainer.precision = choose_precision(trainer.precision, choose_device(trainer.device))

@@ -9,6 +9,7 @@ from models.composition import with_size
 from models.memory import available_bytes, training_bytes
 from training.loop import choose_device, choose_precision
 
+DEFAULT_BATCH_SIZE = 8
 SIZES = ("tiny", "small", "base", "production")  # conf/model/size, ascending
 
 
@@ -26,7 +27,7 @@ def fitted(config: DictConfig, layout: Layout, *, automatic: bool) -> DictConfig
         if not automatic or smaller < 0:
             raise ValueError(
                 f"model/size={config.model.size} needs about {_gib(needed)} to train with "
-                f"trainer.batch_size={config.trainer.batch_size}, and this {device.type} device has {_gib(available)}; "
+                f"trainer.batch_size={batch_size(config)}, and this {device.type} device has {_gib(available)}; "
                 f"use {_advice(config, smaller)}"
             )
         config = with_size(SIZES[smaller])
@@ -38,16 +39,23 @@ def fitted(config: DictConfig, layout: Layout, *, automatic: bool) -> DictConfig
     return config
 
 
+def batch_size(config: DictConfig) -> int:
+    """What was typed, else what the data recommends."""
+    if config.trainer.batch_size is not None:
+        return config.trainer.batch_size
+    return (config.data.get("recommended") or {}).get("batch_size", DEFAULT_BATCH_SIZE)
+
+
 def _needed(config: DictConfig, layout: Layout) -> int:
     precision = choose_precision(config.trainer.precision, choose_device(config.trainer.device))
     return training_bytes(
-        config, layout, batch_size=config.trainer.batch_size, sixteen_bit=precision in ("bf16", "fp16")
+        config, layout, batch_size=batch_size(config), sixteen_bit=precision in ("bf16", "fp16")
     )
 
 
 def _advice(config: DictConfig, smaller: int) -> str:
     advice = [f"model/size={SIZES[smaller]}"] if smaller >= 0 else []
-    advice += ["trainer.batch_size=1"] if config.trainer.batch_size > 1 else []
+    advice += ["trainer.batch_size=1"] if batch_size(config) > 1 else []
     if config.model.processor.get("checkpoint") == "none":
         advice.append("model.processor.checkpoint=all")
     return " or ".join(advice) or "a machine with more memory"

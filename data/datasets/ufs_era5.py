@@ -79,6 +79,7 @@ class UfsEra5(AssimilationData):
     """
 
     static_variables = STATIC
+    annual_harmonics = diurnal_harmonics = 1  # nine coefficients of every variable and cell are stored
 
     def __init__(
         self,

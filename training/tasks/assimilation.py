@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from evaluation.baselines.analyses import AnalysisSituation
     from models.encode_process_decode import EncodeProcessDecode
 
+MAX_PREDICTORS = 8  # variables
+
 
 class AssimilationTask(GriddedTask):
     """Analyses every variable of an `AssimilationData` on its grid.
@@ -35,7 +37,8 @@ class AssimilationTask(GriddedTask):
         cells are coarse.
     stride: frames from one validation or test window to the next; training windows start at every frame.
     departures: observations as departures from what the climatology leads one to expect (`data/departures.py`), which
-        is learnt from in fewer steps; false: as z-scores of their channel.
+        is learnt from in fewer steps; false: as z-scores of their channel. None: where there are at most 8 variables,
+        for each is a predictor of every observation.
     reference: what the model's output is added to, climatology or none. head: see `models/heads.py`. loss: mse, l1 or
         huber with huber_delta, of z-scores in units of the reference's scale, weighted by cell area.
     variable_weights: {name: weight}, 1 where not named. frame_weights: one a frame, None: all 1.
@@ -58,7 +61,7 @@ class AssimilationTask(GriddedTask):
         stride: int = 1,
         features: int = 50,
         places: bool | None = None,
-        departures: bool = True,
+        departures: bool | None = None,
         huber_delta: float = 1.0,
         variable_weights: Mapping[str, float] | None = None,
         frame_weights: Sequence[float] | None = None,
@@ -127,7 +130,8 @@ class AssimilationTask(GriddedTask):
         """z-scores, harmonic climatology and what observations are expected to be, of the training period."""
         from data.analysis_normalisation import AnalysisNormalisation
 
-        return AnalysisNormalisation.fit(data, window=self.window if self.departures else None)
+        departures = len(data.variables) <= MAX_PREDICTORS if self.departures is None else self.departures
+        return AnalysisNormalisation.fit(data, window=self.window if departures else None)
 
     def dataset(self, data: AssimilationData, split: str, normalisation: AnalysisNormalisation) -> AssimilationDataset:
         from data.datasets.assimilation import AssimilationDataset

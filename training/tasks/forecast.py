@@ -101,6 +101,10 @@ class ForecastTask(GriddedTask):
 
     def layout(self, data: GriddedData) -> Layout:
         """What the model reads and predicts. Raises ValueError where weights do not fit the data."""
+        if not hasattr(data, "gaps"):
+            raise ValueError(
+                "task=forecast needs a series of fields, and this data has observations; use task=assimilation"
+            )
         steps = self.lead_steps(data)
         if self.lead_weights is not None and len(self.lead_weights) != len(steps):
             raise ValueError(
