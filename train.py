@@ -34,12 +34,11 @@ def train(config: DictConfig) -> None:
         return
     task = build_task(config)
     layout = task.layout(data)
-    config = fitted(config, layout, automatic=automatic)
-    model = build_model(config, layout)
     if config.dry_run:
-        print(describe(config, data, task, model))
+        print(describe(config, data, task, layout, automatic=automatic))
         return
-    run = Run(config, data, task, model)
+    config = fitted(config, layout, automatic=automatic)
+    run = Run(config, data, task, build_model(config, layout))
     with run.tracked():
         outcome = run.train()
         scores = run.score()

@@ -207,7 +207,7 @@ class Points(Grid):
 
     @cached_property
     def area_weights(self) -> Tensor:
-        return torch.ones(self.locations.shape[0], dtype=torch.float64)
+        return torch.ones(self.locations.shape[0], dtype=torch.float64, device="cpu")
 
     @property
     def is_global(self) -> bool:

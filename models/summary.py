@@ -24,6 +24,7 @@ def describe(model: EncodeProcessDecode, batch: Batch) -> str:
     """
     outputs: dict[str, str] = {}
     parts = {"encoder": model.encoder, "processor": model.processor}
+    parts |= {"condition": model.condition} if model.condition is not None else {}
     parts |= {f"adapter.{name}": part for name, part in model.adapter.items()}
     parts |= {f"decoder.{name}": part for name, part in model.decoder.items()}
     hooks = [
@@ -63,9 +64,10 @@ def describe(model: EncodeProcessDecode, batch: Batch) -> str:
 
 def outline(model: EncodeProcessDecode) -> str:
     """One line a part (class, parameters), without running anything."""
-    parts = {"encoder": model.encoder, "processor": model.processor}
+    parts = {"encoder": model.encoder, "processor": model.processor, "condition": model.condition}
     parts |= {f"adapter.{name}": part for name, part in model.adapter.items()}
     parts |= {f"decoder.{name}": part for name, part in model.decoder.items()}
+    parts = {name: part for name, part in parts.items() if part is not None and _count(part)}
     lines = [(name, type(part).__name__, f"{_count(part):,}") for name, part in parts.items()]
     lines.append(("total", "", f"{_count(model):,}"))
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
@@ -94,7 +96,11 @@ def _ordered(parts: dict[str, nn.Module], outputs: dict[str, str]) -> list[tuple
     return [(name, parts[name]) for name in outputs]
 
 
-def _shape(output: Latents | Tensor) -> str:
+def _shape(output: Latents | Tensor | None) -> str:
+    if output is None:
+        return ""
+    if not isinstance(output, Latents) and output.ndim == 2:
+        return f"{_dimensions(output)} (batch, condition)"
     if isinstance(output, Latents):
         return f"{_dimensions(output.tokens)} latents (batch, frames, tokens, hidden)"
     return f"{_dimensions(output)} (batch, lead times, outputs, places)"

@@ -21,7 +21,7 @@ from training import environment
 from training.checkpoints import RunFiles, load_weights, read_normalisation
 from training.loop import Outcome, TrainingLoop, choose_device, choose_precision
 from training.run_folder import OVERRIDES, last_checkpoint
-from training.sizes import batch_size
+from training.sizes import TooLarge, batch_size, fitted
 from training.sweep import parent_run
 from training.tracking import build_tracker
 from training.tracking_store import resolve_uri
@@ -209,15 +209,27 @@ class Run:
         )
 
 
-def describe(config: DictConfig, data, task, model: nn.Module) -> str:
-    """`dry_run=true`: parts, parameters and shapes for one training batch, and the memory a step needs."""
+def describe(config: DictConfig, data, task, layout: Layout, *, automatic: bool) -> str:
+    """`dry_run=true`: parts, parameters and shapes for one training batch, and the memory a step needs.
+
+    A model that does not fit this machine, or whose data are elsewhere, is made on the meta device. automatic: whether
+    its size was left open.
+    """
     from models.summary import describe as describe_parts
     from models.summary import outline
 
+    reason = "" if data.available else "the data's files are not given"
+    try:
+        config = fitted(config, layout, automatic=automatic)
+    except TooLarge as error:
+        reason = str(error)
     complete(config, data)
     trainer = config.trainer
-    if not data.available:
-        return f"{outline(model)}\nbudget     {trainer.max_steps} steps; the data's files are not given"
+    if reason:
+        with torch.device("meta"):
+            model = build_model(config, layout)
+        return f"{outline(model)}\nbudget     {trainer.max_steps} steps\nnot here   {reason}"
+    model = build_model(config, layout)
     dataset = task.dataset(data, "train", task.fit(data))
     batch = dataset.__getitems__([number % len(dataset) for number in range(trainer.batch_size)])
     return (

@@ -13,11 +13,15 @@ DEFAULT_BATCH_SIZE = 8
 SIZES = ("tiny", "small", "base", "production")  # conf/model/size, ascending
 
 
+class TooLarge(ValueError):
+    """A forced size, or the smallest one, does not fit."""
+
+
 def fitted(config: DictConfig, layout: Layout, *, automatic: bool) -> DictConfig:
     """The configuration at a size whose training fits the memory of a rank.
 
     config: at the size that was asked for or, automatic, that the data recommends: the largest that is tried. Says in a
-    line what was chosen. Raises ValueError where a forced size, or even the smallest one, does not fit.
+    line what was chosen. Raises TooLarge where a forced size, or even the smallest one, does not fit.
     """
     device = choose_device(config.trainer.device)
     available = available_bytes(device)
@@ -25,7 +29,7 @@ def fitted(config: DictConfig, layout: Layout, *, automatic: bool) -> DictConfig
     while (needed := _needed(config, layout)) > available:
         smaller = SIZES.index(config.model.size) - 1 if config.model.size in SIZES else -1
         if not automatic or smaller < 0:
-            raise ValueError(
+            raise TooLarge(
                 f"model/size={config.model.size} needs about {_gib(needed)} to train with "
                 f"trainer.batch_size={batch_size(config)}, and this {device.type} device has {_gib(available)}; "
                 f"use {_advice(config, smaller)}"
@@ -48,9 +52,7 @@ def batch_size(config: DictConfig) -> int:
 
 def _needed(config: DictConfig, layout: Layout) -> int:
     precision = choose_precision(config.trainer.precision, choose_device(config.trainer.device))
-    return training_bytes(
-        config, layout, batch_size=batch_size(config), sixteen_bit=precision in ("bf16", "fp16")
-    )
+    return training_bytes(config, layout, batch_size=batch_size(config), sixteen_bit=precision in ("bf16", "fp16"))
 
 
 def _advice(config: DictConfig, smaller: int) -> str:

@@ -43,11 +43,12 @@ class HEALPixGrid(Grid):
 
     @cached_property
     def coordinates(self) -> Tensor:
-        return torch.stack(cell_to_angles(torch.arange(self.num_points), self.level, self.order), dim=-1)
+        with torch.device("cpu"):  # kept: it must hold numbers, even if first asked for while a model is made on meta
+            return torch.stack(cell_to_angles(torch.arange(self.num_points), self.level, self.order), dim=-1)
 
     @cached_property
     def area_weights(self) -> Tensor:
-        return torch.ones(self.num_points, dtype=torch.float64)
+        return torch.ones(self.num_points, dtype=torch.float64, device="cpu")
 
     @property
     def is_global(self) -> bool:

@@ -93,6 +93,9 @@ class ZeroEmbedder(nn.Module):
 
     size, label_size = 0, 0
 
+    def __init__(self):
+        super().__init__()
+
     def forward(self, condition: Condition) -> None:
         return None
 

@@ -28,7 +28,9 @@ def frequencies(num_bands: int, max_frequency: float, spacing: str = "linear") -
 
 def fourier_features(positions: Tensor, bands: list[Tensor]) -> Tensor:
     """(..., d) in -1..1 with one (K,) of frequencies an axis -> (..., d + 2 sum K): all raw, all sin, all cos."""
-    angles = torch.cat([math.pi * positions[..., [i]] * band for i, band in enumerate(bands)], dim=-1)
+    angles = torch.cat(
+        [math.pi * positions[..., [i]] * band.to(positions.device) for i, band in enumerate(bands)], dim=-1
+    )
     return torch.cat([positions, angles.sin(), angles.cos()], dim=-1)
 
 
