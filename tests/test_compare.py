@@ -150,5 +150,5 @@ def test_paired_intervals_are_narrower_and_short_series_have_none():
     assert low < np.sqrt(0.9) - 1 < high and high - low < 0.01
     own = intervals.method_interval(windows, "ours", 0, 0)
     assert own[1] - own[0] > 0.05
-    short = {name: value[:40] if value.shape[0] == 300 else value for name, value in windows.items()}
+    short = {name: value[:40] if np.shape(value)[:1] == (300,) else value for name, value in windows.items()}
     assert np.isnan(intervals.method_interval(short, "ours", 0, 0)).all()
