@@ -12,6 +12,7 @@ Training may draw other networks and other errors: truth is known then. Letters:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cached_property
 
 import numpy as np
@@ -22,7 +23,7 @@ from data.batch import Variable
 from data.calendars import format_time
 from data.datasets.assimilation_data import AssimilationData, FieldStatistics, statistics_of
 from data.datasets.gridded import GriddedData
-from data.grids import LatLonGrid, Points
+from data.grids import EARTH_RADIUS_KM, LatLonGrid, Points
 from data.normalisation import Normalisation
 from data.regridding import Regridder
 from data.sources.location import locate
@@ -74,6 +75,8 @@ class OSSE(AssimilationData):
         self.annual_harmonics = annual_harmonics
         self.num_workers, self.fake, self.inspect = num_workers, fake, inspect
         self.recommended = dict(recommended or {})
+        self._remoteness: dict[int, Tensor] = {}
+        self.shared: dict[str, dict] = {}  # what is fitted once for all networks of this data
 
     # Fields
 
@@ -168,6 +171,32 @@ class OSSE(AssimilationData):
         return self._to_stations(self.read(indices))[:, 0, : stations or self.density]
 
     @cached_property
+    def station_weights(self) -> Tensor:
+        """(P, N) float32: flattened fields times this are values at the first max(densities) stations."""
+        cells = torch.eye(self.grid.num_points).unflatten(1, self.grid.shape)
+        return self._to_stations(cells)[:, : max(self.density, *self.densities)]
+
+    def remoteness(self, stations: int) -> Tensor:
+        """(*grid.shape) float32: km from each cell to the nearest of the first `stations`."""
+        if stations not in self._remoteness:
+            there = _unit(self.stations.coordinates[:stations])
+            across = (_unit(self.grid.coordinates) @ there.T).clamp(-1, 1).arccos().amin(dim=1)
+            self._remoteness[stations] = (EARTH_RADIUS_KM * across).float().view(self.grid.shape)
+        return self._remoteness[stations]
+
+    @property
+    def networks(self) -> dict[str, OSSE]:
+        """name -> the same data observed by the network of each density: what an evaluation scores one by one."""
+        return {f"{density} stations": self.observed_by(density) for density in self.densities}
+
+    def observed_by(self, density: int) -> OSSE:
+        """The same data with the network of `density` stations, errors included."""
+        other = copy(self)
+        other.density = density
+        other.__dict__.pop("_errors", None)
+        return other
+
+    @cached_property
     def _errors(self) -> np.ndarray:
         """(frames, density) in K. Drawn station by station: a denser network keeps the errors of a sparser one."""
         return NOISE * np.random.default_rng(_NOISE_SEED).standard_normal((self.density, self.times.size)).T
@@ -199,6 +228,18 @@ class OSSE(AssimilationData):
             values = truth + NOISE * random.standard_normal(truth.shape)
             rows = self._table(values, np.broadcast_to(chosen, truth.shape), self.times[frames])
             frame = sample * len(frames) + np.repeat(np.arange(len(frames)), density)
+            tables.append({**rows.columns, "frame": frame})
+        return Table({name: np.concatenate([table[name] for table in tables]) for name in tables[0]})
+
+    def reports(self, windows: np.ndarray, observed: Sequence[np.ndarray]) -> Table:
+        """What the first N stations report in windows (B, T): observed, B arrays (T, N) in K, N differs among windows.
+
+        The column `frame` counts through `windows` row by row.
+        """
+        tables = []
+        for sample, (frames, values) in enumerate(zip(windows, observed, strict=True)):
+            rows = self._table(values, np.broadcast_to(np.arange(values.shape[1]), values.shape), self.times[frames])
+            frame = sample * len(frames) + np.repeat(np.arange(len(frames)), values.shape[1])
             tables.append({**rows.columns, "frame": frame})
         return Table({name: np.concatenate([table[name] for table in tables]) for name in tables[0]})
 
@@ -240,3 +281,9 @@ class OSSE(AssimilationData):
         for name, indices in self.splits.items():
             lines.append(f"{name:<10} {indices.size} times, {when(indices[0])} to {when(indices[-1])}")
         return "\n".join(lines)
+
+
+def _unit(coordinates: Tensor) -> Tensor:
+    """(n, 2) degrees -> (n, 3) on the unit sphere."""
+    latitude, longitude = torch.deg2rad(coordinates).unbind(-1)
+    return torch.stack([latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()], dim=-1)

@@ -51,7 +51,7 @@ def score_osse(
     """
     data = OSSE(fields, split=OSSE_SPLIT, density=max(*densities, _TUNING_STATIONS), densities=densities)
     training, windows = data.training_period, evaluation_windows(data, stride)
-    network = _Network.of(data, training)
+    network = StationSeries.of(data, training)
     weights = data.grid.cos_weights.flatten()
     tuning = network.first(_TUNING_STATIONS)
     single = tuning.tuned([Covariance(length) for length in LENGTHS], 1, weights)
@@ -83,7 +83,7 @@ def score(analysis: Tensor, truth: Tensor, weights: Tensor) -> WindowScore:
 
 
 @dataclass(frozen=True)
-class _Network:
+class StationSeries:
     """Training series: coordinates (P, 2), station_coordinates (N, 2) in degrees, cells (n, P), truth and observed
     (n, N), float64."""
 
@@ -94,19 +94,19 @@ class _Network:
     observed: Tensor
 
     @staticmethod
-    def of(data: OSSE, frames: np.ndarray) -> _Network:
+    def of(data: OSSE, frames: np.ndarray) -> StationSeries:
         stations = torch.from_numpy(data.stations.locations[: data.density])
         cells, truth = _flat(data.read(frames)), data.at_stations(frames).double()
-        return _Network(data.grid.coordinates, stations, cells, truth, data.observed(frames))
+        return StationSeries(data.grid.coordinates, stations, cells, truth, data.observed(frames))
 
     @property
     def nearest(self) -> Tensor:
         """(P,) the station nearest to each cell."""
         return distances(positions(self.coordinates), positions(self.station_coordinates)).argmin(dim=1)
 
-    def first(self, density: int) -> _Network:
+    def first(self, density: int) -> StationSeries:
         kept = self.station_coordinates[:density]
-        return _Network(self.coordinates, kept, self.cells, self.truth[:, :density], self.observed[:, :density])
+        return StationSeries(self.coordinates, kept, self.cells, self.truth[:, :density], self.observed[:, :density])
 
     def tuned(self, candidates: Sequence[Covariance], frames: int, weights: Tensor) -> Covariance:
         series = (self.cells, self.truth, self.observed, self.coordinates, self.station_coordinates)
@@ -153,11 +153,17 @@ def score_wc13(
 
 def interpolated(known: Table, unknown: Table) -> np.ndarray:
     """Expected innovations at the places of `unknown`, from those of `known`, of one quantity."""
+    return interpolation(known)(scattered(unknown))
+
+
+def interpolation(known: Table) -> ScatteredInterpolation:
+    """Of the innovations of one quantity, tuned on these very observations."""
     innovations, variance = known["observed"] - known["background"], np.square(known["error"].astype(np.float64))
-    places = _scattered(known)
+    places = scattered(known)
     covariance = tuned_scattered(places, innovations, variance, wc13.blocks(known))
-    return ScatteredInterpolation(places, innovations, variance, covariance)(_scattered(unknown))
+    return ScatteredInterpolation(places, innovations, variance, covariance)
 
 
-def _scattered(table: Table) -> Scattered:
+def scattered(table: Table) -> Scattered:
+    """Where its rows are; a level is as far from the next as any other."""
     return Scattered(table["latitude"], table["longitude"], table["time"] / 86_400, table["level"])
