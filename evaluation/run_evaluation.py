@@ -18,6 +18,7 @@ from torch import nn
 
 from evaluation.baselines import build
 from evaluation.evaluation import NETWORK, OURS, Evaluation, evaluate, forecasts
+from evaluation.networks import NETWORKS_FILE, network_table, score_networks
 from evaluation.predictions import PredictionsFile
 from evaluation.report import REPORT_FILE, typical_window, write_report
 from evaluation.run_folder import RunFolder
@@ -98,6 +99,17 @@ def evaluate_run(
             on_forecast=None if predictions is None else predictions.append,
         )
     write_scores(found, folder)
+    score_networks(
+        model,
+        task,
+        data,
+        normalisation,
+        folder,
+        split=choices.split,
+        baselines=choices.baselines,
+        weights=choices.weights,
+        max_windows=choices.max_windows,
+    )
     if choices.report:
         example = _example(found, model, task, dataset, stacking)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -114,6 +126,7 @@ def describe(found: Evaluation, folder: Path, checkpoint: str) -> str:
             f"{found.bases.size} forecasts of the {found.split} split, checkpoint {checkpoint}, "
             f"{found.weights} weights",
             format_table(found.content()),
+            *filter(None, [network_table(folder)]),
             f"written to {folder}: {', '.join(path.name for path in written_files(folder))}",
         ]
     )
@@ -153,7 +166,7 @@ def _boxes(regions) -> dict[str, list]:
 
 def written_files(folder: Path) -> list[Path]:
     """The files of an evaluation that are there."""
-    names = (SCORES_FILE, REGIONS_FILE, WINDOWS_FILE, PREDICTIONS_FILE, REPORT_FILE)
+    names = (SCORES_FILE, REGIONS_FILE, NETWORKS_FILE, WINDOWS_FILE, PREDICTIONS_FILE, REPORT_FILE)
     return [folder / name for name in names if (folder / name).is_file()]
 
 

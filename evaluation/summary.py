@@ -17,12 +17,13 @@ WINDOWS_FILE = "window_errors.npz"
 
 def write_scores(found: Evaluation, run_dir: Path) -> None:
     """`scores.json`, `scores_by_region.json` ({region: the same}) and `window_errors.npz`."""
-    _write_json(run_dir / SCORES_FILE, found.content())
-    _write_json(run_dir / REGIONS_FILE, {region: found.content(region) for region in found.regions})
+    write_json(run_dir / SCORES_FILE, found.content())
+    write_json(run_dir / REGIONS_FILE, {region: found.content(region) for region in found.regions})
     write_windows(found, run_dir / WINDOWS_FILE)
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
+    """Replaces the file in one step."""
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     os.replace(beside, path)
@@ -37,12 +38,17 @@ def format_table(scores: dict, *, score: str = "rmse") -> str:
 
 
 def _variable_table(name: str, leads: dict, score: str) -> str:
-    methods = list(dict.fromkeys(method for by_method in leads.values() for method in by_method))
-    heading = f"{score.upper()} of {name}"
-    rows = [[heading, *(f"{hours} h" for hours in leads)]]
-    better = max if score == "acc" else min
     largest = max((abs(value) for by_method in leads.values() for value in by_method.values()), default=0)
     decimals = int(np.clip(3 - np.floor(np.log10(largest)), 0, 9)) if largest else 3
+    columns = {f"{hours} h": by_method for hours, by_method in leads.items()}
+    return table(f"{score.upper()} of {name}", columns, score=score, decimals=decimals)
+
+
+def table(heading: str, leads: dict[str, dict[str, float]], *, decimals: int, score: str = "rmse") -> str:
+    """leads: {column: {method: value}}; `*` at the best of each column, our difference in the last row."""
+    methods = list(dict.fromkeys(method for by_method in leads.values() for method in by_method))
+    rows = [[heading, *leads]]
+    better = max if score == "acc" else min
     for method in methods:
         cells = []
         for by_method in leads.values():

@@ -190,8 +190,10 @@ class Run:
 
     def summary(self, outcome: Outcome, scores: dict) -> str:
         """What a person reads at the end: what happened, the scores, and what to type next."""
+        from evaluation.networks import network_table
         from evaluation.summary import format_table
 
+        networks = network_table(self.directory)
         page = self.directory / "report.html"
         report = f"maps, spectra, scores by region: {page}\n\n" if page.is_file() else ""
         progress, trained = outcome.progress, f"{outcome.progress.step} steps"
@@ -202,6 +204,7 @@ class Run:
             f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s, "
             f"{outcome.waiting:.1%} of the time waiting for data\n\n"
             f"{format_table(scores)}\n\n"
+            f"{networks}{networks and chr(10) * 2}"
             f"{report}"
             f"next:  python evaluate.py run={self.directory} weights=cos    other choices\n"
             f"       make ui    every run in MLflow\n"

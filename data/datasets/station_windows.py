@@ -88,7 +88,9 @@ class StationWindows(AssimilationDataset):
         frames = self.windows[np.asarray(indices)]
         times = torch.from_numpy(self.data.times[frames])
         clocks = dict(zip(("second_of_day", "day_of_year"), clock(times, self.data.calendar), strict=True))
-        scale, offset = (self._spread(item) for item in (self.normalisation.fields.scale, self.normalisation.fields.mean))
+        scale, offset = (
+            self._spread(item) for item in (self.normalisation.fields.scale, self.normalisation.fields.mean)
+        )
         truth = self.data.read(frames.ravel()).unflatten(0, frames.shape)
         observed = self.observed(indices)
         analysis, departure = self._analysed(np.asarray(indices), observed)
@@ -98,6 +100,7 @@ class StationWindows(AssimilationDataset):
             self.data.variables,
             self.data.grid,
             times,
+            valid=truth.isfinite(),
             scale=scale,
             offset=offset,
             reference=Reference((analysis + departure - offset) / scale, _ERROR / scale),

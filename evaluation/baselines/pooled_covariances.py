@@ -166,7 +166,9 @@ class _Departure:
     @staticmethod
     def fit(data: OSSE, indices: np.ndarray, cells: Tensor) -> _Departure:
         """indices: of the frames of `cells` (n, P)."""
-        harmonics = Harmonics.resolved(data.times[indices], data.calendar, data.annual_harmonics, data.diurnal_harmonics)
+        harmonics = Harmonics.resolved(
+            data.times[indices], data.calendar, data.annual_harmonics, data.diurnal_harmonics
+        )
         design = harmonics.design(torch.from_numpy(data.times[indices]))
         return _Departure(data, harmonics, torch.linalg.lstsq(design, cells.double()).solution)
 
