@@ -48,7 +48,10 @@ def evaluate(config: DictConfig) -> str:
     run = find_run(config.run, uri=resolve_uri(config.uri))
     model = run.model(config.checkpoint).to(choose_device(config.device))
     normalisation = read_normalisation(run.checkpoint(config.checkpoint))
-    found, folder = evaluate_run(run, model, run.task(), run.data(), normalisation, Choices.of(config))
+    task = run.task()
+    if hasattr(task, "score"):  # not windows of fields: there is nothing to choose
+        return task.format_scores(task.score(model, run.data(), normalisation, run.path))
+    found, folder = evaluate_run(run, model, task, run.data(), normalisation, Choices.of(config))
     if config.log and run.config.tracking.enabled:
         log(run, folder, config)
     return describe(found, folder, config.checkpoint)

@@ -25,6 +25,7 @@ from training.averaging import WeightAverage
 
 if TYPE_CHECKING:
     from data.analysis_normalisation import AnalysisNormalisation
+    from data.datasets.wc13_innovations import InnovationStatistics
     from data.normalisation import Normalisation
 
 FORMAT = 1
@@ -113,7 +114,7 @@ class RunFiles:
     normalisation: the statistics of the task, stored by their `state_dict`.
     """
 
-    def __init__(self, description: dict, normalisation: Normalisation | AnalysisNormalisation):
+    def __init__(self, description: dict, normalisation: Normalisation | AnalysisNormalisation | InnovationStatistics):
         tensors, metadata = normalisation.state_dict()
         self._description = {"format": FORMAT, **description}
         self._constant = {
@@ -156,15 +157,17 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
         _fill(model, checkpoint / ("ema.safetensors" if averaged else "model.safetensors"))
 
 
-def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisation:
+def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisation | InnovationStatistics:
     """The statistics that the run was trained with."""
     from data.analysis_normalisation import AnalysisNormalisation
+    from data.datasets.wc13_innovations import InnovationStatistics
     from data.normalisation import Normalisation
 
     with _readable(checkpoint):
         tensors = load((checkpoint / "normalisation.safetensors").read_bytes())
         description = json.loads((checkpoint / "normalisation.json").read_text())
-        kind = AnalysisNormalisation if description.get("kind") == "analysis" else Normalisation
+        kinds = {"analysis": AnalysisNormalisation, "innovations": InnovationStatistics}
+        kind = kinds.get(description.get("kind"), Normalisation)
         return kind.from_state(tensors, description)
 
 

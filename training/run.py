@@ -179,6 +179,8 @@ class Run:
 
         model, best = self.loop.evaluation_model, self.directory / "checkpoints" / "best"
         load_weights(model, best)
+        if hasattr(self.task, "score"):  # not windows of fields
+            return self.task.score(model, self.data, self.normalisation, self.directory)
         stacking = fit_stacking(model, self.task, self.data, self.normalisation)
         if stacking is not None:
             stacking.write(best)
@@ -203,7 +205,7 @@ class Run:
             f"{trained}, best at step {progress.best_step} with validation loss {progress.best_score:.4f}; "
             f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s, "
             f"{outcome.waiting:.1%} of the time waiting for data\n\n"
-            f"{format_table(scores)}\n\n"
+            f"{getattr(self.task, 'format_scores', format_table)(scores)}\n\n"
             f"{networks}{networks and chr(10) * 2}"
             f"{report}"
             f"next:  python evaluate.py run={self.directory} weights=cos    other choices\n"

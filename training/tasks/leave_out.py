@@ -1,0 +1,63 @@
+"""Leave-out: what scattered observations say about a place where none is, one place a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.batch import Batch, Layout
+from training.tasks.gridded import GriddedTask
+
+if TYPE_CHECKING:
+    from data.datasets.wc13_innovations import InnovationDataset, InnovationStatistics, OceanInnovations
+    from models.encode_process_decode import EncodeProcessDecode
+
+
+class LeaveOutTask(GriddedTask):
+    """Predicts innovations (observed minus background) at withheld places of `OceanInnovations`.
+
+    reference: what the model's output is added to: interpolation (kriging with the covariance that fits the known
+    innovations best) or background. head: see `models/heads.py`. loss: mse, l1 or huber with huber_delta, in units of
+    the innovations around each place.
+    """
+
+    stacking = None  # shares are fitted seed by seed, in `score`
+    lead_weights = None
+
+    def __init__(self, *, reference: str, head: str, loss: str, huber_delta: float = 1.0):
+        self.reference, self.head_name, self.loss_name, self.huber_delta = reference, head, loss, huber_delta
+        self.variable_weights: Mapping[str, float] = {}
+
+    def layout(self, data: OceanInnovations) -> Layout:
+        from data.datasets.wc13_innovations import OceanInnovations
+
+        if not isinstance(data, OceanInnovations):
+            raise ValueError("task=leave_out needs scattered innovations, like data=wc13; use task=assimilation")
+        return data.layout
+
+    def fit(self, data: OceanInnovations) -> InnovationStatistics:
+        return data.fit()
+
+    def dataset(self, data: OceanInnovations, split: str, statistics: InnovationStatistics) -> InnovationDataset:
+        from data.datasets.wc13_innovations import InnovationDataset
+
+        return InnovationDataset(data, split, statistics, reference=self.reference)
+
+    def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
+        return batch
+
+    @staticmethod
+    def format_scores(scores: dict) -> str:
+        from evaluation.leave_out import format_scores
+
+        return format_scores(scores)
+
+    def score(self, model: EncodeProcessDecode, data: OceanInnovations, statistics, directory: Path) -> dict:
+        """Scores at the withheld observations of every seed, as the file `scores.json`, which it writes."""
+        from evaluation.leave_out import score_leave_out
+        from evaluation.summary import write_json
+
+        scores = score_leave_out(model, self.dataset(data, "validation", statistics))
+        write_json(directory / "scores.json", scores)
+        return scores
