@@ -10,7 +10,7 @@ it is localised. Letters: n frames, P = H W cells, N stations, T frames of a win
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from evaluation.baselines.covariances import distances, matern32, positions, tap
 from evaluation.baselines.optimal_interpolation import WindowInterpolation
 
 _REACH = 3  # standard deviations of the Gaussian weights
+# Of annual harmonics above the first, chosen by cross-validation in 2013: a factor, standard deviations in cells.
+_SHRINKING, _SMOOTHING = 0.75, (2.0, 2.6)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class _Neighbours:
     """Means over pairs of cells with one displacement, weighted by how far they are shifted."""
 
     def __init__(self, shape: tuple[int, int], pooling: Pooling):
-        self.shape, self.kernels = shape, (_gaussian(pooling.rows), _gaussian(pooling.columns))
+        self.shape, self.deviations = shape, (pooling.rows, pooling.columns)
         height, width = shape
         row, column = (index.flatten() for index in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
         self.displacements = (2 * height - 1) * (2 * width - 1)
@@ -117,11 +119,15 @@ class _Neighbours:
     def _sums(self, pairs: Tensor) -> Tensor:
         images = torch.zeros(self.displacements * len(pairs))
         images[self.place] = pairs.flatten()
-        images = images.view(self.displacements, 1, *self.shape)
-        down, across = self.kernels
-        images = F.conv2d(images, down.view(1, 1, -1, 1), padding=(len(down) // 2, 0))
-        images = F.conv2d(images, across.view(1, 1, 1, -1), padding=(0, len(across) // 2))
+        images = _spread(images.view(self.displacements, 1, *self.shape), *self.deviations)
         return images.flatten()[self.place].view_as(pairs)
+
+
+def _spread(images: Tensor, rows: float, columns: float) -> Tensor:
+    """(n, 1, H, W) times Gaussian weights of these standard deviations in cells; 0 beyond the edges."""
+    down, across = (_gaussian(deviation).to(images) for deviation in (rows, columns))
+    images = F.conv2d(images, down.view(1, 1, -1, 1), padding=(len(down) // 2, 0))
+    return F.conv2d(images, across.view(1, 1, 1, -1), padding=(0, len(across) // 2))
 
 
 def _gaussian(deviation: float) -> Tensor:
@@ -134,44 +140,54 @@ def backgrounds(data: OSSE, *, frames: int, parts: int, pooling: Pooling = Pooli
     """Backgrounds of windows in each of `parts` consecutive parts of the training period, from climatology and
     covariances of the others; with one part, of all other windows from the whole training period."""
     period = data.training_period
-    cells = data.read(period).flatten(1)
-    if parts == 1:
-        analysts = _analysts(data, cells, [np.arange(len(period))], frames, pooling)
-        others = np.setdiff1d(np.arange(data.times.size), period)
-        return [Background(others, analysts, lambda indices: cells.new_zeros(len(indices), cells.shape[1]))]
+    whole = _Climatology.fit(data, period, data.read(period) + data.climatology(period))
     found = []
-    edges = np.array_split(np.arange(len(period)), parts)
-    for number, part in enumerate(edges):
-        runs = [np.concatenate(run) for run in (edges[:number], edges[number + 1 :]) if run]
-        rest = np.concatenate(runs)
-        departure = _Departure.fit(data, period[rest], cells[rest])
-        analysts = _analysts(data, cells - departure(period), runs, frames, pooling)
-        found.append(Background(period[part], analysts, departure))
+    for part in np.array_split(np.arange(len(period)), parts):
+        rest = np.setdiff1d(np.arange(len(period)), part) if parts > 1 else part
+        runs = np.split(rest, np.flatnonzero(np.diff(rest) > 1) + 1)
+        known = whole if parts == 1 else _Climatology.fit(data, period[rest], whole.series[rest])
+        cells = whole.series - known(period)
+        fitted = pooled(cells, data.grid, data.station_weights, frames=frames, runs=runs, pooling=pooling)
+        windows = period[part] if parts > 1 else np.setdiff1d(np.arange(data.times.size), period)
+        analysts = {density: fitted.interpolation(density, noise=NOISE) for density in data.densities}
+        found.append(Background(windows, analysts, _Departure(known.shrunk(), whole)))
     return found
 
 
-def _analysts(data: OSSE, cells: Tensor, runs: Sequence[np.ndarray], frames: int, pooling: Pooling):
-    fitted = pooled(cells, data.grid, data.station_weights, frames=frames, runs=runs, pooling=pooling)
-    return {density: fitted.interpolation(density, noise=NOISE) for density in data.densities}
-
-
-@dataclass(frozen=True)
-class _Departure:
-    """The climatology of some months minus that of the data, as harmonics: coefficients (K, P)."""
+@dataclass(frozen=True, repr=False)
+class _Climatology:
+    """Harmonics of temperature: coefficients (K, P) float64; series (n, P) float32 in K that they were fitted to."""
 
     data: OSSE
     harmonics: Harmonics
     coefficients: Tensor
+    series: Tensor
 
     @staticmethod
-    def fit(data: OSSE, indices: np.ndarray, cells: Tensor) -> _Departure:
-        """indices: of the frames of `cells` (n, P)."""
-        harmonics = Harmonics.resolved(
-            data.times[indices], data.calendar, data.annual_harmonics, data.diurnal_harmonics
-        )
-        design = harmonics.design(torch.from_numpy(data.times[indices]))
-        return _Departure(data, harmonics, torch.linalg.lstsq(design, cells.double()).solution)
+    def fit(data: OSSE, indices: np.ndarray, series: Tensor) -> _Climatology:
+        """series: of the frames `indices`, (n, ..., P) with any layout of cells."""
+        times, series = data.times[indices], series.flatten(1)
+        harmonics = Harmonics.resolved(times, data.calendar, data.annual_harmonics, data.diurnal_harmonics)
+        design = harmonics.design(torch.from_numpy(times))
+        return _Climatology(data, harmonics, torch.linalg.lstsq(design, series.double()).solution, series)
+
+    def shrunk(self) -> _Climatology:
+        """Annual harmonics above the first made smooth and smaller: one year's weather is part of them."""
+        first = 3 * len(self.coefficients) // max(1 + 2 * self.harmonics.annual, 3)
+        images = self.coefficients[first:].unflatten(1, (1, *self.data.grid.shape))
+        smooth = _spread(images, *_SMOOTHING) / _spread(torch.ones_like(images), *_SMOOTHING)
+        shrunk = torch.cat([self.coefficients[:first], _SHRINKING * smooth.flatten(1)])
+        return replace(self, coefficients=shrunk)
 
     def __call__(self, indices: np.ndarray) -> Tensor:
         """(n,) -> (n, P) float32 in K."""
         return (self.harmonics.design(torch.from_numpy(self.data.times[indices])) @ self.coefficients).float()
+
+
+@dataclass(frozen=True)
+class _Departure:
+    known: _Climatology
+    whole: _Climatology
+
+    def __call__(self, indices: np.ndarray) -> Tensor:
+        return self.known(indices) - self.whole(indices)
