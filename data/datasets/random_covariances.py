@@ -8,7 +8,7 @@ noise. All amplitudes are in units of the quantity's typical innovation. Letters
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +38,11 @@ RANGES = {
 }
 
 
-def _bounds() -> tuple[Tensor, Tensor]:
-    return torch.tensor(list(RANGES.values()), dtype=torch.float64).log().unbind(1)
-
-
-SHAPES = ("exponential", "matern32", "gaussian")
+SHAPES: tuple[Callable[[Tensor], Tensor], ...] = (  # correlation at distance over length, from rough to smooth fields
+    lambda ratio: (-ratio).exp(),
+    lambda ratio: (1 + 3**0.5 * ratio) * (-(3**0.5) * ratio).exp(),
+    lambda ratio: (-0.5 * ratio.square()).exp(),
+)
 DRAWS, KEPT = 60, 16  # of a round of fitting
 SPREADS = (0.6, 0.3)  # of its later rounds
 _UNKNOWN = 1e6  # variance of what is not known
@@ -104,10 +104,11 @@ class RandomCovariances:
         return covariance
 
     def _shaped(self, ratio: Tensor, which: int) -> Tensor:
-        r = math.sqrt(3) * ratio
-        kinds = ((-ratio).exp(), (1 + r) * (-r).exp(), (-0.5 * ratio.square()).exp())
-        chosen = self.shape[:, which, None, None]
-        return torch.where(chosen == 0, kinds[0], torch.where(chosen == 1, kinds[1], kinds[2]))
+        correlation = torch.empty_like(ratio)
+        for shape, function in enumerate(SHAPES):
+            own = self.shape[:, which].expand(len(ratio)) == shape  # one covariance may serve all neighbourhoods
+            correlation[own] = function(ratio[own])
+        return correlation
 
     def noise_variance(self, around: Neighbourhoods, rows: Rows, scales: Scales) -> Tensor:
         """(B, n), in units of the squared scales."""
@@ -181,6 +182,10 @@ def fitted(
         new, added = tried(found.chosen(parents).jittered(spread, generator))
         found, errors = best(found.joined(new), torch.cat([errors, added]))
     return found
+
+
+def _bounds() -> tuple[Tensor, Tensor]:
+    return torch.tensor(list(RANGES.values()), dtype=torch.float64).log().unbind(1)
 
 
 def _pairs(values: Tensor) -> Tensor:
