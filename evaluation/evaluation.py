@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 OURS = "ours"
 NETWORK = "network alone"  # beside ours, where ours mixes it with a baseline
+BACKGROUND = "background alone"  # beside ours, where a task lists what its model corrects
 _VALUES_PER_BATCH = 2**22
 
 
@@ -191,7 +192,7 @@ def _evaluating(model: nn.Module):
 
 def rivals(by_method: Mapping[str, float]) -> dict[str, float]:
     """The baselines' part of {method: score}."""
-    return {method: value for method, value in by_method.items() if method not in (OURS, NETWORK)}
+    return {method: value for method, value in by_method.items() if method not in (OURS, NETWORK, BACKGROUND)}
 
 
 def write_windows(found: Evaluation, path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from data.datasets.osse import OSSE
 from data.grids import LatLonGrid
 from evaluation.baselines.optimal_interpolation import Lagged
-from evaluation.baselines.pooled_covariances import Pooling, PooledCovariances, _Neighbours, backgrounds, pooled
+from evaluation.baselines.pooled_covariances import PooledCovariances, Pooling, _Neighbours, backgrounds, pooled
 from evaluation.networks import network_table, score_networks
 from models import build
 from models.composition import compose
@@ -21,6 +21,9 @@ SPLIT = {
     "validation": ["2013-02-01", "2013-02-06"],
     "test": ["2013-03-02", "2013-03-31"],
 }
+
+
+RIVALS = ["climatology", "nearest_station", "single_time", "window"]
 
 
 class SmallOSSE(OSSE):
@@ -124,7 +127,7 @@ def test_windows_carry_the_analysis_as_input_and_reference(data, task):
     # The analysis is nearer to the truth than the climatology, which is 0, and less near far from stations.
     truth = target.physical()
     assert (truth - target.physical(target.reference.values)).square().mean() < 0.5 * truth.square().mean()
-    assert 0 < inputs.values[:, :, 1].min() and inputs.values[:, :, 1].max() <= 1
+    assert inputs.values[:, :, 1].min() > 0 and inputs.values[:, :, 1].max() <= 1
     assert sorted(set(validation.density_of)) == [4, 12] and len(validation) % 2 == 0
     assert set(test.density_of) == {12} and (test.windows > train.windows.max()).all()
     assert all(np.array_equal(a + 4, b) for a, b in pairwise(test.windows))
@@ -139,8 +142,10 @@ def test_one_model_is_scored_under_every_network(data, task, tmp_path):
     for content in scores.values():
         assert list(content["air_anomaly"]["rmse"]) == ["-18", "-12", "-6", "0"]
         for by_method in content["air_anomaly"]["rmse"].values():
-            assert list(by_method) == ["ours", "climatology", "nearest_station", "single_time", "window"]
+            assert list(by_method) == ["ours", "background alone", *RIVALS]
             assert by_method["window"] < by_method["climatology"]
+            # The correction of an untrained model is 0.
+            assert by_method["ours"] == pytest.approx(by_method["background alone"], rel=1e-4)
     sparse, dense = (content["air_anomaly"]["rmse"]["0"] for content in scores.values())
     assert dense["window"] < sparse["window"] and dense["climatology"] == sparse["climatology"]
     first = [row.split() for row in network_table(tmp_path).splitlines()]

@@ -13,6 +13,7 @@ from data.datasets.osse import OSSE
 from evaluation.baselines.assimilation_scores import StationSeries
 from evaluation.baselines.optimal_interpolation import LENGTHS, Covariance, window_candidates
 from evaluation.baselines.simple import Climatology
+from evaluation.evaluation import BACKGROUND
 
 _TUNING_STATIONS = 100  # scales belong to the field, not to the network: a small one chooses them in seconds
 
@@ -20,10 +21,23 @@ _TUNING_STATIONS = 100  # scales belong to the field, not to the network: a smal
 @dataclass(frozen=True)
 class StationSituation:
     """B windows. climatology: (B, T, 1, *grid.shape) of the anomalies, so about 0. observed: of each window (T, N)
-    float64, anomalies in K."""
+    float64, anomalies in K. background: what the model corrects, (B, T, 1, *grid.shape)."""
 
     climatology: Tensor
     observed: Sequence[Tensor]
+    background: Tensor
+
+
+class BackgroundAlone:
+    """What the model corrects: not a rival, but what shows how much the model adds."""
+
+    @classmethod
+    def fit(cls, data: OSSE, normalisation, *, lead_steps: Sequence[int], split: str) -> BackgroundAlone:
+        return cls()
+
+    def forecast(self, known: StationSituation) -> Tensor:
+        """(B, T, 1, *grid.shape)."""
+        return known.background
 
 
 class _StationAnalysis:
@@ -81,6 +95,7 @@ def _series(data: OSSE) -> StationSeries:
 
 
 STATION_BASELINES = {
+    BACKGROUND: BackgroundAlone,
     "climatology": Climatology,
     "nearest_station": NearestStation,
     "single_time": SingleTime,

@@ -80,4 +80,6 @@ class StationAnalysisTask(AssimilationTask):
         from evaluation.baselines.station_analyses import StationSituation
 
         situation, truth = super().situation(dataset, positions, batch)
-        return StationSituation(situation.climatology, dataset.observed(positions)), truth
+        target = batch.targets[dataset.target]
+        background = target.physical(target.reference.values)
+        return StationSituation(situation.climatology, dataset.observed(positions), background), truth
