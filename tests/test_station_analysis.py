@@ -99,6 +99,7 @@ def test_a_background_knows_nothing_of_its_own_months(data):
     values[part] += 100 * torch.randn_like(values[part])
     changed.read = lambda indices: values[np.asarray(indices)]
     second = backgrounds(changed, frames=2, parts=3)
+    assert all(each.departure.known.harmonics == each.departure.whole.harmonics for each in first)
     observed, months = torch.randn(2, 2, 12), np.arange(len(part))
     torch.testing.assert_close(first[1].analysts[12](observed), second[1].analysts[12](observed), atol=1e-3, rtol=0)
     assert torch.allclose(first[1].departure.known(months), second[1].departure.known(months))

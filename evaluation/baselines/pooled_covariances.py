@@ -140,12 +140,14 @@ def backgrounds(data: OSSE, *, frames: int, parts: int, pooling: Pooling = Pooli
     """Backgrounds of windows in each of `parts` consecutive parts of the training period, from climatology and
     covariances of the others; with one part, of all other windows from the whole training period."""
     period = data.training_period
-    whole = _Climatology.fit(data, period, data.read(period) + data.climatology(period))
+    times = data.times[period]
+    harmonics = Harmonics.resolved(times, data.calendar, data.annual_harmonics, data.diurnal_harmonics)
+    whole = _Climatology.fit(data, harmonics, period, data.read(period) + data.climatology(period))
     found = []
     for part in np.array_split(np.arange(len(period)), parts):
         rest = np.setdiff1d(np.arange(len(period)), part) if parts > 1 else part
         runs = np.split(rest, np.flatnonzero(np.diff(rest) > 1) + 1)
-        known = whole if parts == 1 else _Climatology.fit(data, period[rest], whole.series[rest])
+        known = whole if parts == 1 else _Climatology.fit(data, harmonics, period[rest], whole.series[rest])
         cells = whole.series - known(period)
         fitted = pooled(cells, data.grid, data.station_weights, frames=frames, runs=runs, pooling=pooling)
         windows = period[part] if parts > 1 else np.setdiff1d(np.arange(data.times.size), period)
@@ -164,11 +166,9 @@ class _Climatology:
     series: Tensor
 
     @staticmethod
-    def fit(data: OSSE, indices: np.ndarray, series: Tensor) -> _Climatology:
+    def fit(data: OSSE, harmonics: Harmonics, indices: np.ndarray, series: Tensor) -> _Climatology:
         """series: of the frames `indices`, (n, ..., P) with any layout of cells."""
-        times, series = data.times[indices], series.flatten(1)
-        harmonics = Harmonics.resolved(times, data.calendar, data.annual_harmonics, data.diurnal_harmonics)
-        design = harmonics.design(torch.from_numpy(times))
+        design, series = harmonics.design(torch.from_numpy(data.times[indices])), series.flatten(1)
         return _Climatology(data, harmonics, torch.linalg.lstsq(design, series.double()).solution, series)
 
     def shrunk(self) -> _Climatology:
