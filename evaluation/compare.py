@@ -130,12 +130,13 @@ class Comparison:
                 (name, hours) for found in scores for name, by in found.items() for hours in by.get("rmse", {})
             )
         )
+        nearest = min(range(len(leads)), key=lambda index: abs(float(leads[index][1])), default=0)  # the shortest lead
         rows = []
         for run, setting, found in zip(runs, settings, scores, strict=True):
             tested = [_value(found, name, hours, OURS) for name, hours in leads]
             rows.append(
                 (
-                    tested[0] if tested and tested[0] is not None else np.inf,
+                    tested[nearest] if tested and tested[nearest] is not None else np.inf,
                     (
                         _name(run, runs),
                         *(setting.get(key, "-") for key in varied),

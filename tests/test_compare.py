@@ -70,6 +70,14 @@ def test_a_sweep_becomes_one_table_best_first(sweep):
     assert table.rows[2][-1] == "-" and table.rows[-1][4:6] == ("2.5", "3")
 
 
+def test_analyses_are_sorted_by_their_last_frame(tmp_path):
+    for name, early, last in (("a", 1.0, 2.0), ("b", 3.0, 1.0)):
+        run = make_run(tmp_path / name, overrides=[], rmse=1.0, val=1.0, windows=False)
+        scores = {"air": {"rmse": {"-6": {"ours": early}, "0": {"ours": last}}}}
+        (run / "scores.json").write_text(json.dumps(scores))
+    assert [row[0] for row in Comparison.of(find_runs(str(tmp_path), uri=NO_STORE)).rows] == ["b", "a"]
+
+
 def test_the_table_is_written_as_csv_markdown_and_html(sweep):
     table = Comparison.of(find_runs(str(sweep), uri=NO_STORE))
     paths = table.write(sweep / "tables")
