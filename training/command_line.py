@@ -34,6 +34,7 @@ def run(
     """
     global _job_started
     _job_started = False
+    before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors, which it otherwise prints over several lines
     succeeded = False
     try:
@@ -49,6 +50,10 @@ def run(
             fail(f"cannot create the output folder ({sentence(error)}); choose another with hydra.run.dir=<folder>")
         fail(sentence(error))
     finally:
+        if before is None:  # processes started later shall not inherit it
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
         finish(succeeded=succeeded)
 
 
