@@ -159,7 +159,10 @@ class OSSE(AssimilationData):
         places = places[((places >= corners.min(axis=0)) & (places <= corners.max(axis=0))).all(axis=1)]
         most = max(self.density, *self.densities)
         if most > len(places):
-            raise ValueError(f"{most} stations are asked for and {path} has {len(places)} in the domain; lower density")
+            raise ValueError(
+                f"{most} stations are asked for and {path} has {len(places)} in the domain; "
+                f"use data.density and data.densities of at most {len(places)}"
+            )
         return Points(places[np.random.default_rng(_STATION_SEED).permutation(len(places))])
 
     @cached_property
