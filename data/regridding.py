@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 from data.grids import Grid, LatLonGrid, Points
 from data.healpix import HEALPixGrid, bilinear
 from data.sources.location import cache_folder
+from data.sources.stored_tensors import read_or_make
 
 METHODS = ("bilinear", "nearest", "mean")
 _VERSION = 1  # of the cached weights
@@ -78,36 +77,16 @@ class Regridder:
         return self._matrices[device, dtype]
 
     def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights from the cache folder, computed and written there when absent."""
-        from filelock import FileLock
-        from safetensors.torch import load_file
-
+        """Weights from the cache folder, computed and written there when absent or damaged."""
         identity = [_VERSION, self.source.to_dict(), self.target.to_dict(), self.method]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-        path = cache_folder("regridding") / f"{digest}.safetensors"
-        if not path.exists():
-            with FileLock(f"{path}.lock"):
-                if not path.exists():
-                    _write(path, _sparse(self.source, self.target, self.method))
-        stored = load_file(path)
+        stored, _ = read_or_make(
+            cache_folder("regridding") / f"{digest}.safetensors",
+            lambda: (_sparse(self.source, self.target, self.method), {}),
+            names=("rows", "columns", "weights"),
+            what="regridding weights",
+        )
         return stored["rows"], stored["columns"], stored["weights"]
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Written beside and renamed: a crash or a full disk leaves no partial weights."""
-    from safetensors.torch import save
-
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(save(tensors))
-        os.replace(beside, path)
-    except OSError as error:
-        raise OSError(
-            f"cannot write regridding weights to {path} ({error.strerror}); free some space or set HYDRASPHERE_CACHE "
-            "to another folder"
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _sparse(source: Grid, target: Grid, method: str) -> dict[str, Tensor]:

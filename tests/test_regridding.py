@@ -184,3 +184,30 @@ def test_what_has_no_meaning_is_refused():
         Regridder(cells, points, method="mean")
     with pytest.raises(ValueError, match=r"\(3, 47\) do not end in the source grid's shape \(48,\)"):
         Regridder(cells, points)(torch.zeros(3, 47))
+
+
+def _empty(path):
+    path.write_bytes(b"")
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _other(path):
+    from safetensors.torch import save_file
+
+    save_file({"rows": torch.zeros(3)}, path)
+
+
+@pytest.mark.parametrize("damage", [_empty, _cut, _other])
+def test_damaged_weights_are_computed_again_with_one_warning(cache, damage, recwarn):
+    source, target = GLOBAL["cells"], HEALPixGrid(2, "padxy")
+    values = torch.randn(source.shape, generator=torch.Generator().manual_seed(0))
+    expected = Regridder(source, target)(values)
+    (stored,) = cache.glob("*.safetensors")
+    damage(stored)
+    assert torch.equal(Regridder(source, target)(values), expected)
+    (warning,) = recwarn.list
+    assert "regridding weights" in str(warning.message) and "\n" not in str(warning.message)
+    assert torch.equal(Regridder(source, target)(values), expected) and len(recwarn.list) == 1
