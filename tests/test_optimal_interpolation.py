@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.baselines.covariances import CORRELATIONS, distances, positions, taper
+from data.covariances import CORRELATIONS, distances, positions, taper
 from evaluation.baselines.optimal_interpolation import (
     Covariance,
     Lagged,

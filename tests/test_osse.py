@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from data.analysis_normalisation import AnalysisNormalisation
+from data.covariances import distances, positions
 from data.datasets.assimilation import AssimilationDataset
 from data.datasets.osse import OSSE
 from evaluation.baselines.assimilation_scores import OSSE_SPLIT, evaluation_windows, score, score_osse
-from evaluation.baselines.covariances import distances, positions
 
 pytestmark = pytest.mark.real_data
 WINDOW = (-10_800, 10_800)

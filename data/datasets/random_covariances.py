@@ -8,12 +8,12 @@ noise. All amplitudes are in units of the quantity's typical innovation. Letters
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from data.covariances import exponential, gaussian, matern32
 from data.datasets.neighbourhoods import Neighbourhoods, Rows
 
 # name: (smallest, largest) of log-uniform draws. Lengths in km, times in days, depths in levels.
@@ -37,12 +37,7 @@ RANGES = {
     "together": (0.05, 1.0),  # correlation between quantities
 }
 
-
-SHAPES: tuple[Callable[[Tensor], Tensor], ...] = (  # correlation at distance over length, from rough to smooth fields
-    lambda ratio: (-ratio).exp(),
-    lambda ratio: (1 + 3**0.5 * ratio) * (-(3**0.5) * ratio).exp(),
-    lambda ratio: (-0.5 * ratio.square()).exp(),
-)
+SHAPES = (exponential, matern32, gaussian)  # from rough to smooth fields
 DRAWS, KEPT = 60, 16  # of a round of fitting
 SPREADS = (0.6, 0.3)  # of its later rounds
 _UNKNOWN = 1e6  # variance of what is not known

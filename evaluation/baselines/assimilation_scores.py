@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.covariances import distances, positions
 from data.datasets import wc13
 from data.datasets.osse import DENSITIES, NOISE, OSSE
 from data.sources.observations.table import Table
-from evaluation.baselines.covariances import distances, positions
 from evaluation.baselines.optimal_interpolation import (
     LENGTHS,
     Covariance,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.baselines.covariances import CORRELATIONS, distances, matern32, positions, taper
+from data.covariances import CORRELATIONS, distances, matern32, positions, taper
 
 PARTS = 6  # consecutive parts of the training series in cross-validation
 LENGTHS = (500.0, 700.0, 900.0, 1200.0)  # km

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.covariances import distances, matern32, positions, taper
 from data.datasets.osse import NOISE, OSSE
 from data.datasets.station_windows import Background
 from data.grids import LatLonGrid
 from data.normalisation import Harmonics
-from evaluation.baselines.covariances import distances, matern32, positions, taper
 from evaluation.baselines.optimal_interpolation import WindowInterpolation
 
 _REACH = 3  # standard deviations of the Gaussian weights
