@@ -38,7 +38,7 @@ def evaluate(config: DictConfig) -> str:
     import torch
 
     from evaluation.compare import find_run
-    from evaluation.run_evaluation import Choices, describe, evaluate_run
+    from evaluation.run_evaluation import Choices
     from training.checkpoints import read_normalisation
     from training.loop import choose_device
     from training.tracking_store import resolve_uri
@@ -48,32 +48,34 @@ def evaluate(config: DictConfig) -> str:
     run = find_run(config.run, uri=resolve_uri(config.uri))
     model = run.model(config.checkpoint).to(choose_device(config.device))
     normalisation = read_normalisation(run.checkpoint(config.checkpoint))
-    task = run.task()
-    if hasattr(task, "score"):  # not windows of fields: there is nothing to choose
-        return task.format_scores(task.score(model, run.data(), normalisation, run.path))
-    found, folder = evaluate_run(run, model, task, run.data(), normalisation, Choices.of(config))
+    findings = run.task().evaluate(run, model, run.data(), normalisation, Choices.of(config))
     if config.log and run.config.tracking.enabled:
-        log(run, folder, config)
-    return describe(found, folder, config.checkpoint)
+        log(run, findings, config)
+    return findings.text()
 
 
-def log(run, folder, config: DictConfig) -> None:
+def log(run, findings, config: DictConfig) -> None:
     """Adds scores and files to the run's MLflow run; a store that does not answer costs a warning."""
     import time
     import warnings
 
-    from evaluation.run_evaluation import metrics, written_files
+    from evaluation.run_evaluation import metrics
     from training.tracking_store import Store, resolve_uri
 
     tracking = run.config.tracking
-    event = {"kind": "metrics", "step": run.last_step, "time": int(time.time() * 1000), "values": metrics(run, folder)}
-    files = [{"kind": "artifact", "path": str(path)} for path in written_files(folder)]
+    event = {
+        "kind": "metrics",
+        "step": run.last_step,
+        "time": int(time.time() * 1000),
+        "values": metrics(run, findings.folder),
+    }
+    files = [{"kind": "artifact", "path": str(path)} for path in findings.files]
     try:
         with Store(resolve_uri(config.uri or tracking.uri), tracking.experiment).run(run.path) as stored:
             stored.send([event, *files, {"kind": "status", "value": "FINISHED"}])
     except Exception as error:  # whatever MLflow, its database or the network raise: the files are written
         warnings.warn(
-            f"not logged to MLflow ({type(error).__name__}: {error}); the files are in {folder}", stacklevel=2
+            f"not logged to MLflow ({type(error).__name__}: {error}); the files are in {findings.folder}", stacklevel=2
         )
 
 

@@ -41,8 +41,8 @@ def train(config: DictConfig) -> None:
     run = Run(config, data, task, build_model(config, layout))
     with run.tracked():
         outcome = run.train()
-        scores = run.score()
-    print(run.summary(outcome, scores))
+        findings = run.score()
+    print(run.summary(outcome, findings))
 
 
 if __name__ == "__main__":

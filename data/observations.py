@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from data.batch import Movable, ObservationLayout, calendar
+from data.batch import Movable, calendar
 from data.grids import Grid
+from data.layout import ObservationLayout
 
 EXAMPLES = 3  # rows that a refusal shows
 

@@ -7,7 +7,7 @@ to 0.5 hPa); by choice the archive's own flags, winds measured in place only, GP
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,7 +55,8 @@ class QualityControl:
     in_situ_winds_only: keep u and v only of reports measured in place (`IN_SITU_WINDS`).
     gps_level_1_only: drop retrieved temperature and humidity of GPS occultations.
     dropped_channels: names of channels to leave out. with_statistics: keep only channels whose mean and standard
-    deviation are known. Raises ValueError for names that the channel table does not have.
+    deviation are known. height (m), pressure (hPa): limits of conventional rows. further: more rules, applied after
+    these: name -> rows -> (R,) bool, what to keep. Raises ValueError for names that the channel table does not have.
     """
 
     def __init__(
@@ -67,8 +68,11 @@ class QualityControl:
         gps_level_1_only: bool = False,
         dropped_channels: Sequence[str] = (),
         with_statistics: bool = False,
+        height: tuple[float, float] = HEIGHT,
+        pressure: tuple[float, float] = PRESSURE,
+        further: Mapping[str, Callable[[Table], np.ndarray]] | None = None,
     ):
-        self.channels = channels
+        self.channels, self.height, self.pressure = channels, height, pressure
         self.rules = {
             "place": self._place,
             "finite value": self._finite,
@@ -87,6 +91,7 @@ class QualityControl:
             self.rules["dropped channels"] = self._kept_channels
         if with_statistics:
             self.rules["known statistics"] = self._known_statistics
+        self.rules |= further or {}
 
     def __call__(self, table: Table) -> tuple[Table, QualityReport]:
         """The rows (physical values) that keep every rule, in their order, and the report.
@@ -123,11 +128,11 @@ class QualityControl:
         return (value >= self.channels.minimum[channel]) & (value <= self.channels.maximum[channel])
 
     def _height(self, table: Table) -> np.ndarray:
-        return ~self.channels.conventional[table["channel"]] | _within(table.get("height"), *HEIGHT)
+        return ~self.channels.conventional[table["channel"]] | _within(table.get("height"), *self.height)
 
     def _pressure(self, table: Table) -> np.ndarray:
         pressure = table.get("pressure")
-        allowed = np.where(self._named(table, _GPS), _within(pressure, *GPS_PRESSURE), _within(pressure, *PRESSURE))
+        allowed = np.where(self._named(table, _GPS), _within(pressure, *GPS_PRESSURE), _within(pressure, *self.pressure))
         return ~self.channels.conventional[table["channel"]] | allowed
 
     def _archive_flags(self, table: Table) -> np.ndarray:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.batch import Variable
 from data.grids import Grid
+from data.layout import Variable
 from evaluation.baselines import build
 from evaluation.regions import land_fraction, regions_of
 from evaluation.scores import SCORES, ForecastScores, cell_weights

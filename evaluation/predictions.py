@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from data.batch import Variable
 from data.grids import Grid, LatLonGrid
+from data.layout import Variable
 
 
 class PredictionsFile:

@@ -60,10 +60,27 @@ class Choices:
         return marks + ([f"{self.max_windows}_windows"] if self.max_windows is not None else [])
 
 
-def evaluate_run(
-    run: RunFolder, model: nn.Module, task, data, normalisation, choices: Choices
-) -> tuple[Evaluation, Path]:
-    """(what was found, the folder its files are in). model: with the weights of the checkpoint.
+@dataclass(frozen=True)
+class Findings:
+    """What an evaluation found. folder: of `scores.json` and its other files. heading, table: for people."""
+
+    folder: Path
+    heading: str
+    table: str
+
+    @property
+    def files(self) -> list[Path]:
+        names = (SCORES_FILE, REGIONS_FILE, NETWORKS_FILE, WINDOWS_FILE, PREDICTIONS_FILE, REPORT_FILE)
+        return [self.folder / name for name in names if (self.folder / name).is_file()]
+
+    def text(self) -> str:
+        """What a person reads after `evaluate.py`."""
+        written = f"written to {self.folder}: {', '.join(path.name for path in self.files)}"
+        return "\n\n".join([self.heading, self.table, written])
+
+
+def evaluate_windows(run: RunFolder, model: nn.Module, task, data, normalisation, choices: Choices) -> Findings:
+    """Scores the windows of a split and writes the files. model: with the weights of the checkpoint.
 
     Raises ValueError, OSError.
     """
@@ -116,20 +133,12 @@ def evaluate_run(
         write_report(
             found, run, folder, checkpoint=choices.checkpoint, parameters=parameters, data=data, example=example
         )
-    return found, folder
-
-
-def describe(found: Evaluation, folder: Path, checkpoint: str) -> str:
-    """What a person reads after `evaluate.py`."""
-    return "\n\n".join(
-        [
-            f"{found.bases.size} forecasts of the {found.split} split, checkpoint {checkpoint}, "
-            f"{found.weights} weights",
-            format_table(found.content()),
-            *filter(None, [network_table(folder)]),
-            f"written to {folder}: {', '.join(path.name for path in written_files(folder))}",
-        ]
+    heading = (
+        f"{found.bases.size} forecasts of the {found.split} split, checkpoint {choices.checkpoint}, "
+        f"{found.weights} weights"
     )
+    tables = filter(None, [format_table(found.content()), network_table(folder)])
+    return Findings(folder, heading, "\n\n".join(tables))
 
 
 def output_folder(run: RunFolder, choices: Choices) -> Path:
@@ -162,12 +171,6 @@ def _boxes(regions) -> dict[str, list]:
     if not named:
         raise ValueError(f"regions={regions} must be named boxes, like 'regions={{europe: [35,75,-12,42]}}'")
     return {str(name): list(box) for name, box in regions.items()}
-
-
-def written_files(folder: Path) -> list[Path]:
-    """The files of an evaluation that are there."""
-    names = (SCORES_FILE, REGIONS_FILE, NETWORKS_FILE, WINDOWS_FILE, PREDICTIONS_FILE, REPORT_FILE)
-    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def _example(found: Evaluation, model: nn.Module, task, dataset, stacking: Stacking | None):

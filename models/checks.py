@@ -36,7 +36,6 @@ def check_config(config: DictConfig, overrides: Sequence[str]) -> None:
     for path, node in _parts(config):
         _check_part(path, node)
     check_trunk(config)
-    check_trunk(config)
     _check_scalars(config)
     _check_ranks(config)
     _check_attention(config)
@@ -120,7 +119,6 @@ def _check_part(path: str, node: dict[str, Any]) -> None:
             raise ValueError(f"{path}.{key} must be given; type {path}.{key}=<{_spelled(hints.get(key))}>")
         if not _fits(value, hints.get(key, Any)):
             raise ValueError(f"{path}.{key}={value!r} is not {_spelled(hints[key])}; type {path}.{key}=<value>")
-    check_options(path, options)
     check_options(path, options)
     for key, item in known.items():
         if item.default is inspect.Parameter.empty and key not in options:

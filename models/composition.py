@@ -23,7 +23,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from data.batch import Layout
+from data.layout import Layout
 from models.adapters import GridAdapter
 from models.checks import check_config, part_class, part_options
 from models.encode_process_decode import EncodeProcessDecode

@@ -17,7 +17,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from data.batch import Batch, Condition, Layout, Query
+from data.batch import Batch, Condition, Query
+from data.layout import Layout
 from models.heads import DeterministicHead, Prediction
 from models.latents import Latents
 from models.summary import describe

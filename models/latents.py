@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from data.batch import Layout
 from data.grids import Grid
+from data.layout import Layout
 from kernels.segments import Occupied
 
 

@@ -14,7 +14,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from data.batch import Batch, Field, Layout, Reference
+from data.batch import Batch, Field, Reference
+from data.layout import Layout
 from models.attention.pixel import PixelCrossAttention
 from models.composition import build_from_config
 from models.summary import COPIES_IN_TRAINING, KeptTensors

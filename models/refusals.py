@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data.batch import Layout
 from data.grids import Grid, LatLonGrid
 from data.healpix import HEALPixGrid
+from data.layout import Layout
 from models.checks import part_class
 from models.latents import LatentLayout
 

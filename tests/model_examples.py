@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from data.batch import Batch, Field, InputLayout, Layout, ObservationLayout, Reference, TargetLayout, Variable
+from data.batch import Batch, Field, Reference
 from data.grids import Grid, LatLonGrid, Points
 from data.healpix import HEALPixGrid
+from data.layout import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
 from data.observations import Observations, check
 
 HOUR = 3600

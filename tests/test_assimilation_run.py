@@ -107,8 +107,8 @@ def test_the_archive_is_described_without_its_files(command):
 
 
 def test_a_failed_prediction_file_leaves_nothing(tmp_path):
-    from data.batch import Variable
     from data.healpix import HEALPixGrid
+    from data.layout import Variable
 
     options = dict(variables=(Variable("t", "K"),), grid=HEALPixGrid(0), times=np.arange(3), lead_steps=(0,))
     with (

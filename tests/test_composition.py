@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from data.batch import InputLayout, Layout
+from data.layout import InputLayout, Layout
 from models import build, load
 from models.composition import build_from_config, check, compose, with_size
 from models.refusals import REFUSALS

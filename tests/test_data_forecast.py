@@ -7,10 +7,11 @@ import pytest
 import torch
 from example_data import dataset, write
 
-from data.batch import Batch, Layout
+from data.batch import Batch
 from data.calendars import clock
 from data.datasets.forecast import ForecastDataset, forecast_layout
 from data.datasets.gridded import GriddedData
+from data.layout import Layout
 from data.normalisation import Normalisation
 from data.sources.series import MONTH_SECONDS
 

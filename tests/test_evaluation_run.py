@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from data.batch import Variable
 from data.datasets.gridded import GriddedData
 from data.grids import LatLonGrid
+from data.layout import Variable
 from evaluation.baselines import build, situation
 from evaluation.evaluation import evaluate
 from evaluation.predictions import PredictionsFile

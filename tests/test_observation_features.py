@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import ObservationLayout
 from data.grids import LatLonGrid
+from data.layout import ObservationLayout
 from data.observation_features import LAYOUTS, features
 from data.observations import Observations, check
 

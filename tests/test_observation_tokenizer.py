@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import ObservationLayout
+from data.layout import ObservationLayout
 from data.observation_features import features
 from data.observations import Observations
 from models.encoders.observation_tokenizer import ObservationTokenizer, pack

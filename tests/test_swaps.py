@@ -16,7 +16,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from data.batch import Batch, Layout
+from data.batch import Batch
+from data.layout import Layout
 from models import load
 from models.composition import build_from_config, compose
 from tests.model_examples import GLOBAL, SPHERE, observed_layout, tiny_batch, tiny_layout

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import Layout
 from data.datasets.assimilation_data import statistics_of
 from data.datasets.ufs_era5 import UfsEra5, era5_variables, store_name
 from data.datasets.ufs_miniature import smooth_truth, truth_from_fields, write_miniature
 from data.healpix import HEALPixGrid
+from data.layout import Layout
 from data.observations import check
 from models.composition import compose
 

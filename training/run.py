@@ -6,6 +6,7 @@ import json
 import resource
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -14,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from data.batch import Layout
+from data.layout import Layout
 from data.loading import BatchLoader
 from models.composition import build_from_config
 from training import environment
@@ -25,6 +26,9 @@ from training.sizes import TooLarge, batch_size, fitted
 from training.sweep import parent_run
 from training.tracking import build_tracker
 from training.tracking_store import resolve_uri
+
+if TYPE_CHECKING:
+    from evaluation.run_evaluation import Findings
 
 PARTS = ("encoder", "processor", "decoder")
 UNVARIED = (*(f"model.{part}." for part in PARTS), "data.path", "data.inspect", "data.recommended", "trainer.progress")
@@ -171,31 +175,25 @@ class Run:
         (self.directory / "outcome.json").write_text(json.dumps(figures, indent=1) + "\n")
         return outcome
 
-    def score(self) -> dict:
+    def score(self) -> Findings:
         """Scores of the best checkpoint on the test split, beside the baselines, with the files of an evaluation."""
-        from evaluation.run_evaluation import Choices, evaluate_run, metrics
+        from evaluation.run_evaluation import Choices, metrics
         from evaluation.run_folder import RunFolder
         from evaluation.stacking import fit_stacking
 
         model, best = self.loop.evaluation_model, self.directory / "checkpoints" / "best"
         load_weights(model, best)
-        if hasattr(self.task, "score"):  # not windows of fields
-            return self.task.score(model, self.data, self.normalisation, self.directory)
         stacking = fit_stacking(model, self.task, self.data, self.normalisation)
         if stacking is not None:
             stacking.write(best)
         run, report = RunFolder(self.directory), self.config.report
         choices = Choices(report=report, predictions=report)
-        found, folder = evaluate_run(run, model, self.task, self.data, self.normalisation, choices)
-        self.tracker.log(self.loop.progress.step, metrics(run, folder))
-        return found.content()
+        findings = self.task.evaluate(run, model, self.data, self.normalisation, choices)
+        self.tracker.log(self.loop.progress.step, metrics(run, findings.folder))
+        return findings
 
-    def summary(self, outcome: Outcome, scores: dict) -> str:
+    def summary(self, outcome: Outcome, findings: Findings) -> str:
         """What a person reads at the end: what happened, the scores, and what to type next."""
-        from evaluation.networks import network_table
-        from evaluation.summary import format_table
-
-        networks = network_table(self.directory)
         page = self.directory / "report.html"
         report = f"maps, spectra, scores by region: {page}\n\n" if page.is_file() else ""
         progress, trained = outcome.progress, f"{outcome.progress.step} steps"
@@ -205,8 +203,7 @@ class Run:
             f"{trained}, best at step {progress.best_step} with validation loss {progress.best_score:.4f}; "
             f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s, "
             f"{outcome.waiting:.1%} of the time waiting for data\n\n"
-            f"{getattr(self.task, 'format_scores', format_table)(scores)}\n\n"
-            f"{networks}{networks and chr(10) * 2}"
+            f"{findings.table}\n\n"
             f"{report}"
             f"next:  python evaluate.py run={self.directory} weights=cos    other choices\n"
             f"       make ui    every run in MLflow\n"

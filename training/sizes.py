@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from data.batch import Layout
+from data.layout import Layout
 from models.composition import with_size
 from models.memory import available_bytes, training_bytes
 from training.loop import choose_device, choose_precision

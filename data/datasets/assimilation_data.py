@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
-from data.calendars import GREGORIAN
+from data.calendars import GREGORIAN, format_time
+from data.datasets.splits import Splits, split_times
 from data.grids import Grid
+from data.layout import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
 
 if TYPE_CHECKING:
     from data.sources.observations.channel_table import ChannelTable
@@ -55,8 +56,7 @@ class AssimilationData(ABC):
     fake: bool = False
     inspect: bool = False
     recommended: Mapping
-    splits: dict[str, np.ndarray]  # train, validation, test: indices into times, disjoint
-    training_period: np.ndarray  # train plus the validation frames withheld from inside its range
+    split: Mapping  # see `data/datasets/splits.py`
 
     @property
     @abstractmethod
@@ -67,6 +67,20 @@ class AssimilationData(ABC):
     def segments(self) -> np.ndarray:
         """(N,) int64: frames with the same number follow each other without a gap in time."""
         return np.concatenate([[0], np.cumsum(np.diff(self.times) != self.step)]).astype(np.int64)
+
+    @cached_property
+    def _splits(self) -> Splits:
+        return split_times(self.times, self.split, self.calendar)
+
+    @property
+    def splits(self) -> dict[str, np.ndarray]:
+        """train, validation, test: indices into times, disjoint."""
+        return self._splits.indices
+
+    @property
+    def training_period(self) -> np.ndarray:
+        """train plus the validation frames withheld from inside its range."""
+        return self._splits.training_period
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> Tensor:
@@ -104,6 +118,15 @@ class AssimilationData(ABC):
 
     # drawn_observations(windows (B, T), random) -> Table: optional; what training windows read instead of
     # `observations`, drawn anew (other networks, other errors) from a NumPy generator, `frame` counting row by row.
+
+    def describe_times(self) -> list[str]:
+        """For people: a line of all frames, and one of every split."""
+        lines = []
+        for name, indices in ({"times": np.arange(self.times.size)} | self.splits).items():
+            first, last = (format_time(self.times[index], self.calendar) for index in (indices[0], indices[-1]))
+            lines.append(f"{name:<12}  {indices.size} frames, {first} to {last}")
+        lines[0] += f", step {self.step / 3600:g} h, {int(self.segments[-1])} gaps"
+        return lines
 
     def observation_layout(self, *, frames: int, frame_steps: int = 1, num_features: int = 50) -> ObservationLayout:
         """frames: of a window, `frame_steps` steps of the data apart."""
@@ -168,3 +191,20 @@ def statistics_of(data: AssimilationData, indices: np.ndarray) -> FieldStatistic
     mean = sums[0] / sums[2]
     scale = (sums[1] / sums[2] - mean**2).clamp_min(0).sqrt()
     return FieldStatistics((mean + centre).float(), torch.where(scale > 0, scale, 1.0).float())
+
+
+def evenly_spread(indices: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of some indices."""
+    return indices[np.linspace(0, indices.size - 1, min(indices.size, most)).round().astype(np.int64)]
+
+
+def merged(times: np.ndarray, window: tuple[int, int]) -> list[tuple[int, int]]:
+    """The windows (start, stop] about times (n,), sorted, with those that touch joined."""
+    spans: list[tuple[int, int]] = []
+    for time in np.sort(times).tolist():
+        start, stop = time + window[0], time + window[1]
+        if spans and start <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(stop, spans[-1][1]))
+        else:
+            spans.append((start, stop))
+    return spans

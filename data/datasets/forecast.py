@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Field, InputLayout, Layout, Reference, TargetLayout
+from data.batch import Batch, Field, Reference
 from data.calendars import clock
 from data.datasets.gridded import GriddedData
+from data.layout import InputLayout, Layout, TargetLayout
 from data.normalisation import Normalisation
 
 REFERENCES = ("climatology", "persistence", "damped_persistence")

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Variable
 from data.calendars import format_time
 from data.datasets.cache import mapped_array, time_blocks
 from data.datasets.splits import split_times
 from data.grids import LatLonGrid
+from data.layout import Variable
 from data.sources.location import locate
 from data.sources.netcdf import open_series
 

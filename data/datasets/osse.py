@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Variable
 from data.calendars import format_time
 from data.datasets.assimilation_data import AssimilationData, FieldStatistics, statistics_of
 from data.datasets.gridded import GriddedData
 from data.grids import EARTH_RADIUS_KM, LatLonGrid, Points
+from data.layout import Variable
 from data.normalisation import Normalisation
 from data.regridding import Regridder
 from data.sources.location import locate

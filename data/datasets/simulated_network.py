@@ -7,22 +7,18 @@ wider surroundings, with a bias towards the limb and one of each platform. Lette
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Variable
-from data.calendars import format_time
 from data.datasets.assimilation_data import AssimilationData, FieldStatistics, statistics_of
 from data.datasets.gridded import GriddedData
-from data.datasets.splits import Splits, split_times
 from data.grids import EARTH_RADIUS_KM, Grid
 from data.healpix import HEALPixGrid, bilinear
+from data.layout import Variable
 from data.regridding import Regridder
 from data.sources.location import cache_folder
 from data.sources.observations.channel_table import CONVENTIONAL, ChannelTable
@@ -36,6 +32,7 @@ from data.sources.simulated_instruments import (
     sites,
     solar_zenith,
 )
+from data.sources.stored_tensors import read_or_make
 from data.sources.synthetic import STEP_HOURS
 
 GRIDS = ("healpix", "latlon")
@@ -132,18 +129,6 @@ class SimulatedNetwork(AssimilationData):
         """(N,) int64 seconds since 1970 UTC."""
         return self._regridded["times"].numpy()
 
-    @cached_property
-    def _splits(self) -> Splits:
-        return split_times(self.times, self.split, self.calendar)
-
-    @property
-    def splits(self) -> dict[str, np.ndarray]:
-        return self._splits.indices
-
-    @property
-    def training_period(self) -> np.ndarray:
-        return self._splits.training_period
-
     def read(self, indices: Sequence[int]) -> Tensor:
         """(n, 1, *grid.shape) float32 K."""
         indices = np.asarray(indices, dtype=np.int64)
@@ -167,19 +152,19 @@ class SimulatedNetwork(AssimilationData):
     @cached_property
     def _regridded(self) -> dict[str, Tensor]:
         """truth (N, X) K and land (X,) on the HEALPix cells, times (N,), from the cache folder; written when absent."""
-        from filelock import FileLock
-        from safetensors.torch import load_file, save
+        content, _ = read_or_make(
+            cache_folder("synthetic") / f"network_v{_VERSION}_level{self.cells.level}.safetensors",
+            self._made,
+            names=("truth", "land", "times"),
+            what="simulated fields",
+        )
+        return content
 
-        path = cache_folder("synthetic") / f"network_v{_VERSION}_level{self.cells.level}.safetensors"
-        if not path.exists():
-            with FileLock(f"{path}.lock"):
-                if not path.exists():
-                    weather = self._weather
-                    regrid = Regridder(weather.grid, self.cells)
-                    truth = regrid(weather.read(np.arange(weather.times.size))[:, 0])
-                    times = torch.from_numpy(weather.times)
-                    _write(path, save({"truth": truth.contiguous(), "land": regrid(weather.static[0]), "times": times}))
-        return load_file(path)
+    def _made(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        weather = self._weather
+        regrid = Regridder(weather.grid, self.cells)
+        truth = regrid(weather.read(np.arange(weather.times.size))[:, 0])
+        return {"truth": truth, "land": regrid(weather.static[0]), "times": torch.from_numpy(weather.times)}, {}
 
     @cached_property
     def _seen(self) -> dict[float, Tensor]:
@@ -312,13 +297,10 @@ class SimulatedNetwork(AssimilationData):
 
     def describe(self) -> str:
         """What is observed: grid, times, splits and rows a frame of every platform (several lines)."""
-        when = lambda index: format_time(self.times[index], self.calendar)  # noqa: E731
         lines = [
             f"truth         {self.path} on a {self.grid.kind} grid of {self.grid.num_points} cells",
-            f"times         {self.times.size}, {when(0)} to {when(-1)}, step {STEP_HOURS} h",
+            *self.describe_times(),
         ]
-        for name, indices in self.splits.items():
-            lines.append(f"{name:<12}  {indices.size} times, {when(indices[0])} to {when(indices[-1])}")
         first = self.splits["train"][:40]
         rows = self.observations(first, (-BIN_SECONDS // 2, BIN_SECONDS // 2))
         for number, name in enumerate(PLATFORMS):
@@ -331,17 +313,3 @@ _OPENED = ("_weather", "_regridded", "_seen", "_instruments")
 
 def _empty() -> Table:
     return Table({name: np.empty(0) for name in ("value", "latitude", "longitude", "time", "channel", "error")})
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Written beside and renamed: a crash or a full disk leaves nothing half-written."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except OSError as error:
-        raise OSError(
-            f"cannot write {path} ({error.strerror}); free some space or set HYDRASPHERE_CACHE to another folder"
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)

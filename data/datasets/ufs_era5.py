@@ -16,11 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Variable
-from data.calendars import format_time
-from data.datasets.assimilation_data import AssimilationData, FieldStatistics, statistics_of
-from data.datasets.splits import Splits, split_times
+from data.datasets.assimilation_data import AssimilationData, FieldStatistics, evenly_spread, merged, statistics_of
 from data.healpix import ORDERS, HEALPixGrid, convert
+from data.layout import Variable
 from data.quality_control import QualityControl, QualityReport
 from data.sources.healpix_store import HEALPixStore
 from data.sources.location import cache_folder
@@ -157,18 +155,6 @@ class UfsEra5(AssimilationData):
         """(N,) int64 seconds since 1970 UTC."""
         return self._store.times()[self._frames]
 
-    @cached_property
-    def _splits(self) -> Splits:
-        return split_times(self.times, self.split, self.calendar)
-
-    @property
-    def splits(self) -> dict[str, np.ndarray]:
-        return self._splits.indices
-
-    @property
-    def training_period(self) -> np.ndarray:
-        return self._splits.training_period
-
     def read(self, indices: Sequence[int]) -> Tensor:
         """(n, C, X) float32, physical, NaN where missing (sst and sic over land)."""
         values = self._store.read(self._places, self._frames[np.asarray(indices, dtype=np.int64)])
@@ -186,7 +172,7 @@ class UfsEra5(AssimilationData):
             return read_statistics(Path(self.statistics_path).expanduser(), self.variables)
         path = self._cached("fields", "json")
         if not path.exists():
-            found = statistics_of(self, _sample(self.training_period))
+            found = statistics_of(self, evenly_spread(self.training_period, _SAMPLED_FRAMES))
             _write(path, json.dumps({"mean": found.mean.tolist(), "scale": found.scale.tolist()}))
         stored = json.loads(path.read_text())
         return FieldStatistics(torch.tensor(stored["mean"]), torch.tensor(stored["scale"]))
@@ -216,7 +202,7 @@ class UfsEra5(AssimilationData):
         folder = self._cached("channels", "parquet")
         if not (folder / "channel_table.parquet").exists():
             control = QualityControl(table, **self.quality)
-            rows, _ = control(self._raw(self.times[_sample(self.training_period)], _WINDOW))
+            rows, _ = control(self._raw(self.times[evenly_spread(self.training_period, _SAMPLED_FRAMES)], _WINDOW))
             ufs_parquet.write_channel_table(folder, table.fit(rows, levels=LEVELS))
         return ufs_parquet.read_channel_table(folder)
 
@@ -230,11 +216,10 @@ class UfsEra5(AssimilationData):
     def _raw(self, times: np.ndarray, window: tuple[int, int]) -> Table:
         """Rows inside any window about times, each once, before quality control."""
         root = self._given("observations", self.observations_path)
-        spans = _merged(np.sort(times)[:, None] + np.array(window))
         return concat(
             [
                 ufs_parquet.read(root, start=start, stop=stop, sensors=self.sensors, by=self.window_by)
-                for start, stop in spans
+                for start, stop in merged(times, window)
             ]
         )
 
@@ -242,18 +227,14 @@ class UfsEra5(AssimilationData):
 
     def describe(self) -> str:
         """What was found: grid, times, splits, sensors, and what quality control drops around the first frames."""
-        when = lambda index: format_time(self.times[index], self.calendar)  # noqa: E731
-        gaps = int(self.segments[-1])
         lines = [
             f"fields        {self.fields_path}",
             f"observations  {self.observations_path}",
             f"grid          HEALPix level {self.grid.level}, {self.grid.num_points} cells",
-            f"times         {self.times.size}, {when(0)} to {when(-1)}, step {self.step // 3600} h, {gaps} gaps",
+            *self.describe_times(),
             f"variables     {len(self.variables)}: {', '.join(store_name(item) for item in self.variables)}",
             f"static        {', '.join(item.name for item in self.static_variables)}",
         ]
-        for name, indices in self.splits.items():
-            lines.append(f"{name:<12}  {indices.size} times, {when(indices[0])} to {when(indices[-1])}")
         first = self.splits["train"][:8]
         rows = self.observations(first, _WINDOW)
         names, counts = np.unique(self.channels.sensor[rows["channel"]], return_counts=True)
@@ -324,22 +305,6 @@ def _chosen(variables: tuple[Variable, ...], names: Sequence[str] | None) -> tup
             f"{', '.join(_SURFACE)}"
         )
     return tuple(by_name[str(name)] for name in names)
-
-
-def _sample(indices: np.ndarray) -> np.ndarray:
-    """At most `_SAMPLED_FRAMES` of some indices, evenly spread."""
-    return indices[np.linspace(0, indices.size - 1, min(indices.size, _SAMPLED_FRAMES)).round().astype(np.int64)]
-
-
-def _merged(spans: np.ndarray) -> list[tuple[int, int]]:
-    """Sorted (start, stop] spans with those that touch joined."""
-    merged: list[tuple[int, int]] = []
-    for start, stop in spans.tolist():
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return merged
 
 
 def _write(path: Path, text: str) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.batch import Variable
 from data.calendars import format_time
 from data.datasets.gridded import GriddedData
 from data.datasets.ufs_era5 import LEVELS, STATIC, era5_variables, store_name
 from data.healpix import HEALPixGrid
+from data.layout import Variable
 from data.quality_control import QualityControl
 from data.sources.observations.channel_table import ufs_channels
 from data.sources.observations.table import Table, concat

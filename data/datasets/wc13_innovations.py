@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Field, InputLayout, Layout, ObservationLayout, Reference, TargetLayout, Variable
+from data.batch import Batch, Field, Reference
 from data.datasets import wc13
 from data.datasets.neighbourhoods import KM_PER_DEGREE, RADII, Neighbourhoods, Rows
 from data.datasets.random_covariances import RandomCovariances, Scales, fitted, kriging, sampled
 from data.grids import Points
+from data.layout import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
 from data.observations import Observations
 from data.sources.observations.table import Table
 
@@ -31,6 +32,7 @@ TARGET = "innovation"
 _CENTRES = 100  # places that covariances are fitted at
 _JITTER = 0.3  # of fitted covariances in training, in the logarithm
 _BROAD = 0.15  # share of training samples from covariances that were not fitted
+_PRIOR = 4  # neighbours: the local scale counts that many with the typical innovation, so that it exists where none is
 _VIRTUAL = 1_000_000  # training samples of an epoch
 _DESCRIPTION = ("east", "north", "near", "middle", "far", "days", "apart_days", "levels", "apart_levels", "error",
                 "background", "apart_background", "rough_60", "rough_150", "steeper_60", "steeper_150")  # fmt: skip
@@ -240,7 +242,7 @@ class InnovationDataset:
         centre = row[:, 0]
         quantity = rows.quantity[row]
         own = known & (quantity == quantity[:, :1])
-        local = ((values.square() * own).sum(dim=1) / own.sum(dim=1).clamp(min=1)).sqrt().clamp(min=0.05)
+        local = (((values.square() * own).sum(dim=1) + _PRIOR) / (own.sum(dim=1) + _PRIOR)).sqrt()
         rough = (rows.roughness / scales.background[rows.quantity, None])[row]  # (B, n, radii)
         error = (rows.error / scales.innovation[rows.quantity])[row]
         times = torch.zeros(batch, 1, dtype=torch.int64)

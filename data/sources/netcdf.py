@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.batch import Variable
 from data.calendars import decode_times, format_time
 from data.grids import LatLonGrid
+from data.layout import Variable
 from data.sources.axes import Axes, find_axes, select_latitude, select_longitude
 from data.sources.series import Selection, Series, SeriesFile, open_file
 

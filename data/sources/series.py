@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.batch import Variable
 from data.calendars import month_number
 from data.grids import LatLonGrid
+from data.layout import Variable
 from data.sources.axes import Axes
 
 MONTH_SECONDS = 2_629_800  # 30.4375 days: the nominal step of monthly series

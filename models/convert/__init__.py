@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.batch import Layout
+from data.layout import Layout
 from models.convert import healda, krasserm, physicsnemo, transformers
 from models.convert.perceiver import TARGET, PerceiverSource, token_batch
 from models.convert.physicsnemo import PhysicsNeMoSource

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Field, InputLayout, Layout, TargetLayout, Variable
+from data.batch import Batch, Field
 from data.grids import Points
+from data.layout import InputLayout, Layout, TargetLayout, Variable
 
 INPUT, TARGET = "tokens", "output"
 STEP = 3600  # nominal seconds between frames; a token sequence has one

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batch import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
 from data.healpix import HEALPixGrid
+from data.layout import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
 from models.conditioning.noise_level import NoiseFeatures
 
 INPUT, TARGET = "static", "analysis"

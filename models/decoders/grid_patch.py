@@ -8,7 +8,8 @@ from __future__ import annotations
 from einops import rearrange
 from torch import Tensor, nn
 
-from data.batch import Layout, Query
+from data.batch import Query
+from data.layout import Layout
 from models.attention.layer import MLP, modulated
 from models.conditioning.moment import Moment
 from models.initialisation import linear_, zeros_

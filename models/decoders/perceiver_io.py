@@ -13,8 +13,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from data.batch import Layout, Query
+from data.batch import Query
 from data.grids import LatLonGrid
+from data.layout import Layout
 from models.attention import AttentionLayer, Context, Modulation
 from models.attention.multi_head import KV_MODES
 from models.conditioning.moment import Moment

@@ -9,7 +9,8 @@ from __future__ import annotations
 from einops import rearrange
 from torch import Tensor, nn
 
-from data.batch import Layout, Query
+from data.batch import Query
+from data.layout import Layout
 from models.conditioning.adaptive_norm import AdaptiveNorm, modulated_norm
 from models.initialisation import zeros_
 from models.latents import LatentLayout, Latents

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from data.batch import Batch, Layout
+from data.batch import Batch
+from data.layout import Layout
 from models.initialisation import linear_
 from models.latents import LatentLayout, Latents
 from models.patches import Patches

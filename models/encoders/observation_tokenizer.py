@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from data.batch import ObservationLayout
+from data.layout import ObservationLayout
 from data.observation_features import features
 from data.observations import Observations
 from kernels.film_tokenizer import NORM_EPS, film_tokenizer

@@ -11,8 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from data.batch import Batch, Field, InputLayout, Layout, ObservationLayout
+from data.batch import Batch, Field
 from data.grids import Points
+from data.layout import InputLayout, Layout, ObservationLayout
 from data.observations import Observations
 from kernels.sort_and_pack import sort_and_pack
 from models.attention import AttentionLayer

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from data.batch import Batch, Layout
+from data.batch import Batch
+from data.layout import Layout
 from models.attention.pixel import PixelCrossAttention
 from models.encoders.observation_tokenizer import ObservationTokenizer, pack
 from models.latents import LatentLayout, Latents

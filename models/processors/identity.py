@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from data.batch import Layout
+from data.layout import Layout
 from models.latents import LatentLayout, Latents
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from einops import rearrange
 from torch import nn
 
-from data.batch import Layout
+from data.layout import Layout
 from models.attention import AttentionLayer
 from models.latents import LatentLayout, Latents
 

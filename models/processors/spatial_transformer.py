@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from data.batch import Layout
+from data.layout import Layout
 from models.attention import AttentionLayer
 from models.latents import LatentLayout, Latents
 from models.positions.rotary import grid_rotary

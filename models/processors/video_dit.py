@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.batch import Layout
+from data.layout import Layout
 from models.attention.layer import MLP
 from models.attention.pixel import PixelCrossAttention
 from models.attention.self_attention import SpatialAttention, TemporalAttention

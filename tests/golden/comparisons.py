@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.batch import Batch, Condition, Field, Layout
+from data.batch import Batch, Condition, Field
+from data.layout import Layout
 from data.observations import Observations, check
 from models.convert import TARGET, physicsnemo, recognise, token_batch
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Layout
+from data.batch import Batch
+from data.layout import Layout
 from data.observation_features import LAYOUTS
 from training.tasks.gridded import GriddedTask
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Layout
+from data.batch import Batch
+from data.layout import Layout
 from training.tasks.gridded import GriddedTask
 
 if TYPE_CHECKING:

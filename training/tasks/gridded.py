@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor, where
+from torch import Tensor, nn, where
 
-from data.batch import Batch, Layout, TargetLayout
+from data.batch import Batch
+from data.layout import Layout, TargetLayout
 
 if TYPE_CHECKING:
-    from data.batch import Variable
+    from data.layout import Variable
+    from evaluation.run_evaluation import Choices, Findings
+    from evaluation.run_folder import RunFolder
     from models.heads import DeterministicHead
 
 
@@ -79,6 +82,12 @@ class GriddedTask:
         leads = like.new_tensor(self.lead_weights or [1.0] * len(target.lead_times))
         variables = like.new_tensor([self.variable_weights.get(item.label, 1.0) for item in target.variables])
         return leads[:, None] * variables
+
+    def evaluate(self, run: RunFolder, model: nn.Module, data, normalisation, choices: Choices) -> Findings:
+        """Scores the model beside the baselines and writes the files of an evaluation. Raises ValueError, OSError."""
+        from evaluation.run_evaluation import evaluate_windows
+
+        return evaluate_windows(run, model, self, data, normalisation, choices)
 
 
 def _area_weights(batch: Batch, name: str) -> Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.batch import Batch, Layout
+from data.batch import Batch
+from data.layout import Layout
 from training.tasks.gridded import GriddedTask
 
 if TYPE_CHECKING:
     from data.datasets.wc13_innovations import InnovationDataset, InnovationStatistics, OceanInnovations
+    from evaluation.run_evaluation import Choices, Findings
+    from evaluation.run_folder import RunFolder
     from models.encode_process_decode import EncodeProcessDecode
 
 
@@ -22,7 +24,7 @@ class LeaveOutTask(GriddedTask):
     the innovations around each place.
     """
 
-    stacking = None  # shares are fitted seed by seed, in `score`
+    stacking = None  # shares are fitted seed by seed, in `evaluate`
     lead_weights = None
 
     def __init__(self, *, reference: str, head: str, loss: str, huber_delta: float = 1.0):
@@ -47,17 +49,14 @@ class LeaveOutTask(GriddedTask):
     def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
         return batch
 
-    @staticmethod
-    def format_scores(scores: dict) -> str:
-        from evaluation.leave_out import format_scores
-
-        return format_scores(scores)
-
-    def score(self, model: EncodeProcessDecode, data: OceanInnovations, statistics, directory: Path) -> dict:
-        """Scores at the withheld observations of every seed, as the file `scores.json`, which it writes."""
-        from evaluation.leave_out import score_leave_out
-        from evaluation.summary import write_json
+    def evaluate(
+        self, run: RunFolder, model: EncodeProcessDecode, data: OceanInnovations, statistics, choices: Choices
+    ) -> Findings:
+        """Scores at the withheld observations of every seed."""
+        from evaluation.leave_out import format_scores, score_leave_out
+        from evaluation.run_evaluation import Findings
+        from evaluation.summary import SCORES_FILE, write_json
 
         scores = score_leave_out(model, self.dataset(data, "validation", statistics))
-        write_json(directory / "scores.json", scores)
-        return scores
+        write_json(run.path / SCORES_FILE, scores)
+        return Findings(run.path, f"checkpoint {choices.checkpoint}", format_scores(scores))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from data.batch import Batch, Layout
+from data.batch import Batch
+from data.layout import Layout
 from training.tasks.assimilation import AssimilationTask
 
 if TYPE_CHECKING:

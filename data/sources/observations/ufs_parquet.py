@@ -66,7 +66,7 @@ def read(
     present = sorted(item.name for item in root.iterdir() if item.is_dir())
     require(present, present if sensors is None else sensors, root, "sensor")
     tables = [
-        _read_file(path, start, stop, by)
+        read_file(path, start, stop, by)
         for sensor in (present if sensors is None else sensors)
         for path in _day_files(root / sensor, start, stop)
     ]
@@ -100,7 +100,8 @@ def matching_groups(file, start: int | None, stop: int | None, by: str) -> list[
     return found
 
 
-def _read_file(path: Path, start: int | None, stop: int | None, by: str) -> Table:
+def read_file(path: Path, start: int | None = None, stop: int | None = None, by: str = "time") -> Table:
+    """The rows of one day's file, as `read` gives those of the archive."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,0 +1,116 @@
+"""What parts of a model need to know before data flows: variables, grids, frames and lead times, as plain JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from data.grids import Grid
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A physical quantity.
+
+    level: pressure (hPa) or depth (m) of this slice. domain: where it exists (all, sea, land).
+    """
+
+    name: str
+    units: str = ""
+    level: float | None = None
+    domain: str = "all"
+
+    @property
+    def label(self) -> str:
+        return self.name if self.level is None else f"{self.name}@{self.level:g}"
+
+    def to_dict(self) -> dict:
+        return {"name": self.name, "units": self.units, "level": self.level, "domain": self.domain}
+
+
+@dataclass(frozen=True)
+class InputLayout:
+    """variables on a grid, `frames` of them `step` seconds apart; gaps: whether values can be missing."""
+
+    variables: tuple[Variable, ...]
+    grid: Grid
+    frames: int
+    step: int
+    gaps: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Channels of one frame as a model reads them: values, and their validity where gaps occur."""
+        return len(self.variables) * (2 if self.gaps else 1)
+
+
+@dataclass(frozen=True)
+class TargetLayout:
+    """variables on a grid at fixed lead_times (seconds after the last input frame)."""
+
+    variables: tuple[Variable, ...]
+    grid: Grid
+    lead_times: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ObservationLayout:
+    """Observations of `frames` frames, `step` seconds apart. num_*: sizes of the id tables; ids are smaller.
+
+    num_features: length of a row's description (`Observations.features`).
+    """
+
+    num_channels: int
+    num_platforms: int
+    num_types: int
+    num_features: int
+    frames: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What parts need to know before data flows. Plain JSON through `to_dict` and `Layout.from_dict`."""
+
+    inputs: dict[str, InputLayout]
+    targets: dict[str, TargetLayout]
+    observations: ObservationLayout | None = None
+
+    @property
+    def frames(self) -> int:
+        """Frames of the longest input; inputs of one frame stand for all of them."""
+        observed = 1 if self.observations is None else self.observations.frames
+        return max(observed, *(item.frames for item in self.inputs.values()))
+
+    def query_features(self, target: str) -> int:
+        """Channels of `Query.features` for this target; 0 where no input shares its grid."""
+        grid = self.targets[target].grid
+        return sum(item.frames * item.channels for item in self.inputs.values() if item.grid == grid)
+
+    def to_dict(self) -> dict:
+        def plain(item):
+            described = {f.name: getattr(item, f.name) for f in fields(item)}
+            described["variables"] = [variable.to_dict() for variable in item.variables]
+            described["grid"] = item.grid.to_dict()
+            return described
+
+        return {
+            "inputs": {name: plain(item) for name, item in self.inputs.items()},
+            "targets": {name: plain(item) for name, item in self.targets.items()},
+            "observations": None if self.observations is None else asdict(self.observations),
+        }
+
+    @staticmethod
+    def from_dict(description: dict) -> Layout:
+        def restored(kind, item):
+            arguments = dict(item)
+            arguments["variables"] = tuple(Variable(**variable) for variable in item["variables"])
+            arguments["grid"] = Grid.from_dict(item["grid"])
+            if "lead_times" in arguments:
+                arguments["lead_times"] = tuple(arguments["lead_times"])
+            return kind(**arguments)
+
+        return Layout(
+            inputs={name: restored(InputLayout, item) for name, item in description["inputs"].items()},
+            targets={name: restored(TargetLayout, item) for name, item in description["targets"].items()},
+            observations=ObservationLayout(**observed) if (observed := description.get("observations")) else None,
+        )
