@@ -132,7 +132,9 @@ class QualityControl:
 
     def _pressure(self, table: Table) -> np.ndarray:
         pressure = table.get("pressure")
-        allowed = np.where(self._named(table, _GPS), _within(pressure, *GPS_PRESSURE), _within(pressure, *self.pressure))
+        allowed = np.where(
+            self._named(table, _GPS), _within(pressure, *GPS_PRESSURE), _within(pressure, *self.pressure)
+        )
         return ~self.channels.conventional[table["channel"]] | allowed
 
     def _archive_flags(self, table: Table) -> np.ndarray:

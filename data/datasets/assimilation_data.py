@@ -121,12 +121,13 @@ class AssimilationData(ABC):
 
     def describe_times(self) -> list[str]:
         """For people: a line of all frames, and one of every split."""
-        lines = []
-        for name, indices in ({"times": np.arange(self.times.size)} | self.splits).items():
-            first, last = (format_time(self.times[index], self.calendar) for index in (indices[0], indices[-1]))
-            lines.append(f"{name:<12}  {indices.size} frames, {first} to {last}")
-        lines[0] += f", step {self.step / 3600:g} h, {int(self.segments[-1])} gaps"
-        return lines
+
+        def span(indices: np.ndarray) -> str:
+            return " to ".join(format_time(self.times[index], self.calendar) for index in (indices[0], indices[-1]))
+
+        whole = f"{self.times.size}, {span(np.arange(self.times.size))}"
+        lines = [f"times         {whole}, step {self.step / 3600:g} h, {int(self.segments[-1])} gaps"]
+        return lines + [f"{name:<12}  {item.size} times, {span(item)}" for name, item in self.splits.items()]
 
     def observation_layout(self, *, frames: int, frame_steps: int = 1, num_features: int = 50) -> ObservationLayout:
         """frames: of a window, `frame_steps` steps of the data apart."""
