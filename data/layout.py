@@ -56,7 +56,8 @@ class TargetLayout:
 class ObservationLayout:
     """Observations of `frames` frames, `step` seconds apart. num_*: sizes of the id tables; ids are smaller.
 
-    num_features: length of a row's description (`Observations.features`).
+    num_features: length of a row's description (`Observations.features`). channels, platforms, types: what ids
+    mean, in order, where the data say so: a model then refuses observations whose ids mean something else.
     """
 
     num_channels: int
@@ -65,6 +66,13 @@ class ObservationLayout:
     num_features: int
     frames: int
     step: int
+    channels: tuple[str, ...] = ()
+    platforms: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name in ("channels", "platforms", "types"):  # lists, where it was JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,18 @@ class Layout:
         """Frames of the longest input; inputs of one frame stand for all of them."""
         observed = 1 if self.observations is None else self.observations.frames
         return max(observed, *(item.frames for item in self.inputs.values()))
+
+    def frames_of(self, target: str, frames: int | None = None) -> list[int] | None:
+        """Which frame stands for each time of a target; None where a time is none of the frames' (a forecast).
+
+        frames: how many there are, ending at the last input frame; None: all of the layout.
+        """
+        frames = self.frames if frames is None else frames
+        described = [*self.inputs.values(), *([self.observations] if self.observations is not None else [])]
+        step = next((item.step for item in described if item.frames == frames), 0)
+        offsets = [(frame + 1 - frames) * step for frame in range(frames)]
+        wanted = self.targets[target].lead_times
+        return [offsets.index(time) for time in wanted] if set(wanted) <= set(offsets) else None
 
     def query_features(self, target: str) -> int:
         """Channels of `Query.features` for this target; 0 where no input shares its grid."""

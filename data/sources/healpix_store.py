@@ -61,6 +61,21 @@ class HEALPixStore:
             raise ValueError(f"{self.path}: its times must increase in the Gregorian calendar, and there must be some")
         return times
 
+    @property
+    def names(self) -> list[str]:
+        """Every quantity with time."""
+        return list(self._places())
+
+    @property
+    def static_names(self) -> list[str]:
+        """Every field without time."""
+        return [name for name, item in self._dataset.variables.items() if item.shape == (self.pixels,)]
+
+    def units(self, name: str) -> str:
+        """Of a quantity; those of a level (T850) are its array's. Empty where the store does not say."""
+        array = self._places()[name].array if name in self._places() else name
+        return str(self._dataset.variables[array].attrs.get("units", ""))
+
     def find(self, names: Sequence[str]) -> list[Place]:
         """Where quantities with time are. Raises ValueError naming those that are not there."""
         places = self._places()
@@ -102,7 +117,7 @@ class HEALPixStore:
 
     def read_static(self, names: Sequence[str]) -> np.ndarray:
         """(S, pixels) float32: fields without time."""
-        present = [name for name, item in self._dataset.variables.items() if item.shape == (self.pixels,)]
+        present = self.static_names
         missing = [name for name in names if name not in present]
         if missing:
             raise ValueError(

@@ -31,16 +31,17 @@ def _unwritable(folder: Path, error: OSError | None) -> OSError:
     return OSError(f"the cache folder {folder} cannot be written{reason}; set HYDRASPHERE_CACHE to a folder that can")
 
 
-def locate(path: str | os.PathLike | Sequence[str]) -> list[Path]:
+def locate(path: str | os.PathLike | Sequence[str], *, setting: str = "data.path") -> list[Path]:
     """Local files (or Zarr stores) behind a path.
 
     path: `catalogue:<file name>` (downloaded or taken from `DATA_DIR`), `synthetic:<name>` (generated once), a file, a
-    Zarr store, a glob, or a list of these. Raises OSError or ValueError where nothing is found.
+    Zarr store, a glob, or a list of these. setting: what the user typed it as. Raises OSError or ValueError where
+    nothing is found.
     """
     if not isinstance(path, str | os.PathLike):
         if not path:
-            raise ValueError("data.path is an empty list; give at least one file")
-        return [local for item in path for local in locate(item)]
+            raise ValueError(f"{setting} is an empty list; give at least one file")
+        return [local for item in path for local in locate(item, setting=setting)]
     text = os.fspath(path)
     scheme, _, name = text.partition(":")
     if scheme == "catalogue":
@@ -58,7 +59,5 @@ def locate(path: str | os.PathLike | Sequence[str]) -> list[Path]:
         found = sorted(glob.glob(str(local), recursive=True))
         if found:
             return [Path(item) for item in found]
-        raise FileNotFoundError(f"no file matches data.path={text}; check the pattern and the folder {Path.cwd()}")
-    raise FileNotFoundError(
-        f"data.path={text} does not exist; give a NetCDF file, a Zarr store, a glob or catalogue:<name>"
-    )
+        raise FileNotFoundError(f"no file matches {setting}={text}; check the pattern and the folder {Path.cwd()}")
+    raise FileNotFoundError(f"{setting}={text} does not exist; give a file, a Zarr store, a glob or catalogue:<name>")

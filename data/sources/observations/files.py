@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,7 +81,7 @@ class ObservationFiles:
             for column, known in (("channel", self.channels), ("platform", self.platforms), ("type", self.types))
         }
 
-    def channel_table(self, valid_ranges: dict[str, Sequence[float]]) -> ChannelTable:
+    def channel_table(self, valid_ranges: Mapping[str, Sequence[float]]) -> ChannelTable:
         """Sensors and valid ranges of the channels, without statistics. valid_ranges: name -> [minimum, maximum], in
         place of what is known. Raises ValueError for other names and for what is not a range."""
         for name, bounds in valid_ranges.items():
@@ -111,12 +111,15 @@ class ObservationFiles:
         return sum(stop - start for file in self.files for start, stop in self._places(file, spans))
 
     def read(self, spans: Sequence[tuple[int, int]], *, every: int = 1) -> Table:
-        """Rows in spans (start, stop] that do not overlap, file by file, each sorted by time; every: leave out all but
-        each n-th."""
-        tables = [
-            self._rows(file, start, stop, every) for file in self.files for start, stop in self._places(file, spans)
-        ]
+        """Rows in spans (start, stop] that do not overlap, file by file, each sorted by time; every: only each n-th."""
+        tables = list(self.each(spans, every=every))
         return concat(tables) if tables else _empty()
+
+    def each(self, spans: Sequence[tuple[int, int]], *, every: int = 1) -> Iterator[Table]:
+        """What `read` joins, a piece at a time."""
+        for file in self.files:
+            for start, stop in self._places(file, spans):
+                yield self._rows(file, start, stop, every)
 
     def _places(self, file: ObservationFile, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """(first, one after the last) row of the file in each span, where there is any."""
