@@ -5,7 +5,7 @@ What parts of a model know before data flows is `data/layout.py`. Letters: B bat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,30 @@ class Field(Movable):
         validity = torch.ones_like(values) if mask is None else mask.expand_as(values).to(values.dtype)
         return torch.cat([values, validity], dim=2)
 
+    def of_frames(self, frames: Sequence[int]) -> Field:
+        """This field at some of its times, by their indices."""
+
+        def chosen(tensor: Tensor | None) -> Tensor | None:
+            whole = tensor is None or tensor.ndim < self.values.ndim or tensor.shape[1] == 1
+            return tensor if whole else tensor[:, frames]
+
+        reference = self.reference
+        if reference is not None:
+            reference = Reference(chosen(reference.values), chosen(reference.scale))
+        return replace(
+            self,
+            values=self.values[:, frames],
+            times=self.times[:, frames],
+            valid=chosen(self.valid),
+            domain=chosen(self.domain),
+            frame_valid=None if self.frame_valid is None else self.frame_valid[:, frames],
+            scale=chosen(self.scale),
+            offset=chosen(self.offset),
+            reference=reference,
+            second_of_day=self.second_of_day[:, frames],
+            day_of_year=self.day_of_year[:, frames],
+        )
+
     def at(self, places: Tensor) -> Field:
         """This field at some places (P,) of its grid, flat indices: values (B, T, C, P) on `Points`."""
 
@@ -224,12 +248,21 @@ class Condition(Movable):
 
 
 @dataclass(frozen=True)
+class FrameShare(Movable):
+    """Frames first .. first + count - 1 of a window whose last input frame is at base_time (B,)."""
+
+    first: int
+    count: int
+    base_time: Tensor
+
+
+@dataclass(frozen=True)
 class Batch(Movable):
     """Named inputs and targets of one step, plus the layout that describes them.
 
     The first input in layout order sets the time: lead times count from its last frame. observations: of all samples
-    together; condition: None where the task has none (noise level 0, no label). Raises ValueError where an
-    input or a target differs from the layout.
+    together; condition: None where the task has none (noise level 0, no label). share: which frames of the layout's
+    this batch holds, None for all of them. Raises ValueError where an input or a target differs from the layout.
     """
 
     inputs: dict[str, Field]
@@ -238,6 +271,7 @@ class Batch(Movable):
     places: dict[str, Tensor] | None = None
     observations: Observations | None = None
     condition: Condition | None = None
+    share: FrameShare | None = None
 
     def __post_init__(self):
         if (self.observations is None) != (self.layout.observations is None):
@@ -259,7 +293,46 @@ class Batch(Movable):
     @property
     def base_time(self) -> Tensor:
         """(B,) int64: the time of the last input frame."""
+        if self.share is not None:
+            return self.share.base_time
         return next(iter(self.inputs.values())).times[:, -1]
+
+    @property
+    def clock(self) -> Field | Observations:
+        """The input (or the observations) whose times are those of the frames."""
+        for name, described in self.layout.inputs.items():
+            if described.frames == self.layout.frames:
+                return self.inputs[name]
+        return self.observations
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that this batch holds."""
+        return self.layout.frames if self.share is None else self.share.count
+
+    @property
+    def first_frame(self) -> int:
+        """Index of the first of them in the whole window."""
+        return 0 if self.share is None else self.share.first
+
+    def of_frames(self, first: int, count: int) -> Batch:
+        """The same samples at frames first .. first + count - 1 only, with their observations and targets.
+
+        Inputs of one frame, which stand for all, stay. Every target must be an analysis (`Layout.frames_of`).
+        """
+        assert self.share is None
+        chosen = range(first, first + count)
+        inputs = {
+            name: field if self.layout.inputs[name].frames == 1 else field.of_frames(chosen)
+            for name, field in self.inputs.items()
+        }
+        targets = {
+            name: field.of_frames([lead for lead, frame in enumerate(self.layout.frames_of(name)) if frame in chosen])
+            for name, field in self.targets.items()
+        }
+        observations = None if self.observations is None else self.observations.of_frames(first, count)
+        share = FrameShare(first, count, self.base_time)
+        return replace(self, inputs=inputs, targets=targets, observations=observations, share=share)
 
     def queries(self) -> dict[str, Query]:
         """One query a target."""

@@ -79,6 +79,13 @@ class Observations(Movable):
         """The rows of a mask or of indices."""
         return replace(self, **{name: tensor[rows] for name, tensor in self.rows().items()})
 
+    def of_frames(self, first: int, count: int) -> Observations:
+        """The rows of frames first .. first + count - 1, which become frames 0 .. count - 1."""
+        kept = self.chosen((self.frame >= first) & (self.frame < first + count))
+        wanted = slice(first, first + count)
+        whole = {name: getattr(self, name)[:, wanted] for name in ("times", "second_of_day", "day_of_year")}
+        return replace(kept, frame=kept.frame - first, **whole)
+
 
 def check(
     observations: Observations, layout: ObservationLayout, num_cells: int | None = None, *, grid: Grid | None = None

@@ -28,7 +28,7 @@ from models.adapters import GridAdapter
 from models.checks import check_config, part_class, part_options
 from models.encode_process_decode import EncodeProcessDecode
 from models.heads import build_head
-from models.latents import LatentLayout, frames_of_targets
+from models.latents import LatentLayout
 from models.patches import patches_of
 from models.refusals import adapter_grid, refuse
 
@@ -110,7 +110,7 @@ def build_from_config(config: DictConfig | Mapping, layout: Layout) -> EncodePro
     processor = _part(model, "processor", layout, latents)
     decoders, frames = nn.ModuleDict(), {}
     for target in layout.targets:
-        matching = frames_of_targets(layout, latents, target)
+        matching = layout.frames_of(target, latents.frames)
         read = latents
         if matching is not None:
             read = replace(latents, frames=1, at_target=True)

@@ -64,7 +64,9 @@ class EncodeProcessDecode(nn.Module):
     def _decode(self, name: str, latents: Latents, query: Query) -> Tensor:
         if name not in self.frames:
             return self.decoder[name](self._adapted(name, latents), query)
-        latents = self._adapted(name, latents.of_frames(self.frames[name]))
+        first, count = latents.frames[0], latents.tokens.shape[1]
+        frames = [frame - first for frame in self.frames[name] if first <= frame < first + count]
+        latents = self._adapted(name, latents.of_frames(frames))
         output = self.decoder[name](latents, query.each_time())  # (B L, 1, C K, ...)
         return output[:, 0].unflatten(0, tuple(query.times.shape))
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from data.grids import Grid
-from data.layout import Layout
 from kernels.segments import Occupied
 
 
@@ -89,12 +88,3 @@ class LatentLayout:
     at_target: bool = False
     observation_size: int = 0
     condition_size: int = 0
-
-
-def frames_of_targets(layout: Layout, latents: LatentLayout, target: str) -> list[int] | None:
-    """Which latent frame stands for each time of a target; None where a time is none of the frames' (a forecast)."""
-    inputs = [*layout.inputs.values(), *([layout.observations] if layout.observations is not None else [])]
-    step = next((item.step for item in inputs if item.frames == latents.frames), 0)
-    offsets = [(frame + 1 - latents.frames) * step for frame in range(latents.frames)]
-    wanted = layout.targets[target].lead_times
-    return [offsets.index(time) for time in wanted] if set(wanted) <= set(offsets) else None

@@ -15,6 +15,7 @@ from models.attention.backends import BACKENDS, attend
 from models.initialisation import xavier_
 from models.positions.rotary import FrameRotary
 from models.positions.tables import Tables
+from models.resharding import Resharding
 
 QK_NORMS = ("rms", "layer", "none")
 
@@ -120,9 +121,14 @@ class TemporalAttention(_Projections):
         self.softmax = softmax
         self.rotary = None if rotary_base is None else FrameRotary(num_frames, self.head_width, rotary_base)
         self.visible = _Visible(num_frames, causal=causal, window=window)
+        self.resharding = Resharding()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: all frames of the sequence, (B, T, X, D)."""
+        """x: (B, T, X, D), the frames that this rank holds."""
+        return self.resharding(x, self._among_frames)
+
+    def _among_frames(self, x: Tensor) -> Tensor:
+        """x: all frames of the sequence, of the places that this rank mixes."""
         query, key, value = self.heads(x)
         if self.rotary is not None:
             query, key = self.rotary(query, 0), self.rotary(key, 0)

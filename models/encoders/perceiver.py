@@ -246,13 +246,16 @@ class PerceiverEncoder(nn.Module):
             if index + 1 < self.num_cross:
                 for layer in self.blocks[_which(index, len(self.blocks), self.share_self)]:
                     latents = layer(latents)
-        given = [*batch.inputs.values(), *([batch.observations] if batch.observations is not None else [])]
-        times = next(item.times for item in given if item.times.shape[1] >= self.num_frames)
+        frames = self._frames(batch)
         return Latents(
-            tokens=rearrange(latents, "(b t) n d -> b t n d", t=self.num_frames),
-            times=times[:, -self.num_frames :],
-            frames=(0, self.num_frames),
+            tokens=rearrange(latents, "(b t) n d -> b t n d", t=frames),
+            times=batch.clock.times[:, -frames:],
+            frames=(batch.first_frame, self.num_frames),
         )
+
+    def _frames(self, batch: Batch) -> int:
+        """Latent frames of this batch, which may hold some of the window's only."""
+        return batch.num_frames if self.frames == "each" else 1
 
     def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         tokens, valid = [], []
@@ -260,8 +263,8 @@ class PerceiverEncoder(nn.Module):
             given, present = self.inputs[name](field, batch.base_time)
             if present is None:
                 present = torch.ones(given.shape[:3], dtype=torch.bool, device=given.device)
-            tokens.append(self._by_frame(given))
-            valid.append(self._by_frame(present))
+            tokens.append(self._by_frame(given, batch))
+            valid.append(self._by_frame(present, batch))
         complete = all(field.presence is None for field in batch.inputs.values()) and self.observations is None
         if self.observations is not None:
             rows, present = self.observations(batch.observations, each=self.frames == "each")
@@ -270,11 +273,11 @@ class PerceiverEncoder(nn.Module):
         joined = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
         return joined, None if complete else torch.cat(valid, dim=1)
 
-    def _by_frame(self, tokens: Tensor) -> Tensor:
+    def _by_frame(self, tokens: Tensor, batch: Batch) -> Tensor:
         """(B, T, P, ...) -> (B, T P, ...) where frames are read jointly, (B T, P, ...) where each is read alone."""
         if self.frames == "joint":
             return tokens.flatten(1, 2)
-        return tokens.expand(-1, self.num_frames, *tokens.shape[2:]).flatten(0, 1)
+        return tokens.expand(-1, batch.num_frames, *tokens.shape[2:]).flatten(0, 1)
 
 
 def _distinct(repeats: int, share: str) -> int:

@@ -103,11 +103,10 @@ class VideoPatchEncoder(nn.Module):
         return replace(described, observation_size=self.observation_size)
 
     def forward(self, batch: Batch) -> Latents:
-        clock = _clock(batch, self.layout.frames)
+        frames = batch.num_frames
+        clock = batch.clock
         images = self.patches.to_images(rearrange(self._frames(batch), "b t c ... -> (b t) c ..."))
-        tokens = rearrange(
-            self.embed(images), "(b t f) d h w -> b t (f h w) d", b=batch.batch_size, t=self.layout.frames
-        )
+        tokens = rearrange(self.embed(images), "(b t f) d h w -> b t (f h w) d", b=batch.batch_size, t=frames)
         if self.calendar is not None:
             tokens = tokens + self.calendar(clock.second_of_day, clock.day_of_year).to(tokens.dtype)
         tokens = tokens + self.position
@@ -122,13 +121,13 @@ class VideoPatchEncoder(nn.Module):
             times=clock.times,
             valid=None if self.observations is not None else self._valid(batch),
             coordinates=self.coordinates,
-            frames=(0, self.layout.frames),
+            frames=(batch.first_frame, self.layout.frames),
             context=context,
         )
 
     def _frames(self, batch: Batch) -> Tensor:
         """(B, T, C, *grid.shape)"""
-        frames = self.layout.frames
+        frames = batch.num_frames
         channels = [
             field.channels(gaps=self.layout.inputs[name].gaps).expand(-1, frames, *[-1] * (field.values.ndim - 2))
             for name, field in batch.inputs.items()
@@ -139,7 +138,7 @@ class VideoPatchEncoder(nn.Module):
         """(B, T, N) True where any value of the patch was observed; None where everything is."""
         if all(field.presence is None for field in batch.inputs.values()):
             return None
-        frames = self.layout.frames
+        frames = batch.num_frames
         seen = []
         for field in batch.inputs.values():
             present = torch.ones_like(field.values, dtype=torch.bool) if field.presence is None else field.presence
@@ -148,9 +147,3 @@ class VideoPatchEncoder(nn.Module):
         cells = rearrange(torch.stack(seen).any(dim=0).float(), "b t ... -> (b t) 1 ...")
         patches = F.max_pool2d(self.patches.to_images(cells), self.patches.size)
         return rearrange(patches, "(b t f) 1 h w -> b t (f h w)", b=batch.batch_size, t=frames) > 0
-
-
-def _clock(batch: Batch, frames: int):
-    """The input whose times are those of all frames."""
-    candidates = [*batch.inputs.values(), *([batch.observations] if batch.observations is not None else [])]
-    return next(item for item in candidates if item.times.shape[1] == frames)

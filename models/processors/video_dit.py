@@ -6,6 +6,9 @@ Letters: B batch, T frames, N tokens of a frame, D hidden, Dc condition width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +18,7 @@ from models.attention.layer import MLP
 from models.attention.pixel import PixelCrossAttention
 from models.attention.self_attention import SpatialAttention, TemporalAttention
 from models.conditioning.adaptive_norm import AdaptiveNorm, gated, modulated_norm
+from models.frame_dropout import draw_key, frame_dropout
 from models.initialisation import xavier_
 from models.latents import LatentLayout, Latents, ObservationContext
 
@@ -36,7 +40,7 @@ class VideoDiT(nn.Module):
 
     accepts_context = True
     has_time_axis = True
-    frame_local = False
+    frame_local = True  # but for temporal attention, which reshards
 
     def __init__(
         self,
@@ -67,7 +71,9 @@ class VideoDiT(nn.Module):
         if not 0 <= drop_path < 1:
             raise ValueError(f"model.processor.drop_path={drop_path} must be at least 0 and below 1")
         self.latent_layout = latent_layout
-        self.drop_path, self.drop_path_from = drop_path, drop_path_from
+        if not 0 <= dropout < 1:
+            raise ValueError(f"model.processor.dropout={dropout} must be at least 0 and below 1")
+        self.drop_path, self.drop_path_from, self.dropout = drop_path, drop_path_from, dropout
         self.recomputed = _recomputed(checkpoint, depth)
         hidden, observed = latent_layout.hidden_size, latent_layout.observation_size
 
@@ -102,7 +108,6 @@ class VideoDiT(nn.Module):
                 observations=observation_attention() if observed else None,
                 temporal=temporal_attention() if temporal else None,
                 mlp_ratio=mlp_ratio,
-                dropout=dropout,
             )
             for _ in range(depth)
         )
@@ -112,8 +117,15 @@ class VideoDiT(nn.Module):
         if valid is not None:
             tokens = torch.where(valid[..., None], tokens, 0.0)  # finite, whatever was masked
         keep = self._kept_branches(tokens)
+        key = draw_key(tokens.device) if self.training and self.dropout > 0 else None
         for index, block in enumerate(self.blocks):
-            arguments = (tokens, latents.condition, valid, latents.context, None if keep is None else keep[index])
+            dropped = None
+            if key is not None:
+                dropped = partial(
+                    frame_dropout, share=self.dropout, key=key, layer=index, first_frame=latents.frames[0]
+                )
+            kept = None if keep is None else keep[index]
+            arguments = (tokens, latents.condition, valid, latents.context, kept, dropped)
             if index in self.recomputed and self.training:
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -146,7 +158,6 @@ class VideoDiTBlock(nn.Module):
         observations: PixelCrossAttention | None,
         temporal: TemporalAttention | None,
         mlp_ratio: float,
-        dropout: float,
     ):
         super().__init__()
         self.norm = AdaptiveNorm(condition_size, hidden_size, parts=6)  # spatial attention, then MLP
@@ -158,7 +169,6 @@ class VideoDiTBlock(nn.Module):
         if temporal is not None:
             self.temporal_norm = AdaptiveNorm(condition_size, hidden_size, parts=3)
         self.mlp = MLP(hidden_size, ratio=mlp_ratio, activation="gelu_tanh")
-        self.dropout = nn.Dropout(dropout)
         self.initialise()
 
     def initialise(self) -> None:
@@ -172,8 +182,9 @@ class VideoDiTBlock(nn.Module):
         valid: Tensor | None,
         context: ObservationContext | None,
         keep: Tensor | None,
+        dropped: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """x: (B, T, N, D). keep: (branches, B) factors of the gates, or None."""
+        """x: (B, T, N, D). keep: (branches, B) factors of the gates, or None. dropped: dropout of the MLP's output."""
         batch = x.shape[0]
 
         def gate(values: Tensor, branch: int) -> Tensor:
@@ -188,7 +199,7 @@ class VideoDiTBlock(nn.Module):
             shift, scale, opened = self.temporal_norm(condition, batch)
             x = gated(x, gate(opened, 2), self.temporal(modulated_norm(x, shift, scale)))
         hidden = self.mlp(modulated_norm(x, mlp_shift, mlp_scale))
-        return gated(x, gate(mlp_opened, 3), self.dropout(hidden))
+        return gated(x, gate(mlp_opened, 3), hidden if dropped is None else dropped(hidden))
 
 
 def _recomputed(option: str | int, depth: int) -> range:

@@ -16,6 +16,7 @@ from torch import Tensor
 from data.batch import Batch
 from data.layout import Layout
 from data.observation_features import LAYOUTS
+from models.frame_dropout import draw_key, row_numbers
 from training.tasks.gridded import GriddedTask
 
 if TYPE_CHECKING:
@@ -174,12 +175,13 @@ class AssimilationTask(GriddedTask):
     # Training
 
     def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
-        """A training batch without the observations that dropout leaves out. Draws from torch's global generator."""
+        """A training batch without the observations that dropout leaves out. Draws from torch's global generator, the
+        same numbers whichever frames of the window the batch holds."""
         observations, size = batch.observations, batch.batch_size
         device = observations.value.device
         kept = torch.ones_like(observations.value, dtype=torch.bool)
         if self.row_dropout > 0:
-            kept &= torch.rand(len(observations), device=device) >= self.row_dropout
+            kept &= row_numbers(observations, draw_key(device), batch.first_frame) >= self.row_dropout
         tables = batch.layout.observations
         for share, ids, number in (
             (self.platform_dropout, observations.platform, tables.num_platforms),
