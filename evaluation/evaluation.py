@@ -38,7 +38,7 @@ class Evaluation:
 
     scores: method -> ForecastScores. squared_error: method -> (windows, L, C), weight: (windows, L, C), over all cells,
     for intervals. spectra: of `ours`, or None where the grid's rows are unsuited. bases: (windows,) indices of the last
-    input frames.
+    input frames. left_out: {name: reason} of baselines that these data cannot have.
     """
 
     variables: tuple[Variable, ...]
@@ -52,6 +52,16 @@ class Evaluation:
     spectra: ZonalSpectra | None
     squared_error: dict[str, Tensor] = field(default_factory=dict)
     weight: Tensor | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def product(self) -> str:
+        """What is scored, in a word: forecast, or analysis where no frame lies after the last input."""
+        return "forecast" if max(self.hours) > 0 else "analysis"
+
+    @property
+    def products(self) -> str:
+        return {"forecast": "forecasts", "analysis": "analyses"}[self.product]
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -97,10 +107,10 @@ def evaluate(
 ) -> Evaluation:
     """Scores a model on the windows of `split`, in evaluation mode on the device of its weights.
 
-    task: see `training/tasks`; data: what it learns from. baselines: None, all of the task. boxes: further regions,
-    see `regions_of`. stacking: mixes the model's forecasts with a baseline's; the model's own are then scored as well.
-    max_windows: that many, evenly spread over the split. on_forecast(bases (B,), forecast (B, L, C, *grid.shape)
-    physical) sees every batch.
+    task: see `training/tasks`; data: what it learns from. baselines: None, all of the task that the data can have.
+    boxes: further regions, see `regions_of`. stacking: mixes the model's forecasts with a baseline's; the model's own
+    are then scored as well. max_windows: that many, evenly spread over the split. on_forecast(bases (B,), forecast
+    (B, L, C, *grid.shape) physical) sees every batch.
     Raises ValueError for unknown names and an empty split.
     """
     dataset = task.dataset(data, split, normalisation)
@@ -109,9 +119,19 @@ def evaluate(
         if max_windows < 1:
             raise ValueError(f"max_windows={max_windows} must be at least 1; null takes the whole split")
         positions = np.unique(np.linspace(0, len(dataset) - 1, min(max_windows, len(dataset))).round().astype(int))
-    baselines = list(task.baselines) if baselines is None else list(baselines)
-    names = list(dict.fromkeys([*baselines, *([stacking.baseline] if stacking else [])]))
-    fitted = build(names, data, normalisation, lead_steps=dataset.lead_steps, split=split, known=task.baselines)
+    left_out: dict[str, str] = {}
+    asked = list(task.baselines) if baselines is None else list(baselines)
+    names = list(dict.fromkeys([*asked, *([stacking.baseline] if stacking else [])]))
+    fitted = build(
+        names,
+        data,
+        normalisation,
+        lead_steps=dataset.lead_steps,
+        split=split,
+        known=task.baselines,
+        left_out=left_out if baselines is None else None,
+    )
+    baselines = [name for name in asked if name in fitted]
     methods = (OURS, *([NETWORK] if stacking else []), *baselines)
     cells = cell_weights(data.grid, weights)
     regions = regions_of(data.grid, land_fraction=land_fraction(data), boxes=boxes)
@@ -125,6 +145,7 @@ def evaluate(
         dataset.base_indices[positions],
         {method: ForecastScores(cells, regions) for method in methods},
         ZonalSpectra(data.grid) if spectra and ZonalSpectra.fits(data.grid) else None,
+        left_out=left_out,
     )
     per_window: dict[str, list] = {method: [] for method in methods}
     for window in forecasts(model, task, dataset, fitted, positions):

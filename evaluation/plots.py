@@ -34,7 +34,8 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
 def png(figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    # Constrained layout lets the labels of colour bars hang out of tall figures; tight follows what is drawn.
+    figure.savefig(buffer, format="png", bbox_inches="tight")
     return buffer.getvalue()
 
 
@@ -91,8 +92,19 @@ def lead_time_curves(found: Evaluation, channel: int):
     return figure
 
 
-def maps(grid: Grid, label: str, units: str, truth: Tensor, forecast: Tensor, leads: Sequence[str], title: str = ""):
+def maps(
+    grid: Grid,
+    label: str,
+    units: str,
+    truth: Tensor,
+    forecast: Tensor,
+    leads: Sequence[str],
+    title: str = "",
+    *,
+    made: str = "forecast",
+):
     """Truth, forecast and error, a row a lead time. truth, forecast: (L, *grid.shape); grey where the truth is NaN.
+    made: what a forecast is called, for example analysis.
 
     Cells that are no rows and columns are drawn by the nearest one. Limits: the 1st and 99th percentile of the truth
     for the fields, symmetric about 0 for the error (its 99th).
@@ -109,7 +121,7 @@ def maps(grid: Grid, label: str, units: str, truth: Tensor, forecast: Tensor, le
     row_height = float(np.clip(3.9 * height / width, 1.4, 3.6))
     figure, axes = _figure(12.5, row_height * len(leads) + 1.4, len(leads), 3)
     for row, lead in enumerate(leads):
-        for column, (name, values) in enumerate((("truth", truth), ("forecast", forecast), ("error", error))):
+        for column, (name, values) in enumerate((("truth", truth), (made, forecast), ("error", error))):
             axis = axes[row, column]
             limits = {"vmin": low, "vmax": high, "cmap": "viridis"}
             if name == "error":
@@ -121,9 +133,7 @@ def maps(grid: Grid, label: str, units: str, truth: Tensor, forecast: Tensor, le
             if row == len(leads) - 1 and column in (1, 2):
                 where, column_count = (axes[:, :2], 2) if column == 1 else (axes[:, 2:], 1)
                 text = (
-                    f"{label} ({units or 'data units'})"
-                    if column == 1
-                    else f"forecast - truth ({units or 'data units'})"
+                    f"{label} ({units or 'data units'})" if column == 1 else f"{made} - truth ({units or 'data units'})"
                 )
                 figure.colorbar(
                     image, ax=where, location="bottom", extend="both", aspect=20 * column_count, shrink=0.75, label=text
@@ -160,8 +170,9 @@ def _degrees(axis, *, first: bool, last: bool) -> None:
     axis.tick_params(labelsize=8, labelbottom=last, labelleft=first)
 
 
-def spectra(found: ZonalSpectra, label: str, units: str, channel: int, leads: Sequence[str]):
-    """Zonal power of truth and forecast, and their ratio, by wavenumber; a colour a lead time."""
+def spectra(found: ZonalSpectra, label: str, units: str, channel: int, leads: Sequence[str], *, made: str = "forecast"):
+    """Zonal power of truth and forecast (`made`: what it is called), and their ratio, by wavenumber; a colour a lead
+    time."""
     from matplotlib.ticker import LogLocator
 
     forecast, truth = (values[:, channel].numpy() for values in found.values())
@@ -172,12 +183,12 @@ def spectra(found: ZonalSpectra, label: str, units: str, channel: int, leads: Se
     shown = np.where(truth > FAINT * truth[:, 1:].max(axis=1, keepdims=True), forecast / truth, np.nan)
     for lead, text in enumerate(leads):
         colour = COLOURS[lead % len(COLOURS)]
-        power.loglog(waves[1:], forecast[lead, 1:], color=colour, label=f"forecast, {text}")
+        power.loglog(waves[1:], forecast[lead, 1:], color=colour, label=f"{made}, {text}")
         ratio.semilogx(waves[1:], shown[lead, 1:], color=colour, label=text)
     power.loglog(waves[1:], truth[0, 1:], color="black", linestyle=":", linewidth=2, label="truth")
     ratio.axhline(1, color="black", linestyle=":", linewidth=2)
     power.set_ylabel(f"power ({units or 'data units'})²")
-    ratio.set_ylabel("power of forecast / power of truth")
+    ratio.set_ylabel(f"power of {made} / power of truth")
     ratio.set_ylim(0, max(1.3, min(2.5, float(np.nanmax(shown[:, 1:], initial=1.0)) * 1.05)))
     for axis in axes[0]:
         axis.set_xlabel("zonal wavenumber (cycles around the globe)")
@@ -186,7 +197,7 @@ def spectra(found: ZonalSpectra, label: str, units: str, channel: int, leads: Se
         axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{label}: zonal spectra (below 1 at high wavenumbers: the forecast is too smooth)", fontsize=12)
+    figure.suptitle(f"{label}: zonal spectra (below 1 at high wavenumbers: the {made} is too smooth)", fontsize=12)
     return figure
 
 

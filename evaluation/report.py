@@ -81,7 +81,7 @@ def _facts(found: Evaluation, run: RunFolder, checkpoint: str, parameters: int, 
         "model": f"{' → '.join(parts)}, {parameters:,} parameters, checkpoint {checkpoint}",
         "data": f"{source}: {', '.join(variable.label for variable in found.variables)}, "
         f"{' x '.join(map(str, grid.shape))} cells, {'global' if grid.is_global else 'regional'}",
-        "evaluated": f"{found.split} split, {found.bases.size} forecasts started {when(found.bases[0])} to "
+        "evaluated": f"{found.split} split, {found.bases.size} {_dated(found, 2)} {when(found.bases[0])} to "
         f"{when(found.bases[-1])}",
         "weights": {"area": "exact cell area", "cos": "cosine of latitude"}[found.weights],
         "folder": str(run.path.resolve()),
@@ -104,6 +104,8 @@ def _score_tables(found: Evaluation, folder: Path) -> str:
                 tables.append(_comparison(content[variable.label][score], windows, channel))
     html = "".join(tables)
     html += "<p class=note>Bold: best of the column. In brackets: 95 % interval from blocks of at least a week.</p>"
+    for name, reason in found.left_out.items():
+        html += f"<p class=note>Left out: {escape(name.replace('_', ' '))} ({escape(reason)}).</p>"
     for region in found.regions[1:]:
         content = found.content(region)
         inside = "".join(
@@ -164,26 +166,38 @@ def _pictures(found: Evaluation, run: RunFolder, data, example: tuple[int, Tenso
     if len(found.variables) > len(channels):
         body.append(f"<p class=note>Pictures show the first {len(channels)} of {len(found.variables)} variables.</p>")
     body += [_image(plots.lead_time_curves(found, channel), "scores against lead time") for channel in channels]
-    body.append("<h2>A typical forecast</h2>")
-    started = f"forecast started {format_time(data.times[base], data.calendar)}"
+    body.append(f"<h2>A typical {found.product}</h2>")
+    started = f"{_dated(found, 1)} {format_time(data.times[base], data.calendar)}"
     for channel in channels:
         variable = found.variables[channel]
         figure = plots.maps(
-            found.grid, variable.label, variable.units, truth[:, channel], forecast[:, channel], leads, started
+            found.grid,
+            variable.label,
+            variable.units,
+            truth[:, channel],
+            forecast[:, channel],
+            leads,
+            started,
+            made=found.product,
         )
-        body.append(_image(figure, f"maps of truth, forecast and error of {variable.label}"))
-    body.append("<p class=note>The forecast whose error is the median of all. Grey: no observation.</p>")
+        body.append(_image(figure, f"maps of truth, {found.product} and error of {variable.label}"))
+    body.append(f"<p class=note>The {found.product} whose error is the median of all. Grey: no truth.</p>")
     if found.spectra is not None:
         body.append("<h2>Zonal spectra</h2>")
         for channel in channels:
             variable = found.variables[channel]
-            body.append(
-                _image(plots.spectra(found.spectra, variable.label, variable.units, channel, leads), "zonal spectra")
-            )
+            figure = plots.spectra(found.spectra, variable.label, variable.units, channel, leads, made=found.product)
+            body.append(_image(figure, "zonal spectra"))
     curve = plots.training_curve(run.metrics)
     if curve is not None:
         body += ["<h2>Training</h2>", _image(curve, "training and validation loss")]
     return body
+
+
+def _dated(found: Evaluation, number: int) -> str:
+    """What a date says of one or several of the evaluation's products."""
+    product = found.product if number == 1 else found.products
+    return f"{product} started" if found.product == "forecast" else f"{product} of windows that end at"
 
 
 def _image(figure, description: str) -> str:

@@ -51,6 +51,15 @@ class Choices:
         chosen["regions"] = _boxes(config.regions)
         return Choices(**chosen)
 
+    def only(self, *names: str, task: str) -> None:
+        """Raises ValueError where another option than `names` is chosen: it would have no effect for the task."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name not in names and value != item.default and value != {}:
+                raise ValueError(
+                    f"{item.name}={value} has no effect for task={task}; leave it out (what has: {', '.join(names)})"
+                )
+
     @property
     def marks(self) -> list[str]:
         """What sets them apart from the whole test split of the best checkpoint."""
@@ -134,10 +143,11 @@ def evaluate_windows(run: RunFolder, model: nn.Module, task, data, normalisation
             found, run, folder, checkpoint=choices.checkpoint, parameters=parameters, data=data, example=example
         )
     heading = (
-        f"{found.bases.size} forecasts of the {found.split} split, checkpoint {choices.checkpoint}, "
+        f"{found.bases.size} {found.products} of the {found.split} split, checkpoint {choices.checkpoint}, "
         f"{found.weights} weights"
     )
-    tables = filter(None, [format_table(found.content()), network_table(folder)])
+    missing = "\n".join(f"left out: {name} ({reason})" for name, reason in found.left_out.items())
+    tables = filter(None, [format_table(found.content()), missing, network_table(folder)])
     return Findings(folder, heading, "\n\n".join(tables))
 
 

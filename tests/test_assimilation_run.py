@@ -61,23 +61,24 @@ def test_a_run_trains_scores_reports_and_is_evaluated_again(command, tmp_path):
     assert code == 0, err
     assert "RMSE of t2m" in out and "-12 h" in out and "climatology" in out
     scores = json.loads((folder / "scores.json").read_text())["t2m"]["rmse"]
-    assert list(scores) == ["-12", "-6", "0"] and set(scores["0"]) == {"ours", "climatology"}
+    assert list(scores) == ["-12", "-6", "0"] and set(scores["0"]) == {"ours", "climatology", "optimal_interpolation"}
     with xr.open_dataset(folder / "predictions.nc") as predictions:
         assert predictions.t2m.dims == ("init_time", "lead_time", "cell") and predictions.sizes["cell"] == 48
         assert predictions.attrs["grid_kind"] == "healpix" and predictions.attrs["grid_order"] == "padxy"
         assert np.isfinite(predictions.t2m).all() and predictions.latitude.dims == ("cell",)
         assert (predictions.valid_time[:, -1] == predictions.init_time).all()
     page = (folder / "report.html").read_text()
-    assert "48 cells" in page and "maps of truth" in page and "Region: land" in page
+    assert "48 cells" in page and "maps of truth, analysis and error" in page and "Region: land" in page
+    assert "A typical analysis" in page and "forecast started" not in page
     assert (last_checkpoint(folder) / "normalisation.safetensors").is_file()
 
     code, out, err = command("evaluate", f"run={folder}", "split=validation", "max_windows=2", "log=false")
     assert code == 0, err
-    assert "2 forecasts of the validation split" in out
+    assert "2 analyses of the validation split" in out
     code, out, err = command("evaluate", f"run={folder}", "weights=cos", "log=false")
     assert code == 1 and "weights=cos needs a latitude-longitude grid" in err
     code, out, err = command("evaluate", f"run={folder}", "baselines=[persistence]", "log=false")
-    assert code == 1 and "unknown baseline 'persistence'; allowed: climatology" in err
+    assert code == 1 and "unknown baseline 'persistence'; allowed: climatology, optimal_interpolation" in err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from data.grids import LatLonGrid
+from data.healpix import HEALPixGrid
 from evaluation import plots
 
 
@@ -41,6 +42,19 @@ def test_maps_share_limits_and_leave_missing_cells_grey():
         assert image.get_clim() == pytest.approx(expected)
     np.testing.assert_allclose(images[2].get_array().compressed(), 2)
     assert plots.png(figure).startswith(b"\x89PNG")
+
+
+def test_labels_of_tall_figures_are_not_cut(tmp_path):
+    from matplotlib.image import imread
+
+    fields = torch.randn(8, 768, generator=torch.Generator().manual_seed(0))
+    figure = plots.maps(HEALPixGrid(3, "padxy"), "t2m", "K", fields, fields + 1, list("abcdefgh"), made="analysis")
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["truth, a", "analysis, a"]
+    assert figure.axes[-1].get_xlabel() == "analysis - truth (K)"
+    (tmp_path / "maps.png").write_bytes(plots.png(figure))
+    picture = imread(tmp_path / "maps.png")[..., :3]
+    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    assert (border == 1).all() and (picture < 1).any()
 
 
 def test_training_curves_need_a_training_loss():

@@ -12,9 +12,12 @@ from data.datasets.neighbourhoods import OTHER, OWN, Neighbourhoods, Rows
 from data.datasets.random_covariances import RandomCovariances, Scales, fitted, kriging, sampled
 from data.datasets.wc13_innovations import KINDS, InnovationDataset, InnovationStatistics, OceanInnovations
 from data.sources.observations.table import Table
+from evaluation import leave_out
 from evaluation.baselines import assimilation_scores
 from evaluation.baselines.optimal_interpolation import ScatteredCovariance
 from evaluation.leave_out import METHODS, format_scores, score_leave_out, shares
+from evaluation.run_evaluation import Choices
+from evaluation.run_folder import RunFolder
 from models.composition import build
 from training.tasks.leave_out import LeaveOutTask
 
@@ -217,6 +220,47 @@ def test_other_data_and_references_are_refused(data, statistics):
         LeaveOutTask(reference="background", head="deterministic", loss="mse").layout(object())
     with pytest.raises(ValueError, match="interpolation, background"):
         InnovationDataset(data, "train", statistics, reference="truth")
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"split": "train"},
+        {"weights": "cos"},
+        {"baselines": ["background"]},
+        {"max_windows": 3},
+        {"regions": {"a": [1]}},
+    ],
+    ids=lambda chosen: next(iter(chosen)),
+)
+def test_options_of_an_evaluation_without_effect_are_refused(data, statistics, tmp_path, chosen):
+    task = LeaveOutTask(reference="background", head="deterministic", loss="mse")
+    with pytest.raises(ValueError, match=f"{next(iter(chosen))}=.* has no effect for task=leave_out; leave it out"):
+        task.evaluate(RunFolder(tmp_path), None, data, statistics, Choices(**chosen))
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_checkpoint_is_scored_in_a_folder_of_its_own(data, statistics, tmp_path, monkeypatch):
+    made = {"T": {"rmse": {"0": dict.fromkeys(METHODS, 0.5)}}}
+    monkeypatch.setattr(leave_out, "score_leave_out", lambda *_: made)
+    task = LeaveOutTask(reference="background", head="deterministic", loss="mse")
+    for checkpoint, folder in (("best", tmp_path), ("last", tmp_path / "evaluation_last")):
+        choices = Choices(checkpoint=checkpoint, regions={})
+        assert task.evaluate(RunFolder(tmp_path), None, data, statistics, choices).files == [folder / "scores.json"]
+
+
+def test_places_without_neighbours_count_with_the_typical_innovation(data, statistics):
+    dataset = InnovationDataset(data, "validation", statistics, reference="background")
+    rows, centre = data.rows, torch.tensor([0])
+    alone = dataset.real(centre, torch.zeros(len(rows), dtype=torch.bool)).targets["innovation"]
+    assert (alone.reference.scale == 1).all()
+    everything = torch.ones(len(rows), dtype=torch.bool)
+    around = Neighbourhoods.around(rows, centre, everything)
+    own = around.row[around.known & (rows.quantity[around.row] == rows.quantity[0])]
+    squares = (rows.innovation[own] / statistics.scales.innovation[rows.quantity[0]]).square()
+    wanted = ((squares.sum() + 4) / (len(own) + 4)).sqrt()
+    found = dataset.real(centre, everything).targets["innovation"].reference.scale
+    torch.testing.assert_close(found, wanted.float().expand_as(found))
 
 
 @pytest.mark.real_data

@@ -15,7 +15,11 @@ BASELINES = {
     "local_ridge": LocalRidge,
 }
 
-__all__ = ["BASELINES", "Situation", "build", "situation"]
+__all__ = ["BASELINES", "Situation", "Unsuitable", "build", "situation"]
+
+
+class Unsuitable(ValueError):
+    """A baseline that cannot be had for some data; the text says why."""
 
 
 def build(
@@ -26,12 +30,22 @@ def build(
     lead_steps: Sequence[int],
     split: str = "test",
     known: Mapping[str, type] = BASELINES,
+    left_out: dict[str, str] | None = None,
 ) -> dict:
     """name -> fitted baseline, in the order of `names`; what is fitted reads no frame of `split`.
 
-    data, normalisation: those of a task. known: the baselines of that task. Raises ValueError for unknown names.
+    data, normalisation: those of a task. known: the baselines of that task. left_out: gets {name: reason} of those that
+    these data cannot have. Raises ValueError for unknown names and, without left_out, `Unsuitable`.
     """
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"unknown baseline {unknown[0]!r}; allowed: {', '.join(known)}")
-    return {name: known[name].fit(data, normalisation, lead_steps=lead_steps, split=split) for name in names}
+    fitted = {}
+    for name in names:
+        try:
+            fitted[name] = known[name].fit(data, normalisation, lead_steps=lead_steps, split=split)
+        except Unsuitable as reason:
+            if left_out is None:
+                raise Unsuitable(f"the baseline {name} cannot be had: {reason}") from reason
+            left_out[name] = str(reason)
+    return fitted

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data.observations import Observations
+from evaluation.baselines.observation_interpolation import ObservationInterpolation
 from evaluation.baselines.simple import Climatology
 
 
@@ -19,4 +20,4 @@ class AnalysisSituation:
     observations: Observations
 
 
-ANALYSIS_BASELINES = {"climatology": Climatology}
+ANALYSIS_BASELINES = {"climatology": Climatology, "optimal_interpolation": ObservationInterpolation}

@@ -52,11 +52,17 @@ class LeaveOutTask(GriddedTask):
     def evaluate(
         self, run: RunFolder, model: EncodeProcessDecode, data: OceanInnovations, statistics, choices: Choices
     ) -> Findings:
-        """Scores at the withheld observations of every seed."""
+        """Scores at the withheld observations of every seed; of `choices` only the checkpoint matters.
+
+        Raises ValueError for others, which would have no effect.
+        """
         from evaluation.leave_out import format_scores, score_leave_out
-        from evaluation.run_evaluation import Findings
+        from evaluation.run_evaluation import Findings, output_folder
         from evaluation.summary import SCORES_FILE, write_json
 
+        choices.only("checkpoint", "report", "predictions", task="leave_out")
+        folder = output_folder(run, choices)
+        folder.mkdir(exist_ok=True)
         scores = score_leave_out(model, self.dataset(data, "validation", statistics))
-        write_json(run.path / SCORES_FILE, scores)
-        return Findings(run.path, f"checkpoint {choices.checkpoint}", format_scores(scores))
+        write_json(folder / SCORES_FILE, scores)
+        return Findings(folder, f"checkpoint {choices.checkpoint}", format_scores(scores))
