@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import resource
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data.layout import Layout
-from data.loading import BatchLoader, SharedFrames
+from data.loading import BatchLoader
 from models.composition import build_from_config
 from training import environment
 from training.checkpoints import RunFiles, load_weights, read_normalisation
-from training.job import Job
 from training.loop import Outcome, TrainingLoop, choose_device, choose_precision
-from training.ranks import Ranks
 from training.run_folder import OVERRIDES, last_checkpoint
 from training.sizes import TooLarge, batch_size, fitted
-from training.tracking import NoTracker, build_tracker
+from training.sweep import parent_run
+from training.tracking import build_tracker
 from training.tracking_store import resolve_uri
 
 if TYPE_CHECKING:
@@ -76,49 +78,35 @@ def complete(config: DictConfig, data) -> None:
 
 
 class Run:
-    """Everything of one run, on one of its ranks; the first writes its files.
+    """Everything of one run. directory: Hydra's output folder.
 
     Nothing is written before data, statistics and loaders exist. Raises ValueError where a setting does not fit them.
     """
 
-    def __init__(self, config: DictConfig, data, task, model: nn.Module, *, job: Job, ranks: Ranks):
+    def __init__(self, config: DictConfig, data, task, model: nn.Module):
         complete(config, data)
         trainer = config.trainer
         if config.tracking.enabled:
             resolve_uri(config.tracking.uri)
-        self.config, self.data, self.task, self.job, self.ranks = config, data, task, job, ranks
-        self.directory = job.directory
+        self.config, self.data, self.task = config, data, task
+        self.directory = Path(HydraConfig.get().runtime.output_dir)
         checkpoint = last_checkpoint(self.directory) if config.resume else None
-        self.normalisation = ranks.from_first(lambda: read_normalisation(checkpoint) if checkpoint else task.fit(data))
+        self.normalisation = read_normalisation(checkpoint) if checkpoint else task.fit(data)
         train_set, validation_set = (task.dataset(data, split, self.normalisation) for split in ("train", "validation"))
         self.loop = TrainingLoop(
             model,
             task,
-            self._loader(train_set, seed=config.seed),
-            self._loader(validation_set, shuffle=False),
+            BatchLoader(train_set, batch_size=trainer.batch_size, seed=config.seed),
+            BatchLoader(validation_set, batch_size=trainer.batch_size, shuffle=False),
             settings=trainer,
             optimizer=config.optimizer,
             scheduler=config.scheduler,
             files=RunFiles(self._description(train_set.layout), self.normalisation),
             run_dir=self.directory,
             seed=config.seed,
-            ranks=ranks,
         )
         if checkpoint:
             self.loop.resume(checkpoint)
-
-    def _loader(self, dataset, **settings) -> BatchLoader:
-        """This rank's part of every batch: its samples, and of them its frames."""
-        ranks = self.ranks
-        if ranks.mesh.cp > 1:
-            dataset = SharedFrames(dataset, *ranks.frames(dataset.layout.frames))
-        return BatchLoader(
-            dataset,
-            batch_size=self.config.trainer.batch_size // ranks.mesh.dp,
-            rank=ranks.sample_part,
-            world=ranks.mesh.dp,
-            **settings,
-        )
 
     def _description(self, layout) -> dict:
         """What `models.composition.load` needs to build the same model again."""
@@ -131,15 +119,13 @@ class Run:
     @contextmanager
     def tracked(self):
         """Writes what the run is made of, and keeps its MLflow run open until the end, however it ends."""
-        if not self.ranks.is_first:
-            self.tracker = NoTracker()
-            yield
-            return
         self._write_files()
-        job = self.job
-        self.tracker = build_tracker(self.config.tracking, self.directory, run_name=job.name, parent=job.parent)
-        self.tracker.tags(run_tags(self.config, job))
-        self.tracker.params(run_parameters(self.config, job))
+        hydra = HydraConfig.get()
+        self.tracker = build_tracker(
+            self.config.tracking, self.directory, run_name=run_name(hydra), parent=parent_run()
+        )
+        self.tracker.tags(run_tags(self.config, hydra, self.directory))
+        self.tracker.params(run_parameters(self.config, hydra))
         status = "FAILED"
         try:
             yield
@@ -160,7 +146,9 @@ class Run:
             self.tracker.finish(status)
 
     def _write_files(self) -> None:
-        overrides = [item for item in self.job.overrides if not item.startswith(("resume=", "model/size="))]
+        overrides = [
+            item for item in HydraConfig.get().overrides.task if not item.startswith(("resume=", "model/size="))
+        ]
         overrides.append(f"model/size={self.config.model.size}")  # what was automatic stays on another machine
         contents = {
             "config.yaml": OmegaConf.to_yaml(self.config, resolve=True),
@@ -253,8 +241,18 @@ def describe(config: DictConfig, data, task, layout: Layout, *, automatic: bool)
     )
 
 
-def run_tags(config: DictConfig, job: Job) -> dict[str, str]:
-    choices = job.choices
+def run_name(hydra) -> str:
+    """A sweep's job is named by what was typed, a single run by its preset."""
+    if hydra.mode != RunMode.MULTIRUN:
+        return hydra.runtime.choices.model
+    typed = [
+        item for item in hydra.overrides.task if not item.startswith(("tracking", "data.path", "trainer.progress"))
+    ]
+    return " ".join(typed)[:250]
+
+
+def run_tags(config: DictConfig, hydra, directory: Path) -> dict[str, str]:
+    choices = hydra.runtime.choices
     return {
         "model": choices.model,
         **{part: choices[f"model/{part}"] for part in PARTS},
@@ -264,15 +262,15 @@ def run_tags(config: DictConfig, job: Job) -> dict[str, str]:
         "data": choices.data,
         "task": choices.task,
         "git_commit": environment.git_commit(),
-        "command": job.command,
-        "output_dir": str(job.directory.absolute()),
+        "command": environment.command(),
+        "output_dir": str(directory.absolute()),
     }
 
 
-def run_parameters(config: DictConfig, job: Job) -> dict[str, str]:
+def run_parameters(config: DictConfig, hydra) -> dict[str, str]:
     """What a user varies, as flat names with dots: the scalars of every group, and options of parts that were typed."""
-    typed = {item.split("=")[0].lstrip("+") for item in job.overrides}
-    flat = {"seed": config.seed, **{f"model.{part}": job.choices[f"model/{part}"] for part in PARTS}}
+    typed = {item.split("=")[0].lstrip("+") for item in hydra.overrides.task}
+    flat = {"seed": config.seed, **{f"model.{part}": hydra.runtime.choices[f"model/{part}"] for part in PARTS}}
 
     def walk(node: dict, prefix: str) -> None:
         for key, value in node.items():
