@@ -27,13 +27,12 @@ _FACES = 12
 
 
 class HEALPixSeries:
-    """A HEALPix store read like a `Series`. order: of its pixels. Raises ValueError where names are not in it."""
+    """A HEALPix store read like a `Series`. order: of its pixels. Raises ValueError where names are not
+    in it."""
 
     calendar = GREGORIAN
 
     def __init__(self, path: Path, variables: Sequence[str] | None, *, order: str):
-        if order not in ORDERS:
-            raise ValueError(f"data.order={order} is unknown; allowed: {', '.join(ORDERS)}")
         pixels = healpix_pixels(path)
         assert pixels is not None
         self.store = HEALPixStore(path, pixels=pixels)
@@ -125,6 +124,8 @@ def open_fields(
     """
     if grid not in (None, *GRIDS):
         raise ValueError(f"data.grid={grid} is unknown; allowed: {', '.join(GRIDS)}, or null for healpix where global")
+    if order not in ORDERS:
+        raise ValueError(f"data.order={order} is unknown; allowed: {', '.join(ORDERS)}")
     if healpix_pixels(paths[0]) is not None:
         series = _healpix_series(paths, variables, levels, region, grid, order)
     else:
@@ -135,6 +136,10 @@ def open_fields(
             "one; give fields with a standard calendar"
         )
     if grid == "latlon" or (grid is None and not series.grid.is_global):
+        if level is not None:
+            raise ValueError(
+                f"data.level={level} is of HEALPix, and these fields stay as they are; type data.grid=healpix"
+            )
         return series
     if level is None:
         own = isinstance(series.grid, HEALPixGrid)

@@ -6,6 +6,7 @@ Fields are latitude-longitude files or a HEALPix store (`data/datasets/field_ser
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -110,7 +111,7 @@ class ObservedFields(AssimilationData):
             raise ValueError(f"data.observations={self.observations_path} holds no observation; give files with rows")
         frames = f"{self.times.size} frames, {self._when(self.times[0])} to {self._when(self.times[-1])}"
         first, last = (self._when(time) for time in self.files.span)
-        rows = f"{self.files.rows:,} observations in {len(self.files.files)} files, {first} to {last}"
+        rows = f"{self.files.rows:,} observations from {first} to {last}"
         if not self.files.count([(self.times[0] - self.step, self.times[-1] + self.step)]):
             raise ValueError(
                 f"no observation lies within the time of the fields ({frames}; {rows}); give "
@@ -264,8 +265,9 @@ class ObservedFields(AssimilationData):
         where = self.grid
         size = " x ".join(map(str, where.shape))
         first, last = (self._when(time) for time in self.files.span)
-        formats, counts = np.unique([file.format for file in self.files.files], return_counts=True)
-        kinds = ", ".join(f"{count} {name}" for name, count in zip(formats, counts, strict=True))
+        kinds = ", ".join(
+            f"{count} of {name}" for name, count in Counter(file.format for file in self.files.files).items()
+        )
         lines = [
             f"fields        {self.path}",
             f"grid          {where.kind}{f' level {where.level}' if where.kind == 'healpix' else ''}, {size} cells, "
@@ -273,7 +275,7 @@ class ObservedFields(AssimilationData):
             *self.describe_times(),
             f"variables     {', '.join(_described(item) for item in self.variables)}",
             f"static        {', '.join(_described(item) for item in self.static_variables)}",
-            f"observations  {self.files.rows:,} in {len(self.files.files)} files ({kinds}), {first} to {last}",
+            f"observations  {self.files.rows:,} in files: {kinds}; {first} to {last}",
         ]
         half = (-self.step // 2, self.step // 2)
         for name, indices in self.splits.items():

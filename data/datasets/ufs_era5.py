@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -39,7 +40,7 @@ _SURFACE = {
     "sst": "K",
     "sic": "1",
 }
-_AT_SEA = ("sst", "sic")
+_AT_SEA = {"sst": 290.0, "sic": 0.0}  # and what the published loader puts where they are missing
 STATIC = (Variable("orography", units="m"), Variable("land_fraction", units="1"))
 # Of the published pipeline, so that its weights see the same inputs on any grid.
 STATIC_STATISTICS = {"orography": (232.56, 627.39), "land_fraction": (0.3410, 0.46955)}
@@ -71,6 +72,8 @@ class UfsEra5(AssimilationData):
     variables: names like T850 or tas, None: all 74. sensors: folders of the archive, None: all.
     step_hours: between frames. window_by: which time of an observation a frame's window counts, its own (time) or that
         of its 3-hour bin (bin), as the published weights were trained.
+    over_land: sst and sic, which the store does not have there, are `missing` (never learnt from nor scored), or
+        `filled` with 290 K and 0, as the published loader does.
     archive_flags, in_situ_winds_only, gps_level_1_only, dropped_channels: see `data/quality_control.py`.
     num_channels, num_platforms, num_types: sizes of the id tables.
     Raises ValueError where a setting is not allowed; files are opened when something is read from them.
@@ -92,6 +95,7 @@ class UfsEra5(AssimilationData):
         sensors: Sequence[str] | None = None,
         step_hours: int = 6,
         window_by: str = "time",
+        over_land: str = "missing",
         archive_flags: bool = False,
         in_situ_winds_only: bool = False,
         gps_level_1_only: bool = False,
@@ -104,14 +108,20 @@ class UfsEra5(AssimilationData):
         inspect: bool = False,
         recommended: Mapping | None = None,
     ):
-        for name, value, allowed in (("order", order, ORDERS), ("window_by", window_by, ("time", "bin"))):
+        for name, value, allowed in (
+            ("order", order, ORDERS),
+            ("window_by", window_by, ("time", "bin")),
+            ("over_land", over_land, ("missing", "filled")),
+        ):
             if value not in allowed:
                 raise ValueError(f"data.{name}={value} is unknown; allowed: {', '.join(allowed)}")
         if step_hours < 1:
             raise ValueError(f"data.step_hours={step_hours} must be at least 1")
         self.observations_path, self.fields_path, self.statistics_path = observations, fields, statistics
         self.grid, self.order, self.step = HEALPixGrid(level, "padxy"), order, 3600 * step_hours
-        self.variables = _chosen(era5_variables(), variables)
+        self.variables, self.over_land = _chosen(era5_variables(), variables), over_land
+        if over_land == "filled":
+            self.variables = tuple(replace(variable, domain="all") for variable in self.variables)
         self.sensors = None if sensors is None else list(sensors)
         self.available = observations is not None and fields is not None
         self.window_by, self.split = window_by, dict(split)
@@ -120,6 +130,7 @@ class UfsEra5(AssimilationData):
             "in_situ_winds_only": in_situ_winds_only,
             "gps_level_1_only": gps_level_1_only,
             "dropped_channels": tuple(dropped_channels),
+            "complete": True,
         }
         self.num_channels, self.num_platforms, self.num_types = num_channels, num_platforms, num_types
         self.num_workers, self.fake, self.inspect = num_workers, fake, inspect
@@ -156,9 +167,14 @@ class UfsEra5(AssimilationData):
         return self._store.times()[self._frames]
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """(n, C, X) float32, physical, NaN where missing (sst and sic over land)."""
+        """(n, C, X) float32, physical, NaN where missing (sst and sic over land, unless they are filled there)."""
         values = self._store.read(self._places, self._frames[np.asarray(indices, dtype=np.int64)])
-        return torch.from_numpy(values[..., self._from_store])
+        values = torch.from_numpy(values[..., self._from_store])
+        if self.over_land == "filled":
+            for channel, variable in enumerate(self.variables):
+                if variable.name in _AT_SEA:
+                    values[:, channel].nan_to_num_(_AT_SEA[variable.name])
+        return values
 
     @cached_property
     def static(self) -> Tensor:
@@ -256,6 +272,7 @@ class UfsEra5(AssimilationData):
             [store_name(variable) for variable in self.variables],
             self.grid.level,
             self.order,
+            self.over_land,
             sorted(self.quality.items()),
             self.sensors,
             hashlib.sha256(self.times[self.training_period].tobytes()).hexdigest(),

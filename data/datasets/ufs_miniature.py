@@ -98,7 +98,7 @@ def write_miniature(
         write(root, sensor, table)
     channels = ufs_channels()
     if statistics:
-        good, _ = QualityControl(channels)(concat(list(tables.values())))
+        good, _ = QualityControl(channels, complete=True)(concat(list(tables.values())))
         channels = channels.fit(good, levels=_SONDE_LEVELS)
     write_channel_table(root, channels)
     day = [format_time(kept[int(share * (kept.size - 1))])[:10] for share in (0.0, 0.65, 0.8, 1.0)]

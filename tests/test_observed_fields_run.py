@@ -1,0 +1,100 @@
+"""`python train.py data=observations` as a person uses it, tiny, with every format that can be written here."""
+
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from tests.example_data import dataset
+from tests.observation_files import WRITERS, Sites
+from training import command_line
+
+START = int(np.datetime64("2001-01-01", "s").astype(np.int64))
+SMALL = [
+    "data=observations",
+    "model=healda_v2",
+    "model/size=tiny",
+    "model.hidden_size=16",
+    "model.depth=1",
+    "model.num_heads=2",
+    "model.observation_heads=2",
+    "model.num_latents=6",
+    "trainer.max_steps=2",
+    "trainer.progress=false",
+    "task.frames=2",
+    "tracking=none",
+    "report=false",
+]
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """Runs train.py in this process on fields of its own; returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("HYDRASPHERE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    fields = dataset(frames=40, latitude=np.arange(-75.0, 76, 30), longitude=np.arange(0.0, 360, 30))
+    fields.to_netcdf("fields.nc")
+
+    def call(*arguments):
+        module = importlib.import_module("train")
+        monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "data.fields=fields.nc", *arguments])
+        code = 0
+        try:
+            command_line.run(module.train, rewrite=module.arguments.rewrite, finish=module.sweep.finish)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def observed(folder, name: str, days: int = 10) -> str:
+    """A file of the format in the folder: its setting."""
+    kind = WRITERS[name]
+    kind.writer(folder / kind.file, Sites.random(START, START + days * 86_400, rows=400))
+    return f"data.observations={kind.file}"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_trains(train, tmp_path, name):
+    code, _, err = train(observed(tmp_path, name), "data.level=1", f"hydra.run.dir={tmp_path / 'run'}")
+    assert code == 0, err
+    scores = json.loads((tmp_path / "run/scores.json").read_text())["t2m"]["rmse"]
+    assert list(scores) == ["-6", "0"] and np.isfinite(scores["0"]["ours"])
+    config = json.loads((tmp_path / "run/checkpoints/last/config.json").read_text())
+    assert config["layout"]["observations"]["channels"] == [WRITERS[name].channel]
+
+
+@pytest.mark.parametrize(
+    "swap",
+    [
+        ["model/encoder=perceiver", "data.grid=latlon"],
+        ["model/decoder=perceiver_io", "data.level=1"],
+        ["model/encoder=perceiver", "model/decoder=perceiver_io", "data.level=1", "data.num_workers=1"],
+    ],
+)
+def test_other_parts_train_where_most_windows_are_empty(train, tmp_path, swap):
+    both = [observed(tmp_path, name, days=2).split("=")[1] for name in ("metar_csv", "dart_text")]
+    code, out, err = train(f"data.observations=[{','.join(both)}]", *swap, f"hydra.run.dir={tmp_path / 'run'}")
+    assert code == 0, err
+    assert "RMSE of t2m" in out
+
+
+def test_it_is_described_before_anything_is_trained(train, tmp_path):
+    code, out, err = train(observed(tmp_path, "madis"), "data.inspect=true")
+    assert code == 0, err
+    assert "400 in files: 1 of madis" in out and "rejected by source" in out and "healpix level 0" in out
+    code, out, err = train(observed(tmp_path, "madis"), "dry_run=true")
+    assert code == 0 and "decoder.analysis" in out, err
+
+
+def test_a_mistake_is_one_sentence(train, tmp_path):
+    code, _, err = train("data.observations=nothing.csv")
+    assert code == 1 and err.count("\n") == 1 and "data.observations=nothing.csv does not exist" in err
+    (tmp_path / "notes.txt").write_text("hello")
+    code, _, err = train("data.observations=notes.txt")
+    assert code == 1 and err.count("\n") == 1 and "no observation file that can be recognised" in err
+    code, _, err = train(observed(tmp_path, "metar_csv"), "data.variables=[t3m]")
+    assert code == 1 and err.count("\n") == 1 and "did you mean t2m?" in err
