@@ -55,7 +55,9 @@ class QualityControl:
     in_situ_winds_only: keep u and v only of reports measured in place (`IN_SITU_WINDS`).
     gps_level_1_only: drop retrieved temperature and humidity of GPS occultations.
     dropped_channels: names of channels to leave out. with_statistics: keep only channels whose mean and standard
-    deviation are known. height (m), pressure (hPa): limits of conventional rows. further: more rules, applied after
+    deviation are known. height (m), pressure (hPa): limits of conventional rows. complete: conventional rows must give
+    both, as in the UFS archive, where one that lacks them is refused like one outside the limits; False: what is not
+    given is not checked. further: more rules, applied after
     these: name -> rows -> (R,) bool, what to keep. Raises ValueError for names that the channel table does not have.
     """
 
@@ -70,9 +72,10 @@ class QualityControl:
         with_statistics: bool = False,
         height: tuple[float, float] = HEIGHT,
         pressure: tuple[float, float] = PRESSURE,
+        complete: bool = False,
         further: Mapping[str, Callable[[Table], np.ndarray]] | None = None,
     ):
-        self.channels, self.height, self.pressure = channels, height, pressure
+        self.channels, self.height, self.pressure, self.complete = channels, height, pressure, complete
         self.rules = {
             "place": self._place,
             "finite value": self._finite,
@@ -128,12 +131,12 @@ class QualityControl:
         return (value >= self.channels.minimum[channel]) & (value <= self.channels.maximum[channel])
 
     def _height(self, table: Table) -> np.ndarray:
-        return ~self.channels.conventional[table["channel"]] | _within(table.get("height"), *self.height)
+        return ~self.channels.conventional[table["channel"]] | self._within(table.get("height"), *self.height)
 
     def _pressure(self, table: Table) -> np.ndarray:
         pressure = table.get("pressure")
         allowed = np.where(
-            self._named(table, _GPS), _within(pressure, *GPS_PRESSURE), _within(pressure, *self.pressure)
+            self._named(table, _GPS), self._within(pressure, *GPS_PRESSURE), self._within(pressure, *self.pressure)
         )
         return ~self.channels.conventional[table["channel"]] | allowed
 
@@ -153,7 +156,7 @@ class QualityControl:
     def _known_statistics(self, table: Table) -> np.ndarray:
         return (np.isfinite(self.channels.mean) & (self.channels.stddev > 0))[table["channel"]]
 
-
-def _within(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Inside a range; a row that gives no value is not outside it."""
-    return np.isnan(values) | ((values >= low) & (values <= high))
+    def _within(self, values: np.ndarray, low: float, high: float) -> np.ndarray:
+        """(R,) bool: inside a range, or not given where that is allowed."""
+        inside = (values >= low) & (values <= high)
+        return inside if self.complete else inside | np.isnan(values)

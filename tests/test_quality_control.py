@@ -58,7 +58,7 @@ def test_every_rule_drops_what_it_says():
             *({"channel": "airs-pca_1", "value": value} for value in (-1e6, 1e6)),
         ),
     ) == [False, False, True, True] * 2 + [False, False]
-    # A height or pressure that a row does not give is not outside; a radiance's is not asked for.
+    # A height or pressure that a row does not give is not outside its limits; a radiance's is not asked for.
     assert dropped_by(
         "height",
         rows(
@@ -75,6 +75,26 @@ def test_every_rule_drops_what_it_says():
             {"channel": "atms_1", "pressure": 10},
         ),
     ) == [False, False, True, True, False, False, True, True, False, False]
+
+
+def test_complete_rows_give_height_and_pressure():
+    inside, nothing = {"height": 10.0, "pressure": 500.0}, np.nan
+    table = rows(
+        {"channel": "t", **inside},
+        {"channel": "t", **inside, "height": nothing},
+        {"channel": "gps_angle", **inside, "height": nothing},
+        {"channel": "atms_1"},
+    )
+    assert dropped_by("height", table, complete=True) == [False, True, True, False]
+    assert dropped_by("height", table) == [False] * 4
+    table = rows(
+        {"channel": "t", **inside, "pressure": nothing},
+        {"channel": "gps_angle", "height": 20_000.0, "pressure": 0.5},
+        {"channel": "gps_angle", **inside, "pressure": nothing},
+        {"channel": "atms_1"},
+    )
+    assert dropped_by("pressure", table, complete=True) == [True, False, True, False]
+    assert dropped_by("pressure", table) == [False] * 4
 
 
 def test_rules_by_choice():

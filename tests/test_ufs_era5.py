@@ -121,6 +121,18 @@ def test_fields_come_in_padxy_order_whatever_the_store_has(tmp_path, order):
     assert data.static.shape == (2, 48) and 0 < data.static[1].mean() < 1
 
 
+def test_the_sea_is_filled_over_land_where_wanted(miniature):
+    missing, filled = (opened(miniature, over_land=choice) for choice in ("missing", "filled"))
+    with_gaps, whole = missing.read([3, 5]), filled.read([3, 5])
+    gaps = with_gaps.isnan()
+    assert gaps[:, 4].any() and not gaps[:, :4].any() and whole.isfinite().all()
+    assert torch.equal(whole[~gaps], with_gaps[~gaps]) and (whole[gaps] == 290).all()
+    assert [item.variables[4].domain for item in (missing, filled)] == ["sea", "all"]
+    assert filled.statistics.mean[4] != missing.statistics.mean[4]
+    with pytest.raises(ValueError, match=r"data.over_land=zero is unknown; allowed: missing, filled"):
+        opened(miniature, over_land="zero")
+
+
 def test_times_splits_and_windows(miniature):
     data = opened(miniature)
     assert data.times[0] == seconds("2021-12-01") and data.times.size == 31
@@ -226,6 +238,20 @@ def test_observations_of_frames_are_those_of_their_windows(miniature, by):
     assert data.quality_report.kept == len(found) < data.quality_report.rows
     if by == "bin":
         assert found["time"].max() > data.times[13] + 3 * HOUR  # the last bin reaches half a bin further
+
+
+def test_conventional_rows_without_height_are_dropped(miniature, monkeypatch):
+    data, read = opened(miniature), UfsEra5._raw
+    every = data.observations([5], WINDOW)
+    conventional = data.channels.conventional[every["channel"]]
+    assert 0 < conventional.sum() < len(every)
+
+    def without_heights(*arguments):
+        rows = read(*arguments)
+        return rows.with_columns(height=np.full(len(rows), np.nan))
+
+    monkeypatch.setattr(UfsEra5, "_raw", without_heights)
+    assert len(data.observations([5], WINDOW)) == (~conventional).sum()
 
 
 def test_observations_see_the_truth(miniature):
