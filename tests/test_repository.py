@@ -1,5 +1,6 @@
 """Promises of the repository: pins agree, the README's commands exist, no developer's paths are tracked."""
 
+import ast
 import re
 import subprocess
 import tomllib
@@ -59,3 +60,70 @@ def test_no_file_of_the_configuration_sets_a_number_of_ranks():
     for path in (ROOT / "conf").rglob("*.yaml"):
         config = yaml.safe_load(path.read_text()) or {}
         assert config.get("cp") is None and config.get("dp") is None, f"{path} sets cp or dp: then +cp=8 would fail"
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, at its top or inside functions; `from a import b` gives a and, if a module, a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute"
+            submodules = {f"{node.module}.{name.name}" for name in node.names}
+            submodules = {name for name in submodules if is_module(name)}
+            # `from data import grids` imports the submodule; the package alone is an empty file.
+            found |= submodules if len(submodules) == len(node.names) else submodules | {node.module}
+    return found
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def sources(folder: str) -> list[Path]:
+    return [path for path in tracked_files() if path.suffix == ".py" and path.is_relative_to(ROOT / folder)]
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"),
+    [
+        ("kernels", ()),
+        ("data", ("kernels",)),
+        ("models", ("kernels", "data")),
+        ("evaluation", ("kernels", "data", "models")),
+        ("training", ("kernels", "data", "models", "evaluation")),
+    ],
+)
+def test_imports_point_one_way(folder, allowed):
+    ours = {"kernels", "data", "models", "evaluation", "training", "benchmarks", "tests", "train", "evaluate"}
+    guilty = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources(folder)
+        for name in sorted(imported(path))
+        if (top := name.partition(".")[0]) in ours and top not in (folder, *allowed)
+    ]
+    assert sources(folder) and not guilty, "\n".join(guilty)
+
+
+def test_models_import_the_modules_of_data_that_the_architecture_names():
+    text = " ".join((ROOT / "docs/architecture.md").read_text().split())
+    sentence = re.search(r"`models` imports only (.+?) from `data`", text)
+    allowed = set(re.findall(r"`(data\.\w+)`", sentence[1]))
+    assert "data.batch" in allowed and all(is_module(name) for name in allowed)
+    found = {
+        (".".join(name.split(".")[:2]), str(path.relative_to(ROOT)))
+        for path in sources("models")
+        for name in imported(path)
+        if name.partition(".")[0] == "data"
+    }
+    assert {name for name, _ in found} <= allowed, sorted(item for item in found if item[0] not in allowed)
+    assert allowed <= {name for name, _ in found}, "the architecture allows what no model needs"
+
+
+def test_only_the_composition_of_models_knows_hydra():
+    guilty = {
+        str(path.relative_to(ROOT)) for path in sources("models") if any("hydra" in name for name in imported(path))
+    }
+    assert guilty == {"models/composition.py"}
