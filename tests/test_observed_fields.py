@@ -65,7 +65,7 @@ def windows(data: ObservedFields, split: str = "train", frames: int = 2) -> Assi
 def test_global_fields_are_regridded_to_healpix_and_regional_ones_stay(tmp_path):
     settings = written(tmp_path)
     data = opened(settings)
-    assert data.grid == HEALPixGrid(0, "padxy") and data.variables[0].name == "t2m" and data.step == 6 * HOUR
+    assert data.grid == HEALPixGrid(1, "padxy") and data.variables[0].name == "t2m" and data.step == 6 * HOUR
     data = opened(settings, level=2)
     assert data.grid == HEALPixGrid(2, "padxy")
     values = data.read([3, 1])

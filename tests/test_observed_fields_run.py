@@ -2,7 +2,11 @@
 
 import importlib
 import json
+import re
+import shlex
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +16,11 @@ from tests.observation_files import WRITERS, Sites
 from training import command_line
 
 START = int(np.datetime64("2001-01-01", "s").astype(np.int64))
+PAGE = (Path(__file__).parents[1] / "docs/your_observations.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+FIELDS = "data.fields=fields.nc"
+CHOICE = ["data=observations", "model=healda_v2"]
 SMALL = [
-    "data=observations",
-    "model=healda_v2",
     "model/size=tiny",
     "model.hidden_size=16",
     "model.depth=1",
@@ -35,11 +41,12 @@ def train(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HYDRASPHERE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     fields = dataset(frames=40, latitude=np.arange(-75.0, 76, 30), longitude=np.arange(0.0, 360, 30))
+    fields["orography"] = (("lat", "lon"), np.zeros((6, 12)))
     fields.to_netcdf("fields.nc")
 
     def call(*arguments):
         module = importlib.import_module("train")
-        monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "data.fields=fields.nc", *arguments])
+        monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *arguments])
         code = 0
         try:
             command_line.run(module.train, rewrite=module.arguments.rewrite, finish=module.sweep.finish)
@@ -59,7 +66,7 @@ def observed(folder, name: str, days: int = 10) -> str:
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_format_trains(train, tmp_path, name):
-    code, _, err = train(observed(tmp_path, name), "data.level=1", f"hydra.run.dir={tmp_path / 'run'}")
+    code, _, err = train(*CHOICE, FIELDS, observed(tmp_path, name), "data.level=1", f"hydra.run.dir={tmp_path / 'run'}")
     assert code == 0, err
     scores = json.loads((tmp_path / "run/scores.json").read_text())["t2m"]["rmse"]
     assert list(scores) == ["-6", "0"] and np.isfinite(scores["0"]["ours"])
@@ -72,29 +79,55 @@ def test_every_format_trains(train, tmp_path, name):
     [
         ["model/encoder=perceiver", "data.grid=latlon"],
         ["model/decoder=perceiver_io", "data.level=1"],
-        ["model/encoder=perceiver", "model/decoder=perceiver_io", "data.level=1", "data.num_workers=1"],
+        ["model/encoder=perceiver", "model/decoder=perceiver_io", "data.level=1"],
     ],
 )
 def test_other_parts_train_where_most_windows_are_empty(train, tmp_path, swap):
     both = [observed(tmp_path, name, days=2).split("=")[1] for name in ("metar_csv", "dart_text")]
-    code, out, err = train(f"data.observations=[{','.join(both)}]", *swap, f"hydra.run.dir={tmp_path / 'run'}")
+    code, out, err = train(
+        *CHOICE, FIELDS, f"data.observations=[{','.join(both)}]", *swap, f"hydra.run.dir={tmp_path / 'run'}"
+    )
     assert code == 0, err
     assert "RMSE of t2m" in out
 
 
 def test_it_is_described_before_anything_is_trained(train, tmp_path):
-    code, out, err = train(observed(tmp_path, "madis"), "data.inspect=true")
+    code, out, err = train(*CHOICE, FIELDS, observed(tmp_path, "madis"), "data.inspect=true")
     assert code == 0, err
-    assert "400 in files: 1 of madis" in out and "rejected by source" in out and "healpix level 0" in out
-    code, out, err = train(observed(tmp_path, "madis"), "dry_run=true")
+    assert "400 in files: 1 of madis" in out and "rejected by source" in out and "healpix level 1" in out
+    code, out, err = train(*CHOICE, FIELDS, observed(tmp_path, "madis"), "dry_run=true")
     assert code == 0 and "decoder.analysis" in out, err
 
 
 def test_a_mistake_is_one_sentence(train, tmp_path):
-    code, _, err = train("data.observations=nothing.csv")
+    code, _, err = train(*CHOICE, FIELDS, "data.observations=nothing.csv")
     assert code == 1 and err.count("\n") == 1 and "data.observations=nothing.csv does not exist" in err
     (tmp_path / "notes.txt").write_text("hello")
-    code, _, err = train("data.observations=notes.txt")
+    code, _, err = train(*CHOICE, FIELDS, "data.observations=notes.txt")
     assert code == 1 and err.count("\n") == 1 and "no observation file that can be recognised" in err
-    code, _, err = train(observed(tmp_path, "metar_csv"), "data.variables=[t3m]")
+    code, _, err = train(*CHOICE, FIELDS, observed(tmp_path, "metar_csv"), "data.variables=[t3m]")
     assert code == 1 and err.count("\n") == 1 and "did you mean t2m?" in err
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "bufr" not in line])  # nothing here writes BUFR
+def test_the_commands_of_the_page_run(train, tmp_path, command):
+    import xarray as xr
+
+    for name in WRITERS:
+        observed(tmp_path, name)
+    for number in (1, 2):
+        shutil.copy(tmp_path / "metars.csv", tmp_path / f"metars_{number}.csv")
+    hours = ("time", np.arange(40) * 6, {"units": "hours since 2001-01-01"})
+    cells = np.random.default_rng(0).normal(280, 5, (40, 48))
+    xr.Dataset({"t2m": (("time", "cell"), cells)}, {"time": hours}).to_netcdf("cells.nc")
+    program, script, *arguments = shlex.split(command)
+    assert (program, script) == ("python", "train.py")
+    code, out, err = train(*arguments, f"hydra.run.dir={tmp_path / 'run'}")
+    assert code == 0, err
+    assert "RMSE of t2m" in out or "data.inspect=true" in arguments
+
+
+def test_the_page_names_every_format():
+    from data.sources.observations import FORMATS
+
+    assert all(f"| `{name}` |" in PAGE for name in FORMATS) and len(COMMANDS) == 16

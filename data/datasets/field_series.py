@@ -120,7 +120,8 @@ def open_fields(
     """Fields on the grid to analyse. paths: of latitude-longitude files, joined along time, or of one HEALPix store.
 
     grid: healpix or latlon; None: healpix where the fields are global. level: of the HEALPix grid; None: that of the
-    store, or the finest whose cells are not narrower than the fields'. Raises ValueError and OSError, one sentence.
+    store, or the finest, at least 1, whose cells are not narrower than the fields'. Raises ValueError and OSError, one
+    sentence.
     """
     if grid not in (None, *GRIDS):
         raise ValueError(f"data.grid={grid} is unknown; allowed: {', '.join(GRIDS)}, or null for healpix where global")
@@ -141,12 +142,7 @@ def open_fields(
                 f"data.level={level} is of HEALPix, and these fields stay as they are; type data.grid=healpix"
             )
         return series
-    if level is None:
-        own = isinstance(series.grid, HEALPixGrid)
-        level = (
-            series.grid.level if own else max(0, math.floor(math.log2(spacing(HEALPixGrid(0)) / spacing(series.grid))))
-        )
-    target = HEALPixGrid(level, "padxy")
+    target = HEALPixGrid(_level_like(series.grid) if level is None else level, "padxy")
     return series if series.grid == target else RegriddedSeries(series, target)
 
 
@@ -175,6 +171,13 @@ def healpix_pixels(path: Path) -> int | None:
             except ValueError:
                 return variable.shape[-1]
     return None
+
+
+def _level_like(grid: Grid) -> int:
+    """Of the finest HEALPix grid whose cells are not narrower, but at least 1: patches need cells to join."""
+    if isinstance(grid, HEALPixGrid):
+        return grid.level
+    return max(1, math.floor(math.log2(spacing(HEALPixGrid(0)) / spacing(grid))))
 
 
 def _level(pixels: int) -> int | None:
