@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.calendars import format_time
 from data.datasets.assimilation_data import AssimilationData, FieldStatistics, statistics_of
 from data.datasets.gridded import GriddedData
 from data.grids import EARTH_RADIUS_KM, LatLonGrid, Points
@@ -104,14 +103,6 @@ class OSSE(AssimilationData):
     @property
     def times(self) -> np.ndarray:
         return self._series.times
-
-    @property
-    def splits(self) -> dict[str, np.ndarray]:
-        return self._series.splits
-
-    @property
-    def training_period(self) -> np.ndarray:
-        return self._series.training_period
 
     def climatology(self, indices: Sequence[int]) -> Tensor:
         """(n, 1, H, W) float32 in K: temperature is this plus the anomaly."""
@@ -274,16 +265,13 @@ class OSSE(AssimilationData):
 
     def describe(self) -> str:
         """Stations, densities, times and splits (several lines, for people)."""
-        when = lambda index: format_time(self.times[index])  # noqa: E731
         lines = [
-            f"truth      {self.fields_path}, grid {self.grid.shape[0]} x {self.grid.shape[1]}",
-            f"stations   {self.stations.num_points} in the domain, networks of {', '.join(map(str, self.densities))}; "
-            f"{self.density} in evaluation",
-            f"errors     {NOISE:g} K; anomalies of {float(self.statistics.scale):.2f} K",
+            f"truth         {self.fields_path}, grid {self.grid.shape[0]} x {self.grid.shape[1]}",
+            f"stations      {self.stations.num_points} in the domain, networks of "
+            f"{', '.join(map(str, self.densities))}; {self.density} in evaluation",
+            f"errors        {NOISE:g} K; anomalies of {float(self.statistics.scale):.2f} K",
         ]
-        for name, indices in self.splits.items():
-            lines.append(f"{name:<10} {indices.size} times, {when(indices[0])} to {when(indices[-1])}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.describe_times()])
 
 
 def _unit(coordinates: Tensor) -> Tensor:

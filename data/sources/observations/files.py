@@ -24,6 +24,7 @@ from data.sources.observations.table import Table, concat
 from data.sources.stored_tensors import read_or_make
 
 _VERSION = 1  # of decoded files
+_MAPPED = 4096  # files at a time; a process may not map any number
 _IDS = ("channel", "platform", "type")
 
 
@@ -70,7 +71,7 @@ class ObservationFiles:
         return (min(file.first for file in filled), max(file.last for file in filled)) if filled else None
 
     @cached_property
-    def ids(self) -> dict[str, dict[Path, np.ndarray]]:
+    def _ids(self) -> dict[str, dict[Path, np.ndarray]]:
         """column -> file -> what each of its ids is among all names."""
         return {
             column: {
@@ -108,41 +109,42 @@ class ObservationFiles:
 
     def count(self, spans: Sequence[tuple[int, int]]) -> int:
         """How many rows lie in spans (start, stop] that do not overlap."""
-        return sum(stop - start for file in self.files for start, stop in self._places(file, spans))
+        return sum(stop - start for _, start, stop in self._places(spans))
 
     def read(self, spans: Sequence[tuple[int, int]], *, every: int = 1) -> Table:
-        """Rows in spans (start, stop] that do not overlap, file by file, each sorted by time; every: only each n-th."""
+        """Rows in spans (start, stop] that do not overlap, each file's sorted by time; every: only each n-th."""
         tables = list(self.each(spans, every=every))
-        return concat(tables) if tables else _empty()
+        return concat(tables) if tables else Table({name: np.empty(0) for name in COLUMNS})
 
     def each(self, spans: Sequence[tuple[int, int]], *, every: int = 1) -> Iterator[Table]:
         """What `read` joins, a piece at a time."""
-        for file in self.files:
-            for start, stop in self._places(file, spans):
-                yield self._rows(file, start, stop, every)
+        for file, start, stop in self._places(spans):
+            columns = {name: values[start:stop:every] for name, values in self._columns(file).items()}
+            for name in _IDS:
+                columns[name] = self._ids[name][file.path][columns[name]]
+            yield Table(columns)
 
-    def _places(self, file: ObservationFile, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """(first, one after the last) row of the file in each span, where there is any."""
-        met = [(start, stop) for start, stop in spans if start < file.last and file.first <= stop]
-        if not met or not file.rows:
-            return []
-        edges = np.searchsorted(self._columns(file)["time"], np.asarray(met), side="right")
-        return [(int(start), int(stop)) for start, stop in edges if start < stop]
-
-    def _rows(self, file: ObservationFile, start: int, stop: int, every: int) -> Table:
-        columns = {name: values[start:stop:every] for name, values in self._columns(file).items()}
-        for name in _IDS:
-            columns[name] = self.ids[name][file.path][columns[name]]
-        return Table(columns)
+    def _places(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[ObservationFile, int, int]]:
+        """A file, its first row in a span and one after its last, wherever there is any."""
+        first, last = (np.array([getattr(file, edge) for file in self.files]) for edge in ("first", "last"))
+        for span in spans:
+            for number in np.flatnonzero((last > span[0]) & (first <= span[1])):
+                file = self.files[number]
+                start, stop = np.searchsorted(self._columns(file)["time"], span, side="right").tolist()
+                if start < stop:
+                    yield file, start, stop
 
     def _columns(self, file: ObservationFile) -> dict[str, np.ndarray]:
-        if file.path not in self._open:
-            self._open[file.path], _ = self._decoded(file.path, file.format)
-        return self._open[file.path]
+        columns = self._open.pop(file.path, None)
+        if columns is None:
+            columns, _ = self._decoded(file.path, file.format)
+        self._open[file.path] = columns  # the last one used stands last
+        if len(self._open) > _MAPPED:
+            del self._open[next(iter(self._open))]
+        return columns
 
     def _described(self, path: Path, format: str) -> ObservationFile:
         columns, words = self._decoded(path, format)
-        self._open[path] = columns
         time = columns["time"]
         return ObservationFile(
             path=path,
@@ -197,7 +199,3 @@ def _stamp(path: Path) -> tuple | None:
     if not path.exists():
         return None
     return os.fspath(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
-
-
-def _empty() -> Table:
-    return Table({name: np.empty(0) for name in COLUMNS})
