@@ -279,7 +279,7 @@ class ObservedFields(AssimilationData):
         ]
         half = (-self.step // 2, self.step // 2)
         for name, indices in self.splits.items():
-            lines.append(f"  of {name:<10} {self.files.count(merged(self.times[indices], half)):,}")
+            lines.append(f"  of {name:<10} {self.files.count(merged(self.times[indices], half)):,} within half a step")
         lines.append(f"platforms     {', '.join(self.files.platforms)}")
         table = self.channels
         report, rows = self._all_rows()
