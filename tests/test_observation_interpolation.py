@@ -75,14 +75,15 @@ def test_measurements_are_the_regression_of_each_group():
     torch.testing.assert_close(found.coefficients, torch.tensor([[0.3, 0.6, 0.8], [0.3, 0.6, -0.4]]), atol=0.04, rtol=0)
     torch.testing.assert_close(found.variance, torch.full((2,), 0.25), atol=0.02, rtol=0)
     torch.testing.assert_close(found.correlation, torch.tensor([0.8 / 0.89**0.5, 0.4 / 0.41**0.5]), atol=0.03, rtol=0)
-    measured = found(made.chosen(~hidden), 1)
+    spread = torch.tensor([2.0])
+    measured = found(made.chosen(~hidden), 1, spread)
     assert len(measured.value) == int(((made.group < 2) & ~hidden).sum())
     own = (made.group[~hidden] < 2).nonzero().flatten()
-    left = measured.value - anomaly[~hidden][own]
+    left = measured.value - anomaly[~hidden][own] / 2
     assert left.mean().abs() < 0.03
     torch.testing.assert_close((left**2).mean(), measured.variance.mean(), rtol=0.1, atol=0)
     outside = replace(made, cell=torch.full_like(made.cell, -1))
-    assert len(found(outside, 1).value) == 0
+    assert len(found(outside, 1, spread).value) == len(found(made, 1, torch.zeros(1)).value) == 0
 
 
 def test_an_analysis_is_the_best_linear_estimate(monkeypatch):
@@ -91,11 +92,11 @@ def test_an_analysis_is_the_best_linear_estimate(monkeypatch):
     value, variance = torch.randn(size, generator=generator), 0.1 + torch.rand(size, generator=generator)
     measured = Measured(value, variance, torch.rand(size, generator=generator), made.position, made.days, made.remote)
     cells = EARTH_RADIUS_KM * torch.nn.functional.normalize(torch.randn(7, 3, generator=generator), dim=1)
-    scales, now = Scales(length=3000.0, time=0.7, shared=3.0), 12_000.4
+    scales, now = Scales(length=3000.0, time=0.7, noise=0.5, shared=3.0), 12_000.4
 
     def expected(kept):
         place, days = (item[kept].double().numpy() for item in (made.position, made.days))
-        noise = (variance * torch.where(made.remote, 3.0, 1.0))[kept].double().numpy()
+        noise = (variance * torch.where(made.remote, 1.5, 0.5))[kept].double().numpy()
         far = np.linalg.norm(place[:, None] - place, axis=-1)
         among = matern32(torch.from_numpy(far / 3000)).numpy() * np.exp(-np.abs(days[:, None] - days) / 0.7)
         across = np.linalg.norm(cells.double().numpy()[:, None] - place, axis=-1)

@@ -8,7 +8,8 @@ fitted on observations and truth of the training period. So stations count direc
 far as they are correlated with the variable. The anomaly of a frame is the linear analysis with the least expected
 error (Gandin 1965) from the rows of the window that are best correlated with it, in units of each cell's standard
 deviation, with a Matern-3/2 correlation in space and an exponential one in time; their scales are tuned on windows of
-the training period. What is seen from space has errors that neighbouring pixels share: their variance gets a factor.
+the training period, and so are factors on the error variances, one of them for what is seen from space: neighbouring
+pixels share their errors.
 
 Letters: R rows, G groups, n training frames, B windows, T frames of each, C variables, P cells.
 """
@@ -30,6 +31,7 @@ from evaluation.baselines import Unsuitable
 
 LENGTHS = (400.0, 600.0, 800.0, 1000.0, 1300.0)  # km
 TIME_SCALES = (0.5, 1.0, 2.0, 4.0)  # days
+NOISES = (0.1, 0.2, 0.5, 1.0, 2.0)  # below 1: the regression counts as error what a cell's centre is away from a row
 SHARED_ERRORS = (1.0, 2.0, 4.0, 8.0)
 MOST_VALUES = 500_000  # of a window's analysis: beyond, a window takes minutes
 _FRAMES = 96  # of the training period, evenly spread, that measurements are fitted on
@@ -38,15 +40,16 @@ _ROWS = 700  # that an analysis of a frame uses: more cost far more than they te
 _FEWEST = 100  # rows of a group
 _LEAST = 0.1  # correlation with the variable of a group that counts
 _LEVELS = (1000, 925, 850, 700, 600, 500, 400, 300, 250, 200, 150, 100, 50)  # hPa: bands of pressure of the groups
-_SMALLEST = 1e-3  # error variance: coinciding rows stay solvable in float32
+_SMALLEST = 3e-3  # error variance: coinciding rows stay solvable in float32
 
 
 @dataclass(frozen=True)
 class Scales:
-    """length in km, time in days, shared: factor on the error variances of what is seen from space."""
+    """length: km; time: days; factors on error variances, noise: of all rows, shared: of those seen from space."""
 
     length: float = 800.0
     time: float = 1.0
+    noise: float = 0.5
     shared: float = 2.0
 
 
@@ -98,7 +101,7 @@ class Measurements:
 
     @staticmethod
     def fit(rows: Rows, variable: int, anomaly: Tensor) -> Measurements:
-        """anomaly: (R,) truth at the rows, in units of the local standard deviation, NaN where there is none."""
+        """anomaly: (R,) truth at the rows, NaN where there is none."""
         usable = anomaly.isfinite()
         rows, anomaly = rows.chosen(usable), anomaly[usable].double()
         design = torch.stack([torch.ones_like(anomaly), rows.climatology[:, variable].double(), anomaly], dim=1)
@@ -122,16 +125,17 @@ class Measurements:
             *(torch.tensor([float(number) for number in numbers]) for numbers in others),
         )
 
-    def __call__(self, rows: Rows, variable: int) -> Measured:
-        """The rows of known groups as measurements of the anomaly."""
+    def __call__(self, rows: Rows, variable: int, spread: Tensor) -> Measured:
+        """The rows of known groups as measurements of the anomaly. spread: (P,) its local standard deviation."""
         place = torch.searchsorted(self.groups, rows.group).clamp(max=max(len(self.groups) - 1, 0))
-        known = rows.cell >= 0
+        known = (rows.cell >= 0) & (spread[rows.cell] > 0)
         known &= self.groups[place] == rows.group if len(self.groups) else torch.zeros_like(known)
         rows, place = rows.chosen(known), place[known]
         level, of_climatology, gain = self.coefficients[place].unbind(-1)
+        gain = gain * spread[rows.cell]
         return Measured(
             (rows.value - level - of_climatology * rows.climatology[:, variable]) / gain,
-            (self.variance[place] / gain.square()).clamp_min(_SMALLEST),
+            self.variance[place] / gain.square(),
             self.correlation[place],
             rows.position,
             rows.days,
@@ -142,7 +146,7 @@ class Measurements:
 @dataclass(frozen=True)
 class Measured:
     """Measurements of one variable's anomaly, all (R,) but position (R, 3): value and the variance of its error in
-    units of the local standard deviation; the others as in `Rows` and `Measurements`."""
+    units of the local standard deviation; correlation of the row's group; the others as in `Rows`."""
 
     value: Tensor
     variance: Tensor
@@ -161,14 +165,17 @@ class Measured:
         ago = (near.days - days).float()  # days of half a century leave float32 no minutes
         among = matern32(distances(near.position, near.position) / scales.length)
         among = among * torch.exp(-(ago[:, None] - ago).abs() / scales.time)
-        among.diagonal().add_(near.variance * torch.where(near.remote, scales.shared, 1.0))
+        among.diagonal().add_(
+            (scales.noise * near.variance * torch.where(near.remote, scales.shared, 1.0)).clamp_min(_SMALLEST)
+        )
         weights = torch.cholesky_solve(near.value[:, None], torch.linalg.cholesky(among))[:, 0]
         across = matern32(distances(cells, near.position) / scales.length)
         return across @ (torch.exp(-ago.abs() / scales.time) * weights)
 
 
 class ObservationInterpolation:
-    """spread: (C, P) standard deviation of the anomalies; measurements, scales: one a variable."""
+    """spread: (C, P) standard deviation of the anomalies, in units of `normalisation.anomaly_scale`, which keeps the
+    numbers of every variable of order one; measurements, scales: one a variable."""
 
     def __init__(
         self,
@@ -197,7 +204,7 @@ class ObservationInterpolation:
         anomalies = _anomalies(data, normalisation, sampled)
         spread = anomalies.square().nanmean(dim=0).sqrt()
         rows, frame = _observed(data, normalisation, sampled[:, None])
-        truth = (anomalies / spread)[frame, :, rows.cell.clamp_min(0)]  # (R, C)
+        truth = anomalies[frame, :, rows.cell.clamp_min(0)]  # (R, C)
         truth[rows.cell < 0] = torch.nan
         measurements = [Measurements.fit(rows, k, truth[:, k]) for k in range(len(data.variables))]
         if not any(len(item.groups) for item in measurements):
@@ -214,12 +221,13 @@ class ObservationInterpolation:
             rows = Rows.of(observations.chosen(observations.batch == window), self.data, self.normalisation)
             for variable in range(len(self.measurements)):
                 made = self._anomaly(rows, variable, times.double() / 86_400, self.scales[variable])
+                made = made * self.normalisation.anomaly_scale[variable]
                 analysis[window, :, variable] += made.view(len(times), *self.data.grid.shape)
         return analysis
 
     def _anomaly(self, rows: Rows, variable: int, days: Tensor, scales: Scales) -> Tensor:
-        """(T, P) physical, 0 where the variable is never observed."""
-        measured = self.measurements[variable](rows, variable)
+        """(T, P) in units of the anomaly scale, 0 where the variable is never observed."""
+        measured = self.measurements[variable](rows, variable, self.spread[variable])
         frames = [measured.analysis(self.cells, day, scales) for day in days.tolist()]
         return (torch.stack(frames) * self.spread[variable]).nan_to_num(0.0)
 
@@ -245,7 +253,8 @@ class ObservationInterpolation:
                 return errors[scales]
 
             found = Scales()
-            steps = [("length", LENGTHS), ("time", TIME_SCALES), *([("shared", SHARED_ERRORS)] if has_remote else [])]
+            steps = [("length", LENGTHS), ("time", TIME_SCALES), ("noise", NOISES)]
+            steps += [("shared", SHARED_ERRORS)] if has_remote else []
             for name, candidates in steps * 2:
                 found = min((replace(found, **{name: value}) for value in candidates), key=error)
             return found
@@ -254,8 +263,9 @@ class ObservationInterpolation:
 
 
 def _anomalies(data: AssimilationData, normalisation, frames: np.ndarray) -> Tensor:
-    """(n, C, P) float32 departures from the climatology, NaN where missing."""
-    return (data.read(frames) - normalisation.climatology(data.times[frames])).flatten(2)
+    """(n, C, P) float32 departures from the climatology in units of the anomaly scale, NaN where missing."""
+    anomalies = (data.read(frames) - normalisation.climatology(data.times[frames])).flatten(2)
+    return anomalies / normalisation.anomaly_scale[:, None]
 
 
 def _observed(data: AssimilationData, normalisation, windows: np.ndarray) -> tuple[Rows, Tensor]:
