@@ -40,7 +40,7 @@ def evaluate(config: DictConfig) -> str:
     from evaluation.compare import find_run
     from evaluation.run_evaluation import Choices
     from training.checkpoints import read_normalisation
-    from training.loop import choose_device
+    from training.devices import choose_device
     from training.tracking_store import resolve_uri
 
     if config.num_threads is not None:

@@ -23,7 +23,10 @@ schema.register()
 def train(config: DictConfig) -> None:
     # torch and everything above it only now: --help and typing errors answer at once.
     from models.composition import check
-    from training.run import Run, build_data, build_model, build_task, describe
+    from training.job import Job
+    from training.launch import launch, mesh_of
+    from training.parallel import check_mesh
+    from training.run import build_data, build_task, describe, train_on_rank
     from training.sizes import fitted
 
     automatic = config.model.get("size") == "auto"
@@ -33,16 +36,15 @@ def train(config: DictConfig) -> None:
         print(data.describe())
         return
     task = build_task(config)
-    layout = task.layout(data)
+    layout, mesh = task.layout(data), mesh_of(config.cp, config.dp)
+    check_mesh(mesh, config, layout)
     if config.dry_run:
-        print(describe(config, data, task, layout, automatic=automatic))
+        print(describe(config, data, task, layout, mesh, automatic=automatic))
         return
-    config = fitted(config, layout, automatic=automatic)
-    run = Run(config, data, task, build_model(config, layout))
-    with run.tracked():
-        outcome = run.train()
-        findings = run.score()
-    print(run.summary(outcome, findings))
+    config = fitted(config, layout, mesh, automatic=automatic)
+    summary = launch(train_on_rank, config, Job.current(), data, task, mesh=mesh, trainer=config.trainer)
+    if summary is not None:  # on the first rank
+        print(summary)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ class Trainer:
     keep: int = 1
     early_stopping: Optional[int] = None  # validations without improvement before stopping
     overfit_batches: int = 0
+    reshard: str = "all_to_all"
+    reshard_pieces: int = 1
+    timeout: float = 600.0
     profile: bool = False
     progress: bool = True
 

@@ -255,6 +255,11 @@ class FrameShare(Movable):
     count: int
     base_time: Tensor
 
+    def leads(self, layout: Layout, target: str) -> list[int]:
+        """Indices of the target's lead times that are times of these frames."""
+        held = range(self.first, self.first + self.count)
+        return [lead for lead, frame in enumerate(layout.frames_of(target)) if frame in held]
+
 
 @dataclass(frozen=True)
 class Batch(Movable):
@@ -321,17 +326,13 @@ class Batch(Movable):
         Inputs of one frame, which stand for all, stay. Every target must be an analysis (`Layout.frames_of`).
         """
         assert self.share is None
-        chosen = range(first, first + count)
+        chosen, share = range(first, first + count), FrameShare(first, count, self.base_time)
         inputs = {
             name: field if self.layout.inputs[name].frames == 1 else field.of_frames(chosen)
             for name, field in self.inputs.items()
         }
-        targets = {
-            name: field.of_frames([lead for lead, frame in enumerate(self.layout.frames_of(name)) if frame in chosen])
-            for name, field in self.targets.items()
-        }
+        targets = {name: field.of_frames(share.leads(self.layout, name)) for name, field in self.targets.items()}
         observations = None if self.observations is None else self.observations.of_frames(first, count)
-        share = FrameShare(first, count, self.base_time)
         return replace(self, inputs=inputs, targets=targets, observations=observations, share=share)
 
     def queries(self) -> dict[str, Query]:

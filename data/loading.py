@@ -80,6 +80,25 @@ def _unchanged(item):
     return item
 
 
+class SharedFrames:
+    """A dataset whose batches hold frames first .. first + count - 1 of each window only.
+
+    A dataset that can reads no others: it has `frames_of(indices, first, count) -> Batch`.
+    """
+
+    def __init__(self, dataset, first: int, count: int):
+        self.dataset, self.first, self.count = dataset, first, count
+        self.data, self.layout = dataset.data, dataset.layout
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: np.ndarray) -> Batch:
+        if hasattr(self.dataset, "frames_of"):
+            return self.dataset.frames_of(indices, self.first, self.count)
+        return self.dataset.__getitems__(indices).of_frames(self.first, self.count)
+
+
 class BatchLoader:
     """Iterates over the batches of a dataset (`__len__`, `__getitems__(indices) -> Batch`).
 

@@ -136,17 +136,6 @@ def _check_ranks(config: DictConfig) -> None:
     for key in ("cp", "dp"):
         if config[key] is not None and config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be at least 1; leave it out for one rank")
-    if (config.dp or 1) > 1:
-        raise ValueError(f"dp={config.dp} asks for several ranks, and a run trains on one; leave dp out")
-    if (config.cp or 1) == 1:
-        return
-    for slot in SLOTS:
-        if not getattr(part_class(config.model[slot]), "frame_local", False):
-            name = part_class(config.model[slot]).__name__
-            raise ValueError(
-                f"cp={config.cp} spreads frames over ranks, and model.{slot} ({name}) mixes frames; leave cp out"
-            )
-    raise ValueError(f"cp={config.cp} asks for several ranks, and a run trains on one; leave cp out")
 
 
 def _check_attention(config: DictConfig) -> None:

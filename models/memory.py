@@ -24,8 +24,13 @@ SIXTEEN_BIT = 0.6  # of the activations in float32: norms and residuals stay wid
 OVERHEAD = 1.15  # work space of products and the allocator's slack
 
 
-def training_bytes(config: DictConfig, layout: Layout, *, batch_size: int, sixteen_bit: bool) -> int:
-    """Bytes that one rank needs to train the model of a configuration on batches of this layout."""
+def training_bytes(
+    config: DictConfig, layout: Layout, *, batch_size: int, sixteen_bit: bool, frame_parts: int = 1
+) -> int:
+    """Bytes that one rank needs to train the model of a configuration on batches of this layout.
+
+    frame_parts: how many ranks share the frames of a sample, which tokens, and so activations, belong to.
+    """
     config = copy.deepcopy(config)
     # What the kernels of a device keep; on the meta device they would fall back to the whole matrix of logits.
     config.model.attention = "blockwise"
@@ -37,6 +42,7 @@ def training_bytes(config: DictConfig, layout: Layout, *, batch_size: int, sixte
         block = OmegaConf.merge(config, {"model": {"depth": 1, "processor": {"checkpoint": "none"}}})
         with torch.device("meta"):
             activations += _activations(block, build_from_config(block, layout), layout, batch_size)
+    activations /= frame_parts
     return round(OVERHEAD * (COPIES_IN_TRAINING * weights + activations * (SIXTEEN_BIT if sixteen_bit else 1.0)))
 
 

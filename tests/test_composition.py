@@ -62,7 +62,6 @@ WRONG = {
     "a target that is no class": (["model.encoder._target_=models.nothing.Nobody"], "names no class"),
     "a foreign class seen through the project": (["model.encoder._target_=models.heads.dataclass"], "names no class"),
     "no rank at all": (["cp=0"], "cp=0 must be at least 1"),
-    "frames over ranks": (["+cp=8"], "model.encoder (GridPatchEncoder) mixes frames"),
     "an attention that does not exist": (["model.attention=fast"], "use model.attention=auto|reference"),
     "an attention of another device": (["model/attention=flex", "trainer.device=cpu"], "needs a CUDA device"),
     "a loss that does not exist": (["task.loss=l7"], "use one of mse, l1, huber"),

@@ -8,6 +8,7 @@ from models.memory import training_bytes
 from models.summary import COPIES_IN_TRAINING, KeptTensors
 from tests.model_examples import tiny_batch, tiny_layout
 from training import sizes
+from training.ranks import Mesh
 
 
 @pytest.mark.parametrize("preset", ["perceiver_io", "perceiver", "patch_transformer", "video_dit"])
@@ -40,21 +41,21 @@ def test_recomputing_blocks_needs_less():
 def test_automatic_sizes_step_down_until_they_fit(monkeypatch, capsys):
     overrides = ["model=video_dit", "data.recommended.size=production"]
     monkeypatch.setattr(sizes, "with_size", lambda size: compose([*overrides, f"model/size={size}"]))
-    monkeypatch.setattr(sizes, "available_bytes", lambda device: 2**30)
-    chosen = sizes.fitted(compose(overrides), tiny_layout(), automatic=True)
+    monkeypatch.setattr(sizes, "available_bytes", lambda device, ranks=1: 2**30)
+    chosen = sizes.fitted(compose(overrides), tiny_layout(), Mesh(), automatic=True)
     printed = capsys.readouterr().out
     assert chosen.model.size in ("small", "base") and chosen.model.hidden_size < 1536
     assert f"model/size={chosen.model.size}: the largest that fits 1 GiB" in printed and "forces another" in printed
     with pytest.raises(ValueError, match=r"model/size=production needs about .* and this cpu device has 1 GiB"):
-        sizes.fitted(compose(overrides), tiny_layout(), automatic=False)
-    monkeypatch.setattr(sizes, "available_bytes", lambda device: 2**10)
+        sizes.fitted(compose(overrides), tiny_layout(), Mesh(), automatic=False)
+    monkeypatch.setattr(sizes, "available_bytes", lambda device, ranks=1: 2**10)
     with pytest.raises(ValueError, match="model/size=tiny needs about"):
-        sizes.fitted(compose(overrides), tiny_layout(), automatic=True)
+        sizes.fitted(compose(overrides), tiny_layout(), Mesh(), automatic=True)
 
 
 def test_a_size_that_fits_says_why(capsys):
     config = compose(["model=video_dit", "data.recommended.size=tiny"])
-    assert sizes.fitted(config, tiny_layout(), automatic=True) is config
+    assert sizes.fitted(config, tiny_layout(), Mesh(), automatic=True) is config
     assert "model/size=tiny: what the data recommends" in capsys.readouterr().out
-    assert sizes.fitted(config, tiny_layout(), automatic=False) is config
+    assert sizes.fitted(config, tiny_layout(), Mesh(), automatic=False) is config
     assert capsys.readouterr().out == ""

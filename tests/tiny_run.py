@@ -14,6 +14,7 @@ from data.datasets.gridded import GriddedData
 from data.loading import BatchLoader
 from training.checkpoints import RunFiles
 from training.loop import TrainingLoop
+from training.ranks import Ranks
 from training.tasks.forecast import ForecastTask
 
 SPLIT = {"train": 0.7, "validation": 0.15, "test": 0.15}
@@ -98,4 +99,5 @@ def tiny_loop(
         files=RunFiles({"model": {}, "task": {}, "layout": layout.to_dict()}, normalisation),
         run_dir=folder,
         seed=seed,
+        ranks=Ranks(),
     )

@@ -1,13 +1,15 @@
 """The training loop: one optimiser step after another, validated, logged and saved.
 
 Everything random in a step follows from (seed, step), and batches follow from the number of samples drawn: a resumed
-run repeats exactly what an uninterrupted one does. Losses divide by the weights of all accumulated batches together.
+run repeats exactly what an uninterrupted one does. Losses divide by the weights of all accumulated batches of all
+ranks together. Every rank runs this loop and comes to the same decisions; the first one writes.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +19,14 @@ from torch import Tensor, nn
 
 from training.averaging import WeightAverage
 from training.checkpoints import Checkpoints, RunFiles
+from training.devices import choose_device, choose_precision
+from training.interruption import Interruption
 from training.metrics_log import MetricsLog
 from training.optimizers import build_optimizer, learning_rate
+from training.parallel import gathering, reshard, synchronised
 from training.profiling import profiled
 from training.progress import ProgressBar
-
-PRECISIONS = ("auto", "float32", "bf16")
+from training.ranks import Ranks
 
 
 @dataclass
@@ -52,7 +56,8 @@ class TrainingLoop:
 
     train_loader: infinite, with `state_dict`/`load_state_dict`. validation_loader: one pass each time it is iterated.
     settings, optimizer, scheduler: nodes of the configuration; settings.max_steps and validate_every are numbers.
-    files: builds and reads the content of a checkpoint. Raises ValueError where a loss or gradient is not finite.
+    files: builds and reads the content of a checkpoint. ranks: who trains together with this process; loaders give its
+    part of every batch. Raises ValueError where a loss or gradient is not finite.
     """
 
     def __init__(
@@ -68,7 +73,9 @@ class TrainingLoop:
         files: RunFiles,
         run_dir: Path,
         seed: int,
+        ranks: Ranks,
     ):
+        self.ranks = ranks
         self.task, self.settings, self.seed = task, settings, seed
         self.run_dir, self.files = run_dir, files
         self.device = choose_device(settings.device)
@@ -77,12 +84,16 @@ class TrainingLoop:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         self.model = model.to(self.device)
-        self.network = torch.compile(self.model) if settings.compile else self.model
         self.train_loader, self.validation_loader = train_loader, validation_loader
         self.optimizer = build_optimizer(self.model, **optimizer)
         self.schedule = dict(scheduler, max_steps=settings.max_steps, lr=optimizer.lr)
         learning_rate(0, **self.schedule)  # a wrong scheduler ends here, not after data were read
         self.average = None if settings.ema_decay is None else WeightAverage(self.model, settings.ema_decay)
+        for resharded in filter(None, (self.model, self.average and self.average.model)):
+            reshard(resharded, ranks, kind=settings.reshard, pieces=settings.reshard_pieces)
+        self.network = synchronised(self.model, ranks)
+        if settings.compile:
+            self.network = torch.compile(self.network)
         self.checkpoints = Checkpoints(run_dir / "checkpoints", keep=settings.keep)
         self.progress = Progress()
 
@@ -102,32 +113,40 @@ class TrainingLoop:
 
     def run(self, tracker) -> Outcome:
         settings, progress = self.settings, self.progress
-        log = MetricsLog(self.run_dir / "metrics.jsonl", last_step=progress.step)
+        log = MetricsLog(self.run_dir / "metrics.jsonl", last_step=progress.step) if self.ranks.is_first else None
         batches = self._batches()
         first, started = progress.step, time.perf_counter()
         stopped_early = self._out_of_patience()
         samples = settings.batch_size * settings.accumulate
         self.model.train()
         with (
-            ProgressBar(progress.step, settings.max_steps, samples=samples, shown=settings.progress) as bar,
-            profiled(self.run_dir, enabled=settings.profile) as profile_step,
+            ProgressBar(
+                progress.step, settings.max_steps, samples=samples, shown=settings.progress and self.ranks.is_first
+            ) as bar,
+            profiled(self.run_dir, enabled=settings.profile and self.ranks.is_first) as profile_step,
+            Interruption() as interruption,
         ):
             while progress.step < settings.max_steps and not stopped_early:
                 progress.step += 1
-                metrics = self._step(batches)
+                metrics, interrupted = self._step(batches, interruption)
                 validated = self._due(settings.validate_every)
                 if validated:
                     metrics |= self.validate()
                     self._note_score(metrics["val/loss"])
                     stopped_early = self._out_of_patience()
-                log.write(progress.step, metrics)
+                if log:
+                    log.write(progress.step, metrics)
                 tracker.log(progress.step, metrics)
                 bar.update(metrics)
                 profile_step()
                 improved = validated and progress.best_step == progress.step
-                if improved or stopped_early or self._due(settings.checkpoint_every or settings.validate_every):
+                due = self._due(settings.checkpoint_every or settings.validate_every)
+                if improved or stopped_early or interrupted or due:
                     self.save()
-        log.close()
+                if interrupted and progress.step < settings.max_steps:
+                    self._leave(interruption)
+        if log:
+            log.close()
         seconds = time.perf_counter() - started
         return Outcome(
             progress=progress,
@@ -137,6 +156,14 @@ class TrainingLoop:
             waiting=self.train_loader.waited / seconds,
             stopped_early=stopped_early,
         )
+
+    def _leave(self, interruption: Interruption) -> None:
+        """Ends the run where it was saved."""
+        if self.ranks.is_first:
+            command = f"python train.py resume={self.run_dir}"
+            print(f"\nsaved at step {self.progress.step}; go on with: {command}", file=sys.stderr, flush=True)
+        self.ranks.wait_for_all()
+        raise interruption.error()
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.settings.max_steps
@@ -150,21 +177,25 @@ class TrainingLoop:
         for drawn in itertools.count((self.progress.step - 1) * self.settings.accumulate):
             yield kept[drawn % number]
 
-    def _step(self, batches) -> dict[str, float]:
-        """One update of the weights from `accumulate` batches; returns what it measured."""
+    def _step(self, batches, interruption: Interruption) -> tuple[dict[str, float], bool]:
+        """One update of the weights from `accumulate` batches; (what it measured, whether a rank was asked to stop)."""
         step, settings = self.progress.step - 1, self.settings
-        torch.manual_seed(step_seed(self.seed, step))
+        torch.manual_seed(step_seed(self.seed, step, part=self.ranks.sample_part))
         drawn = [next(batches) for _ in range(settings.accumulate)]
         drawn = [self.task.augment(batch.to(self.device, non_blocking=True), self.model) for batch in drawn]
-        totals = self.task.total_weights(drawn)
+        totals = self.ranks.sum(self.task.total_weights(drawn))
         losses: dict[str, Tensor] = {}
-        for batch in drawn:
-            with self._autocast():
-                outputs = self.network(batch)
-            sums = {name: weighted for name, (weighted, _) in self.task.sums(outputs, batch).items()}
-            part = self.task.combine(sums, totals, batch.layout)
-            part["loss"].backward()
+        for number, batch in enumerate(drawn, 1):
+            with gathering(self.network, enabled=number == len(drawn)):
+                with self._autocast():
+                    outputs = self.network(batch)
+                sums = {name: weighted for name, (weighted, _) in self.task.sums(outputs, batch).items()}
+                part = self.task.combine(sums, totals, batch.layout)
+                (part["loss"] * self.ranks.world).backward()  # gradients are averaged over ranks, and losses add up
             losses = {name: losses.get(name, 0.0) + value.detach() for name, value in part.items()}
+        asked = torch.tensor(float(interruption.asked is not None), device=self.device)
+        losses = self.ranks.sum({**losses, "asked": asked})
+        interrupted = bool(losses.pop("asked"))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm or math.inf)
         self._check_finite("training loss", losses, norm)
         lr = learning_rate(step, **self.schedule)
@@ -174,7 +205,8 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.update(self.model)
-        return {"train/loss": float(losses["loss"]), "train/lr": lr, "train/gradient_norm": float(norm)}
+        metrics = {"train/loss": float(losses["loss"]), "train/lr": lr, "train/gradient_norm": float(norm)}
+        return metrics, interrupted
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -191,12 +223,15 @@ class TrainingLoop:
                 sums[name] = sums.get(name, 0.0) + weighted.double()
                 totals[name] = totals.get(name, 0.0) + weight.double()
         self.model.train()
-        losses = self.task.combine(sums, totals, batch.layout)
+        sums, totals = self.ranks.sum(sums), self.ranks.sum(totals)
+        losses = self.task.combine(sums, totals, self.validation_loader.dataset.layout)
         self._check_finite("validation loss", losses)
         return {f"val/{name}" if name == "loss" else f"val/loss/{name}": float(losses[name]) for name in losses}
 
     def save(self) -> None:
         """Writes a checkpoint of the present step, unless `last` already is one."""
+        if not self.ranks.is_first:
+            return
         progress = self.progress
         state = {
             "optimizer": self.optimizer.state_dict(),
@@ -239,27 +274,6 @@ class TrainingLoop:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def step_seed(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step) % 2**63
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """float32 or bf16; `auto` is bf16 where the device has instructions for it. Raises ValueError for unknown names."""
-    if name not in PRECISIONS:
-        raise ValueError(f"trainer.precision={name} is unknown; use trainer.precision={', '.join(PRECISIONS)}")
-    if name != "auto":
-        return name
-    supported = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if supported else "float32"
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device or the CPU. Raises ValueError for a device that this machine lacks."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"trainer.device={name} is not available here; use trainer.device=auto or cpu") from error
-    return device
+def step_seed(seed: int, step: int, *, part: int = 0) -> int:
+    """The seed of everything random in a step on the ranks that hold one part of the samples."""
+    return (seed * 1_000_003 + step + part * 2**40) % 2**63

@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data.layout import Layout
-from data.loading import BatchLoader
+from data.loading import BatchLoader, SharedFrames
 from models.composition import build_from_config
 from training import environment
 from training.checkpoints import RunFiles, load_weights, read_normalisation
-from training.loop import Outcome, TrainingLoop, choose_device, choose_precision
+from training.devices import choose_device, choose_precision
+from training.job import Job
+from training.loop import Outcome, TrainingLoop
+from training.parallel_prediction import on_all_ranks
+from training.ranks import Mesh, Ranks
 from training.run_folder import OVERRIDES, last_checkpoint
 from training.sizes import TooLarge, batch_size, fitted
-from training.sweep import parent_run
-from training.tracking import build_tracker
+from training.tracking import NoTracker, build_tracker
 from training.tracking_store import resolve_uri
 
 if TYPE_CHECKING:
@@ -77,36 +78,59 @@ def complete(config: DictConfig, data) -> None:
         torch.set_num_threads(trainer.num_threads)
 
 
+def train_on_rank(ranks: Ranks, config: DictConfig, job: Job, data, task) -> str | None:
+    """Trains and scores, on one of the ranks; what a person reads at the end, on the first one."""
+    run = Run(config, data, task, build_model(config, task.layout(data)), job=job, ranks=ranks)
+    with run.tracked():
+        outcome = run.train()
+        findings = run.score()
+    return run.summary(outcome, findings) if ranks.is_first else None
+
+
 class Run:
-    """Everything of one run. directory: Hydra's output folder.
+    """Everything of one run, on one of its ranks; the first writes its files.
 
     Nothing is written before data, statistics and loaders exist. Raises ValueError where a setting does not fit them.
     """
 
-    def __init__(self, config: DictConfig, data, task, model: nn.Module):
+    def __init__(self, config: DictConfig, data, task, model: nn.Module, *, job: Job, ranks: Ranks):
         complete(config, data)
         trainer = config.trainer
         if config.tracking.enabled:
             resolve_uri(config.tracking.uri)
-        self.config, self.data, self.task = config, data, task
-        self.directory = Path(HydraConfig.get().runtime.output_dir)
+        self.config, self.data, self.task, self.job, self.ranks = config, data, task, job, ranks
+        self.directory = job.directory
         checkpoint = last_checkpoint(self.directory) if config.resume else None
-        self.normalisation = read_normalisation(checkpoint) if checkpoint else task.fit(data)
+        self.normalisation = ranks.from_first(lambda: read_normalisation(checkpoint) if checkpoint else task.fit(data))
         train_set, validation_set = (task.dataset(data, split, self.normalisation) for split in ("train", "validation"))
         self.loop = TrainingLoop(
             model,
             task,
-            BatchLoader(train_set, batch_size=trainer.batch_size, seed=config.seed),
-            BatchLoader(validation_set, batch_size=trainer.batch_size, shuffle=False),
+            self._loader(train_set, seed=config.seed),
+            self._loader(validation_set, shuffle=False),
             settings=trainer,
             optimizer=config.optimizer,
             scheduler=config.scheduler,
             files=RunFiles(self._description(train_set.layout), self.normalisation),
             run_dir=self.directory,
             seed=config.seed,
+            ranks=ranks,
         )
         if checkpoint:
             self.loop.resume(checkpoint)
+
+    def _loader(self, dataset, **settings) -> BatchLoader:
+        """This rank's part of every batch: its samples, and of them its frames."""
+        ranks = self.ranks
+        if ranks.mesh.cp > 1:
+            dataset = SharedFrames(dataset, *ranks.frames(dataset.layout.frames))
+        return BatchLoader(
+            dataset,
+            batch_size=self.config.trainer.batch_size // ranks.mesh.dp,
+            rank=ranks.sample_part,
+            world=ranks.mesh.dp,
+            **settings,
+        )
 
     def _description(self, layout) -> dict:
         """What `models.composition.load` needs to build the same model again."""
@@ -119,13 +143,15 @@ class Run:
     @contextmanager
     def tracked(self):
         """Writes what the run is made of, and keeps its MLflow run open until the end, however it ends."""
+        if not self.ranks.is_first:
+            self.tracker = NoTracker()
+            yield
+            return
         self._write_files()
-        hydra = HydraConfig.get()
-        self.tracker = build_tracker(
-            self.config.tracking, self.directory, run_name=run_name(hydra), parent=parent_run()
-        )
-        self.tracker.tags(run_tags(self.config, hydra, self.directory))
-        self.tracker.params(run_parameters(self.config, hydra))
+        job = self.job
+        self.tracker = build_tracker(self.config.tracking, self.directory, run_name=job.name, parent=job.parent)
+        self.tracker.tags(run_tags(self.config, job))
+        self.tracker.params(run_parameters(self.config, job))
         status = "FAILED"
         try:
             yield
@@ -146,9 +172,7 @@ class Run:
             self.tracker.finish(status)
 
     def _write_files(self) -> None:
-        overrides = [
-            item for item in HydraConfig.get().overrides.task if not item.startswith(("resume=", "model/size="))
-        ]
+        overrides = [item for item in self.job.overrides if not item.startswith(("resume=", "model/size="))]
         overrides.append(f"model/size={self.config.model.size}")  # what was automatic stays on another machine
         contents = {
             "config.yaml": OmegaConf.to_yaml(self.config, resolve=True),
@@ -171,18 +195,24 @@ class Run:
             "parameters": sum(parameter.numel() for parameter in self.loop.model.parameters()),
         }
         self.tracker.log(progress.step, figures)
-        # What a comparison of runs reads where there is no tracking store.
-        (self.directory / "outcome.json").write_text(json.dumps(figures, indent=1) + "\n")
+        if self.ranks.is_first:  # what a comparison of runs reads where there is no tracking store
+            (self.directory / "outcome.json").write_text(json.dumps(figures, indent=1) + "\n")
         return outcome
 
-    def score(self) -> Findings:
-        """Scores of the best checkpoint on the test split, beside the baselines, with the files of an evaluation."""
+    def score(self) -> Findings | None:
+        """Scores of the best checkpoint on the test split, beside the baselines, with the files of an evaluation; on
+        the first rank."""
+        network, best = self.loop.evaluation_model, self.directory / "checkpoints" / "best"
+        self.ranks.wait_for_all()  # the first one has written it
+        load_weights(network, best)
+        with on_all_ranks(network, self.ranks) as model:
+            return self._scored(model, best) if self.ranks.is_first else None
+
+    def _scored(self, model: nn.Module, best: Path) -> Findings:
         from evaluation.run_evaluation import Choices, metrics
         from evaluation.run_folder import RunFolder
         from evaluation.stacking import fit_stacking
 
-        model, best = self.loop.evaluation_model, self.directory / "checkpoints" / "best"
-        load_weights(model, best)
         stacking = fit_stacking(model, self.task, self.data, self.normalisation)
         if stacking is not None:
             stacking.write(best)
@@ -211,7 +241,7 @@ class Run:
         )
 
 
-def describe(config: DictConfig, data, task, layout: Layout, *, automatic: bool) -> str:
+def describe(config: DictConfig, data, task, layout: Layout, mesh: Mesh, *, automatic: bool) -> str:
     """`dry_run=true`: parts, parameters and shapes for one training batch, and the memory a step needs.
 
     A model that does not fit this machine, or whose data are elsewhere, is made on the meta device. automatic: whether
@@ -222,7 +252,7 @@ def describe(config: DictConfig, data, task, layout: Layout, *, automatic: bool)
 
     reason = "" if data.available else "the data's files are not given"
     try:
-        config = fitted(config, layout, automatic=automatic)
+        config = fitted(config, layout, mesh, automatic=automatic)
     except TooLarge as error:
         reason = str(error)
     complete(config, data)
@@ -241,36 +271,26 @@ def describe(config: DictConfig, data, task, layout: Layout, *, automatic: bool)
     )
 
 
-def run_name(hydra) -> str:
-    """A sweep's job is named by what was typed, a single run by its preset."""
-    if hydra.mode != RunMode.MULTIRUN:
-        return hydra.runtime.choices.model
-    typed = [
-        item for item in hydra.overrides.task if not item.startswith(("tracking", "data.path", "trainer.progress"))
-    ]
-    return " ".join(typed)[:250]
-
-
-def run_tags(config: DictConfig, hydra, directory: Path) -> dict[str, str]:
-    choices = hydra.runtime.choices
+def run_tags(config: DictConfig, job: Job) -> dict[str, str]:
+    choices = job.choices
     return {
-        "model": choices.model,
+        "model": choices["model"],
         **{part: choices[f"model/{part}"] for part in PARTS},
         # Scalars: model.attention=x leaves the group's choice as it was.
         "attention": config.model.attention,
         "size": config.model.size,
-        "data": choices.data,
-        "task": choices.task,
+        "data": choices["data"],
+        "task": choices["task"],
         "git_commit": environment.git_commit(),
-        "command": environment.command(),
-        "output_dir": str(directory.absolute()),
+        "command": job.command,
+        "output_dir": str(job.directory.absolute()),
     }
 
 
-def run_parameters(config: DictConfig, hydra) -> dict[str, str]:
+def run_parameters(config: DictConfig, job: Job) -> dict[str, str]:
     """What a user varies, as flat names with dots: the scalars of every group, and options of parts that were typed."""
-    typed = {item.split("=")[0].lstrip("+") for item in hydra.overrides.task}
-    flat = {"seed": config.seed, **{f"model.{part}": hydra.runtime.choices[f"model/{part}"] for part in PARTS}}
+    typed = {item.split("=")[0].lstrip("+") for item in job.overrides}
+    flat = {"seed": config.seed, **{f"model.{part}": job.choices[f"model/{part}"] for part in PARTS}}
 
     def walk(node: dict, prefix: str) -> None:
         for key, value in node.items():

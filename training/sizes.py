@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from omegaconf import DictConfig
 
 from data.layout import Layout
 from models.composition import with_size
 from models.memory import available_bytes, training_bytes
-from training.loop import choose_device, choose_precision
+from training.devices import choose_device, choose_precision
+from training.ranks import Mesh
 
 DEFAULT_BATCH_SIZE = 8
 SIZES = ("tiny", "small", "base", "production")  # conf/model/size, ascending
@@ -17,21 +19,22 @@ class TooLarge(ValueError):
     """A forced size, or the smallest one, does not fit."""
 
 
-def fitted(config: DictConfig, layout: Layout, *, automatic: bool) -> DictConfig:
+def fitted(config: DictConfig, layout: Layout, mesh: Mesh, *, automatic: bool) -> DictConfig:
     """The configuration at a size whose training fits the memory of a rank.
 
-    config: at the size that was asked for or, automatic, that the data recommends: the largest that is tried. Says in a
-    line what was chosen. Raises TooLarge where a forced size, or even the smallest one, does not fit.
+    config: at the size that was asked for or, automatic, that the data recommends: the largest that is tried. mesh: the
+    ranks that share the work. Says in a line what was chosen. Raises TooLarge where a forced size, or even the smallest
+    one, does not fit.
     """
     device = choose_device(config.trainer.device)
-    available = available_bytes(device)
+    available = available_bytes(device, ranks=mesh.world)
     wanted = config.model.size
-    while (needed := _needed(config, layout)) > available:
+    while (needed := _needed(config, layout, mesh)) > available:
         smaller = SIZES.index(config.model.size) - 1 if config.model.size in SIZES else -1
         if not automatic or smaller < 0:
             raise TooLarge(
                 f"model/size={config.model.size} needs about {_gib(needed)} to train with "
-                f"trainer.batch_size={batch_size(config)}, and this {device.type} device has {_gib(available)}; "
+                f"trainer.batch_size={batch_size(config)}, and {_share(device, mesh)} has {_gib(available)}; "
                 f"use {_advice(config, smaller)}"
             )
         config = with_size(SIZES[smaller])
@@ -50,9 +53,19 @@ def batch_size(config: DictConfig) -> int:
     return (config.data.get("recommended") or {}).get("batch_size", DEFAULT_BATCH_SIZE)
 
 
-def _needed(config: DictConfig, layout: Layout) -> int:
+def _needed(config: DictConfig, layout: Layout, mesh: Mesh) -> int:
     precision = choose_precision(config.trainer.precision, choose_device(config.trainer.device))
-    return training_bytes(config, layout, batch_size=batch_size(config), sixteen_bit=precision in ("bf16", "fp16"))
+    return training_bytes(
+        config,
+        layout,
+        batch_size=max(1, batch_size(config) // mesh.dp),
+        frame_parts=mesh.cp,
+        sixteen_bit=precision in ("bf16", "fp16"),
+    )
+
+
+def _share(device: torch.device, mesh: Mesh) -> str:
+    return f"this {device.type} device" if mesh.world == 1 else f"each of {mesh.world} ranks on {device.type}"
 
 
 def _advice(config: DictConfig, smaller: int) -> str:

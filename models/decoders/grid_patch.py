@@ -24,7 +24,6 @@ class GridPatchDecoder(nn.Module):
     calendar: what is known of the target's date (season_and_hour, hour, none).
     """
 
-    frame_local = False
     writes_latent_grid = True
 
     def __init__(

@@ -45,8 +45,6 @@ class PerceiverIODecoder(nn.Module):
     chunk_size: places decoded at a time (None: all), with the same result. Raises ValueError on values not allowed.
     """
 
-    frame_local = False
-
     def __init__(
         self,
         layout: Layout,

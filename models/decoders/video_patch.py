@@ -25,7 +25,6 @@ class VideoPatchDecoder(nn.Module):
     none).
     """
 
-    frame_local = True
     writes_latent_grid = True
     requires_rows = False
 

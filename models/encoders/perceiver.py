@@ -127,7 +127,6 @@ class PerceiverEncoder(nn.Module):
     Raises ValueError on values not allowed.
     """
 
-    frame_local = False
     reads_observations = True
 
     def __init__(
@@ -176,6 +175,7 @@ class PerceiverEncoder(nn.Module):
                 "model.encoder.frames=each needs inputs of equally many frames; use model.encoder.frames=joint"
             )
         self.frames = frames
+        self.frame_local = frames == "each"
         if layout.observations is not None and not embed:
             raise ValueError("model.encoder.embed=false reads no observations; use model.encoder.embed=true")
         widths = {item.channels for item in layout.inputs.values()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn, where
 
 from data.batch import Batch
@@ -51,15 +52,18 @@ class GriddedTask:
                 weights = weights.expand_as(target.values)
                 if target.presence is not None:
                     weights = weights * target.presence
-                totals[name] = totals.get(name, 0.0) + weights.sum((0, *range(3, weights.ndim)))
+                totals[name] = totals.get(name, 0.0) + _all_leads(
+                    weights.sum((0, *range(3, weights.ndim))), batch, name
+                )
         return totals
 
     def sums(self, outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Area-weighted error sums and weight sums, per target: (L, C) each."""
-        head = self.head()
-        return {
-            name: head.loss(output, batch.wanted(name), _area_weights(batch, name)) for name, output in outputs.items()
-        }
+        """Area-weighted error sums and weight sums, per target: (L, C) each; 0 for lead times the batch has not."""
+        head, found = self.head(), {}
+        for name, output in outputs.items():
+            error, weight = head.loss(output, batch.wanted(name), _area_weights(batch, name))
+            found[name] = _all_leads(error, batch, name), _all_leads(weight, batch, name)
+        return found
 
     def combine(self, sums: Mapping[str, Tensor], totals: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         """Losses from error sums (L, C) and total weights (L, C): one a variable, and `loss`, the one to minimise.
@@ -88,6 +92,14 @@ class GriddedTask:
         from evaluation.run_evaluation import evaluate_windows
 
         return evaluate_windows(run, model, self, data, normalisation, choices)
+
+
+def _all_leads(sums: Tensor, batch: Batch, name: str) -> Tensor:
+    """Sums (l, C) over the lead times of a batch's frames, among zeros for those of other frames: (L, C)."""
+    if batch.share is None:
+        return sums
+    held = torch.tensor(batch.share.leads(batch.layout, name), device=sums.device)
+    return sums.new_zeros(len(batch.layout.targets[name].lead_times), sums.shape[1]).index_copy(0, held, sums)
 
 
 def _area_weights(batch: Batch, name: str) -> Tensor:

@@ -60,7 +60,7 @@ class LeaveOutTask(GriddedTask):
         from evaluation.run_evaluation import Findings, output_folder
         from evaluation.summary import SCORES_FILE, write_json
 
-        choices.only("checkpoint", "report", "predictions", task="leave_out")
+        choices.only("checkpoint", task="leave_out")
         folder = output_folder(run, choices)
         folder.mkdir(exist_ok=True)
         scores = score_leave_out(model, self.dataset(data, "validation", statistics))
