@@ -52,10 +52,13 @@ class Choices:
         return Choices(**chosen)
 
     def only(self, *names: str, task: str) -> None:
-        """Raises ValueError where another option than `names` is chosen: it would have no effect for the task."""
+        """Raises ValueError where another option than `names` is chosen: it would have no effect for the task.
+
+        Not to write a file is no choice where none is written.
+        """
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name not in names and value != item.default and value != {}:
+            if item.name not in names and value not in (item.default, {}, False):
                 raise ValueError(
                     f"{item.name}={value} has no effect for task={task}; leave it out (what has: {', '.join(names)})"
                 )
