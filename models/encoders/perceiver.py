@@ -76,11 +76,11 @@ class ObservationRows(nn.Module):
         for layer in (self.value, self.place, self.age):
             linear_(layer)
 
-    def forward(self, observations: Observations, *, each: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, observations: Observations, base_time: Tensor, *, each: bool) -> tuple[Tensor, Tensor]:
         batch, frames = observations.times.shape
         coordinates = torch.stack([observations.latitude, observations.longitude], dim=-1)
         places = geographic_features(coordinates, self.num_bands, Points([[0.0, 0.0]]), spacing=self.spacing)
-        age = (observations.time - observations.times[observations.batch, -1]).float()
+        age = (observations.time - base_time[observations.batch]).float()
         rows = self.value(self.tokenizer(observations)) + self.place(places) + self.age(lead_features(age))
         group = observations.batch * frames + observations.frame if each else observations.batch
         groups = batch * frames if each else batch
@@ -267,7 +267,7 @@ class PerceiverEncoder(nn.Module):
             valid.append(self._by_frame(present, batch))
         complete = all(field.presence is None for field in batch.inputs.values()) and self.observations is None
         if self.observations is not None:
-            rows, present = self.observations(batch.observations, each=self.frames == "each")
+            rows, present = self.observations(batch.observations, batch.base_time, each=self.frames == "each")
             tokens.append(rows)
             valid.append(present)
         joined = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
