@@ -83,7 +83,7 @@ def _unchanged(item):
 class SharedFrames:
     """A dataset whose batches hold frames first .. first + count - 1 of each window only.
 
-    A dataset that can reads no others: it has `frames_of(indices, first, count) -> Batch`.
+    dataset: of analyses, with `frames_of(indices, first, count) -> Batch`, which reads no others where it can.
     """
 
     def __init__(self, dataset, first: int, count: int):
@@ -94,9 +94,7 @@ class SharedFrames:
         return len(self.dataset)
 
     def __getitems__(self, indices: np.ndarray) -> Batch:
-        if hasattr(self.dataset, "frames_of"):
-            return self.dataset.frames_of(indices, self.first, self.count)
-        return self.dataset.__getitems__(indices).of_frames(self.first, self.count)
+        return self.dataset.frames_of(indices, self.first, self.count)
 
 
 class BatchLoader:

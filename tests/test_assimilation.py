@@ -1,6 +1,7 @@
 """The task `assimilation`: windows, what observations are expected to be, dropout, scores, and input that is bad."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
@@ -108,6 +109,31 @@ def test_batches_from_a_worker_process_are_the_same(network, normalisation):
     there = next(iter(BatchLoader(dataset, batch_size=2, num_workers=1)))
     assert torch.equal(here.observations.value, there.observations.value)
     assert torch.equal(here.targets["analysis"].values, there.targets["analysis"].values)
+
+
+def same(one, other, path="batch"):
+    if isinstance(one, torch.Tensor):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=path)
+    elif is_dataclass(one):
+        for item in fields(one):
+            same(getattr(one, item.name), getattr(other, item.name), f"{path}.{item.name}")
+    elif isinstance(one, Mapping):
+        assert list(one) == list(other), path
+        for key, value in one.items():
+            same(value, other[key], f"{path}.{key}")
+    else:
+        assert one == other, path
+
+
+def test_a_rank_reads_its_frames_only(network, normalisation, monkeypatch):
+    dataset = task_of().dataset(network, "train", normalisation)
+    whole, read = dataset.__getitems__([0, 7]), []
+    kept = type(network).read
+    monkeypatch.setattr(type(network), "read", lambda self, frames: read.append(frames) or kept(self, frames))
+    for first in range(3):
+        read.clear()
+        same(dataset.frames_of([0, 7], first, 1), whole.of_frames(first, 1))
+        assert np.array_equal(np.concatenate(read), dataset.windows[[0, 7], first])
 
 
 def test_training_may_draw_observations_of_its_own(normalisation):

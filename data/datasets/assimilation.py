@@ -5,7 +5,7 @@ Letters: B windows, T frames of each, C variables, S static variables.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.analysis_normalisation import AnalysisNormalisation
-from data.batch import Batch, Field, Reference
+from data.batch import Batch, Field, FrameShare, Reference
 from data.calendars import clock
 from data.datasets.assimilation_data import AssimilationData
 from data.layout import Layout
@@ -83,7 +83,22 @@ class AssimilationDataset:
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """One batch of the samples `indices` (B,), positions in `windows`; every frame is read once."""
-        frames = self.windows[np.asarray(indices)]
+        return self._batch(self.windows[np.asarray(indices)])
+
+    def frames_of(self, indices: Sequence[int], first: int, count: int) -> Batch:
+        """The same samples at frames first .. first + count - 1 only; no other is read."""
+        windows = self.windows[np.asarray(indices)]
+        if self._draw is not None:  # what is drawn belongs to whole windows
+            return self._batch(windows).of_frames(first, count)
+        share = FrameShare(first, count, torch.from_numpy(self.data.times[windows[:, -1]]))
+        return self._batch(windows[:, first : first + count], share)
+
+    @property
+    def _draw(self) -> Callable | None:
+        return getattr(self.data, "drawn_observations", None) if self.split == "train" else None
+
+    def _batch(self, frames: np.ndarray, share: FrameShare | None = None) -> Batch:
+        """frames: (B, T) indices, all of the windows or those of a share."""
         times = torch.from_numpy(self.data.times[frames])
         second_of_day, day_of_year = clock(times, self.data.calendar)
         clocks = {"second_of_day": second_of_day, "day_of_year": day_of_year}
@@ -103,10 +118,11 @@ class AssimilationDataset:
             **clocks,
         )
         return Batch(
-            {"static": self._static(times[:, -1:], day_of_year[:, -1:], second_of_day[:, -1:])},
+            {"static": self._static(times[:, -1] if share is None else share.base_time)},
             {TARGET: target},
             self.layout,
             observations=self._observations(frames, times, clocks),
+            share=share,
         )
 
     def _reference(self, frames: np.ndarray, inverse: Tensor, mean: Tensor, scale: Tensor) -> Reference | None:
@@ -116,7 +132,10 @@ class AssimilationDataset:
         values = ((climatology - mean) / scale).nan_to_num(0.0)
         return Reference(values[inverse], self._spread(self.normalisation.anomaly_scale) / scale)
 
-    def _static(self, times: Tensor, day_of_year: Tensor, second_of_day: Tensor) -> Field:
+    def _static(self, base_time: Tensor) -> Field:
+        """What stands for all frames, at the time of the window's last one, (B,)."""
+        times = base_time[:, None]
+        second_of_day, day_of_year = clock(times, self.data.calendar)
         statistics = self.normalisation.static
         mean, scale = self._spread(statistics.mean), self._spread(statistics.scale)
         values = ((self.data.static - mean) / scale).nan_to_num(0.0)
@@ -132,11 +151,10 @@ class AssimilationDataset:
         )
 
     def _observations(self, frames: np.ndarray, times: Tensor, clocks: dict[str, Tensor]) -> Observations:
-        draw = getattr(self.data, "drawn_observations", None) if self.split == "train" else None
-        if draw is None:
+        if self._draw is None:
             table = self.data.observations(frames.flatten(), self.window)
         else:  # a batch is made of other windows in every epoch, so its draws are new, and repeat where it is repeated
-            table = draw(frames, np.random.default_rng(frames[:, -1]))
+            table = self._draw(frames, np.random.default_rng(frames[:, -1]))
         normalised = self.normalisation.observed(self.data.grid, self.data.channels, table)
         made = replace(normalised.to_observations(times), **clocks)
         if self.places:

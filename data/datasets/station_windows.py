@@ -85,6 +85,10 @@ class StationWindows(AssimilationDataset):
             found.append(truth + NOISE * torch.from_numpy(random.standard_normal(truth.shape)))
         return found
 
+    def frames_of(self, indices: Sequence[int], first: int, count: int) -> Batch:
+        """Analyses of a window need all its observations, so that all of it is read."""
+        return self.__getitems__(indices).of_frames(first, count)
+
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         frames = self.windows[np.asarray(indices)]
         times = torch.from_numpy(self.data.times[frames])
@@ -111,7 +115,7 @@ class StationWindows(AssimilationDataset):
         check(made, self.layout.observations, grid=self.data.grid)
         return Batch(
             {
-                "static": self._static(times[:, -1:], clocks["day_of_year"][:, -1:], clocks["second_of_day"][:, -1:]),
+                "static": self._static(times[:, -1]),
                 BACKGROUND: Field(inputs, VARIABLES, self.data.grid, times, **clocks),
             },
             {TARGET: target},
