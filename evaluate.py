@@ -2,6 +2,7 @@
 
 python evaluate.py run=<output folder or MLflow run id>            scores, predictions.nc, report.html
 python evaluate.py run=<...> weights=cos split=validation          other choices
+python evaluate.py run=<...> +cp=8                                 on eight ranks
 python evaluate.py compare=<sweep folder or MLflow experiment>     one table: CSV, Markdown, HTML
 """
 
@@ -26,57 +27,27 @@ def main(config: DictConfig) -> None:
             raise ValueError(f"there is no option {min(unknown)}; python evaluate.py --help lists the options")
         if config.num_threads is not None and config.num_threads < 1:
             raise ValueError(f"num_threads={config.num_threads} must be at least 1; null takes torch's default")
-        print(evaluate(config) if config.compare is None else compare(config))
+        text = evaluate(config) if config.compare is None else compare(config)
+        if text is not None:  # on the first rank
+            print(text)
     except Exception as error:
         if command_line.TRACEBACKS or not command_line.is_user_error(error):
             raise
         command_line.fail(command_line.sentence(error))
 
 
-def evaluate(config: DictConfig) -> str:
+def evaluate(config: DictConfig) -> str | None:
     """Evaluates one run, writes its files and logs them; returns what a person reads."""
-    import torch
-
     from evaluation.compare import find_run
-    from evaluation.run_evaluation import Choices
-    from training.checkpoints import read_normalisation
-    from training.devices import choose_device
+    from training.launch import launch, mesh_of
+    from training.parallel import check_mesh
+    from training.scoring import score_on_rank
     from training.tracking_store import resolve_uri
 
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
     run = find_run(config.run, uri=resolve_uri(config.uri))
-    model = run.model(config.checkpoint).to(choose_device(config.device))
-    normalisation = read_normalisation(run.checkpoint(config.checkpoint))
-    findings = run.task().evaluate(run, model, run.data(), normalisation, Choices.of(config))
-    if config.log and run.config.tracking.enabled:
-        log(run, findings, config)
-    return findings.text()
-
-
-def log(run, findings, config: DictConfig) -> None:
-    """Adds scores and files to the run's MLflow run; a store that does not answer costs a warning."""
-    import time
-    import warnings
-
-    from evaluation.run_evaluation import metrics
-    from training.tracking_store import Store, resolve_uri
-
-    tracking = run.config.tracking
-    event = {
-        "kind": "metrics",
-        "step": run.last_step,
-        "time": int(time.time() * 1000),
-        "values": metrics(run, findings.folder),
-    }
-    files = [{"kind": "artifact", "path": str(path)} for path in findings.files]
-    try:
-        with Store(resolve_uri(config.uri or tracking.uri), tracking.experiment).run(run.path) as stored:
-            stored.send([event, *files, {"kind": "status", "value": "FINISHED"}])
-    except Exception as error:  # whatever MLflow, its database or the network raise: the files are written
-        warnings.warn(
-            f"not logged to MLflow ({type(error).__name__}: {error}); the files are in {findings.folder}", stacklevel=2
-        )
+    mesh = mesh_of(config.cp, dp=1)
+    check_mesh(mesh, run.config, run.layout(config.checkpoint))
+    return launch(score_on_rank, config, run, mesh=mesh, trainer=config)
 
 
 def compare(config: DictConfig) -> str:

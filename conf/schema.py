@@ -93,6 +93,8 @@ class Evaluate:
     output: Optional[str] = None
     log: bool = True
     uri: Optional[str] = None
+    cp: Optional[int] = None
+    timeout: float = 600.0
 
 
 def register() -> None:

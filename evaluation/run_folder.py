@@ -10,6 +10,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.layout import Layout
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -89,6 +91,14 @@ class RunFolder:
             allowed = f"it has {', '.join(found)}" if found else "train it longer, until it has saved one"
             raise ValueError(f"run={self.path} has no checkpoint {name!r}; {allowed}")
         return folder
+
+    def layout(self, checkpoint: str) -> Layout:
+        """What the model of a checkpoint was built for. Raises ValueError where the file is damaged."""
+        path = self.checkpoint(checkpoint) / "config.json"
+        try:
+            return Layout.from_dict(json.loads(path.read_text())["layout"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); try checkpoint=last") from error
 
     def data(self):
         """The GriddedData of the run."""
