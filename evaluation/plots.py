@@ -34,8 +34,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
 def png(figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
-    # Constrained layout lets the labels of colour bars hang out of tall figures; tight follows what is drawn.
-    figure.savefig(buffer, format="png", bbox_inches="tight")
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
@@ -135,8 +134,17 @@ def maps(
                 text = (
                     f"{label} ({units or 'data units'})" if column == 1 else f"{made} - truth ({units or 'data units'})"
                 )
+                # Shares of the whole height: on tall figures the defaults leave a gap above and cut the label below.
                 figure.colorbar(
-                    image, ax=where, location="bottom", extend="both", aspect=20 * column_count, shrink=0.75, label=text
+                    image,
+                    ax=where,
+                    location="bottom",
+                    extend="both",
+                    aspect=20 * column_count,
+                    shrink=0.75,
+                    fraction=0.15 / len(leads),
+                    pad=0.1 / len(leads),
+                    label=text,
                 )
     figure.suptitle(f"{label}, {title}" if title else label, fontsize=12)
     return figure

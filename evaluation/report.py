@@ -196,8 +196,9 @@ def _pictures(found: Evaluation, run: RunFolder, data, example: tuple[int, Tenso
 
 def _dated(found: Evaluation, number: int) -> str:
     """What a date says of one or several of the evaluation's products."""
-    product = found.product if number == 1 else found.products
-    return f"{product} started" if found.product == "forecast" else f"{product} of windows that end at"
+    if found.product == "analysis":
+        return "analysis of the window that ends" if number == 1 else "analyses of windows that end"
+    return "forecast started" if number == 1 else "forecasts started"
 
 
 def _image(figure, description: str) -> str:
