@@ -105,6 +105,7 @@ class BatchLoader:
     starts anew.
     position: samples drawn so far by all ranks; a training loader continues from it exactly, with any num_workers.
     num_workers: processes (forkserver) that prepare batches ahead; None takes the data's, 0 prepares in this process.
+    pin: batches in page-locked memory, for copies to a GPU beside its work.
     fake: repeat the first batch, which shows what loading costs. rank, world: this rank reads its own part of each
     global batch. `waited` counts the seconds the consumer spent waiting for batches.
     """
@@ -119,6 +120,7 @@ class BatchLoader:
         position: int = 0,
         num_workers: int | None = None,
         fake: bool | None = None,
+        pin: bool = False,
         rank: int = 0,
         world: int = 1,
     ):
@@ -128,7 +130,7 @@ class BatchLoader:
         self.dataset, self.shuffle = dataset, shuffle
         self.num_workers = dataset.data.num_workers if num_workers is None else num_workers
         self.fake = dataset.data.fake if fake is None else fake
-        self.waited = 0.0
+        self.pin, self.waited = pin, 0.0
         self._plan = _Plan(len(dataset), batch_size, shuffle, seed, rank, world)
         self._position = position
         self._template: Batch | None = None
@@ -154,7 +156,7 @@ class BatchLoader:
         if not self.shuffle:
             self._position = 0
         self._plan.position = self._position
-        batches = self._prepared() if self.num_workers else map(self.dataset.__getitems__, self._plan)
+        batches = self._prepared() if self.num_workers else map(self._read, self._plan)
         if self.fake:
             first = next(batches)
             batches = (first for _ in self._plan)
@@ -166,6 +168,10 @@ class BatchLoader:
                 return
             self._position += self._plan.stride
             yield batch
+
+    def _read(self, indices: np.ndarray) -> Batch:
+        batch = self.dataset.__getitems__(indices)
+        return batch.pin_memory() if self.pin else batch
 
     def _prepared(self) -> Iterator[Batch]:
         """Batches from worker processes, in order."""
@@ -183,6 +189,7 @@ class BatchLoader:
                 num_workers=self.num_workers,
                 multiprocessing_context=processes,
                 persistent_workers=True,
+                pin_memory=self.pin,
                 # Its own generator: drawing worker seeds must not disturb the model's random numbers.
                 generator=torch.Generator(),
             )

@@ -20,6 +20,7 @@ from training import environment
 from training.checkpoints import RunFiles, load_weights, read_normalisation
 from training.devices import choose_device, choose_precision
 from training.job import Job
+from training.launch import threads_per_rank
 from training.loop import Outcome, TrainingLoop
 from training.parallel_prediction import on_all_ranks
 from training.ranks import Mesh, Ranks
@@ -78,8 +79,9 @@ def complete(config: DictConfig, data) -> None:
         torch.set_num_threads(trainer.num_threads)
 
 
-def train_on_rank(ranks: Ranks, config: DictConfig, job: Job, data, task) -> str | None:
+def train_on_rank(ranks: Ranks, config: DictConfig, job_here: Job, data, task) -> str | None:
     """Trains and scores, on one of the ranks; what a person reads at the end, on the first one."""
+    job = ranks.from_first(lambda: job_here)  # under torchrun Hydra gives every process a folder of its own
     run = Run(config, data, task, build_model(config, task.layout(data)), job=job, ranks=ranks)
     with run.tracked():
         outcome = run.train()
@@ -127,6 +129,8 @@ class Run:
         return BatchLoader(
             dataset,
             batch_size=self.config.trainer.batch_size // ranks.mesh.dp,
+            num_workers=min(self.data.num_workers, threads_per_rank(ranks.world)) if ranks.world > 1 else None,
+            pin=choose_device(self.config.trainer.device).type == "cuda",
             rank=ranks.sample_part,
             world=ranks.mesh.dp,
             **settings,
@@ -156,7 +160,7 @@ class Run:
         try:
             yield
             status = "FINISHED"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
             raise
         finally:
