@@ -44,6 +44,8 @@ class Trainer:
     overfit_batches: int = 0
     reshard: str = "all_to_all"
     reshard_pieces: int = 1
+    fsdp: bool = False
+    async_checkpoint: bool = False
     timeout: float = 600.0
     profile: bool = False
     progress: bool = True

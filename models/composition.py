@@ -31,6 +31,7 @@ from models.heads import build_head
 from models.latents import LatentLayout
 from models.patches import patches_of
 from models.refusals import adapter_grid, refuse
+from models.stored_weights import fill
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 FORMAT = 1
@@ -169,21 +170,23 @@ def load(directory: str | Path, *, ema: bool = True) -> EncodeProcessDecode:
             if "attention" in config.model[part]:
                 config.model[part].attention = "auto"
     model = build_from_config(config, Layout.from_dict(stored["layout"]))
-    _fill(model, folder / ("ema.safetensors" if ema and stored["averaged"] else "model.safetensors"))
+    _fill(model, folder, "ema" if ema and stored["averaged"] else "model")
     return model.eval()
 
 
-def _fill(model: nn.Module, path: Path) -> None:
+def _fill(model: nn.Module, folder: Path, name: str) -> None:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        model.load_state_dict(load_file(path))
+        fill(model, folder, name)
     except FileNotFoundError as error:
-        raise ValueError(f"{path.parent} lacks {path.name}; use another checkpoint of the run, like last") from error
-    except (SafetensorError, RuntimeError) as error:
+        missing = Path(error.filename).name
+        raise ValueError(f"{folder} lacks {missing}; use another checkpoint of the run, like last") from error
+    except (SafetensorError, RuntimeError, LookupError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is damaged or of another model ({reason}); use another checkpoint") from error
+        raise ValueError(
+            f"the weights {name!r} of {folder} are damaged or of another model ({reason}); use another checkpoint"
+        ) from error
 
 
 def _part(model: Mapping[str, Any], place: str, *layouts: Layout | LatentLayout, **injected: Any) -> nn.Module:

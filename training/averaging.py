@@ -7,11 +7,14 @@ import copy
 import torch
 from torch import nn
 
+from training.sharding import local
+
 
 class WeightAverage:
     """average <- d * average + (1 - d) * weights, with d = min(decay, (1 + n) / (10 + n)) after n updates.
 
-    The ramp lets short runs forget their initialisation. Buffers are copied. `model`: the averaged twin, in eval mode.
+    The ramp lets short runs forget their initialisation. Buffers are copied. `model`: the averaged twin, in eval mode;
+    where weights are sharded over ranks, so is it, and each rank averages what it holds.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -26,8 +29,9 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages, weights = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - decay)
+        averages = [local(average) for average in self.model.parameters()]
+        weights = [local(weight.detach()) for weight in model.parameters()]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
         self.updates += 1

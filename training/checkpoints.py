@@ -1,7 +1,8 @@
 """Checkpoints: folders that are complete or absent, the format of `docs/architecture.md`.
 
 A folder is written beside its place, synced to the disk and renamed; `last` and `best` are relative symlinks that are
-replaced atomically. Nothing that is read back can run code: safetensors, JSON and `torch.load(weights_only=True)`.
+replaced atomically. Where weights are sharded over ranks, all of them write and the first one renames. Nothing that is
+read back can run code: safetensors, JSON and `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from models.stored_weights import SHARDS, fill
 from training.averaging import WeightAverage
+from training.sharding import ShardWriter, copied, is_sharded, with_tensors, without_tensors
 
 if TYPE_CHECKING:
     from data.analysis_normalisation import AnalysisNormalisation
@@ -35,14 +40,26 @@ _STEP = re.compile(r"step_(\d+)")
 class Checkpoints:
     """The `checkpoints` folder of a run.
 
-    folder: `<run>/checkpoints`. keep: how many of the newest to keep; `best` is kept besides.
+    folder: `<run>/checkpoints`. keep: how many of the newest to keep; `best` is kept besides. background: whether to
+    write while the run goes on, one checkpoint at a time; what goes wrong then is raised by the next `save` or `wait`.
+    shards: given where weights are sharded; then every rank saves, and the one where is_first completes the folder.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 1):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 1,
+        background: bool = False,
+        shards: ShardWriter | None = None,
+        is_first: bool = True,
+    ):
         if keep < 1:
             raise ValueError(f"trainer.keep={keep} must be at least 1")
-        self.folder = folder
-        self.keep = keep
+        self.folder, self.keep = folder, keep
+        self.shards, self.is_first = shards, is_first
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        self._pending: Future | None = None
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
@@ -54,35 +71,73 @@ class Checkpoints:
         matches = (_STEP.fullmatch(entry.name) for entry in self.folder.iterdir() if not entry.is_symlink())
         return sorted(int(match.group(1)) for match in matches if match)
 
-    def save(self, step: int, files: dict[str, bytes], *, best_step: int | None) -> Path:
+    def save(
+        self,
+        step: int,
+        files: Mapping[str, bytes],
+        *,
+        best_step: int | None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> Path:
         """Writes one checkpoint, points `last` at it and `best` at `best_step`, removes what is no longer kept.
 
-        Raises OSError with one sentence when the disk refuses; earlier checkpoints stay as they were.
+        files: name and content. tensors: sharded ones, of which every rank writes what it holds. Raises OSError with
+        one sentence when the disk refuses; earlier checkpoints stay as they were.
         """
-        target, beside = self.path(step), self.folder / f".step_{step:08d}.part"
+        self.wait()
+        if self._thread is None:
+            self._write(step, files, best_step, tensors)
+        else:
+            tensors = None if tensors is None else copied(tensors)
+            self._pending = self._thread.submit(self._write, step, files, best_step, tensors)
+        return self.path(step)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written. Raises what went wrong with the checkpoint before."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(
+        self, step: int, files: Mapping[str, bytes], best_step: int | None, tensors: Mapping[str, Tensor] | None
+    ) -> None:
+        beside = self.folder / f".step_{step:08d}.part"
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            for name, content in files.items():
-                _write(beside / name, content)
-            _sync_folder(beside)
-            if target.exists():  # left by a process that was killed before `last` pointed here
-                shutil.rmtree(target)
-            os.rename(beside, target)
-            self._point("last", step)
-            if best_step is not None:
-                self._point("best", best_step)
-            _sync_folder(self.folder)
+            if self.is_first:
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir(parents=True)
+            if tensors is not None:
+                self.shards.wait_for_all()  # until the folder is there
+                self.shards.write(beside / SHARDS, tensors)
+            if self.is_first:
+                self._complete(step, beside, files, best_step)
         except OSError as error:
-            shutil.rmtree(beside, ignore_errors=True)
+            if self.is_first:
+                shutil.rmtree(beside, ignore_errors=True)
             kept = self.steps()
             earlier = f"the checkpoint of step {kept[-1]} is intact" if kept else "no earlier checkpoint exists"
             raise OSError(
                 f"cannot write the checkpoint of step {step} in {self.folder} ({error.strerror or error}); {earlier}; "
                 f"free some space and type: python train.py resume={self.folder.parent}"
             ) from error
-        self._prune(best_step)
-        return target
+        if self.is_first:
+            self._prune(best_step)
+
+    def _complete(self, step: int, beside: Path, files: Mapping[str, bytes], best_step: int | None) -> None:
+        """Adds the files, then lets the folder appear at its place."""
+        target = self.path(step)
+        for name, content in files.items():
+            _write(beside / name, content)
+        for folder in (beside / SHARDS, beside):
+            if folder.is_dir():
+                _sync_folder(folder)
+        if target.exists():  # left by a process that was killed before `last` pointed here
+            shutil.rmtree(target)
+        os.rename(beside, target)
+        self._point("last", step)
+        if best_step is not None:
+            self._point("best", best_step)
+        _sync_folder(self.folder)
 
     def recover(self, step: int, best_step: int | None) -> None:
         """Puts the folder back to how it was right after `step` was saved: what a killed process left behind goes."""
@@ -122,31 +177,41 @@ class RunFiles:
             "normalisation.json": _json(metadata),
         }
 
-    def content(self, model: nn.Module, average: WeightAverage | None, state: dict) -> dict[str, bytes]:
-        """File names and bytes. state: what only training needs; plain containers, numbers and tensors."""
-        files = {
-            "config.json": _json({**self._description, "averaged": average is not None}),
-            **self._constant,
-            "model.safetensors": _tensors(model.state_dict()),
-        }
+    def content(
+        self, model: nn.Module, average: WeightAverage | None, optimizer: torch.optim.Optimizer, state: dict
+    ) -> tuple[dict[str, bytes], dict[str, Tensor] | None]:
+        """(names and bytes of files, sharded tensors or None). state: what only training needs besides; plain
+        containers, numbers and tensors."""
+        weights = {"model": model.state_dict()}
+        state = dict(state, optimizer=optimizer.state_dict())
         if average is not None:
-            files["ema.safetensors"] = _tensors(average.model.state_dict())
-            state = dict(state, average_updates=average.updates)
+            weights["ema"] = average.model.state_dict()
+            state["average_updates"] = average.updates
+        files = {"config.json": _json({**self._description, "averaged": average is not None}), **self._constant}
+        shards = None
+        if is_sharded(model):
+            state["optimizer"], shards = without_tensors(state["optimizer"])
+            shards |= {f"{name}.{key}": tensor for name, held in weights.items() for key, tensor in held.items()}
+        else:
+            files |= {f"{name}.safetensors": _tensors(held) for name, held in weights.items()}
         buffer = io.BytesIO()  # straight to a file, torch.save reports a full disk without its errno
         torch.save(state, buffer)
-        files["training_state.pt"] = buffer.getvalue()
-        return files
+        return {**files, "training_state.pt": buffer.getvalue()}, shards
 
-    def read(self, checkpoint: Path, model: nn.Module, average: WeightAverage | None) -> dict:
-        """Fills model and average, returns the state. Raises ValueError when a file is damaged or does not fit."""
+    def read(
+        self, checkpoint: Path, model: nn.Module, average: WeightAverage | None, optimizer: torch.optim.Optimizer
+    ) -> dict:
+        """Fills model, average and optimiser, sharded or whole, from a checkpoint of either kind; returns the rest.
+        Raises ValueError when a file is damaged or does not fit."""
         with _readable(checkpoint):
-            _fill(model, checkpoint / "model.safetensors")
+            fill(model, checkpoint, "model")
             state = torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
             if average is not None and "average_updates" in state:
-                _fill(average.model, checkpoint / "ema.safetensors")
+                fill(average.model, checkpoint, "ema")
                 average.updates = state["average_updates"]
             elif average is not None:  # averaging starts with this resume
                 average.model.load_state_dict(model.state_dict())
+            optimizer.load_state_dict(with_tensors(state.pop("optimizer"), checkpoint, optimizer))
         return state
 
 
@@ -154,7 +219,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Averaged weights where the checkpoint was saved with them, else the trained ones."""
     with _readable(checkpoint):
         averaged = json.loads((checkpoint / "config.json").read_text())["averaged"]
-        _fill(model, checkpoint / ("ema.safetensors" if averaged else "model.safetensors"))
+        fill(model, checkpoint, "ema" if averaged else "model")
 
 
 def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisation | InnovationStatistics:
@@ -183,7 +248,7 @@ def _readable(checkpoint: Path):
     except (
         SafetensorError,
         RuntimeError,
-        KeyError,
+        LookupError,
         TypeError,
         pickle.UnpicklingError,
         EOFError,
@@ -194,10 +259,6 @@ def _readable(checkpoint: Path):
             f"the checkpoint {checkpoint} is damaged or belongs to another model ({reason}); "
             "use another checkpoint of the run, and to resume the overrides that it was started with"
         ) from error
-
-
-def _fill(model: nn.Module, path: Path) -> None:
-    model.load_state_dict(load(path.read_bytes()))
 
 
 def _tensors(tensors: dict[str, Tensor]) -> bytes:

@@ -27,6 +27,7 @@ from training.parallel import gathering, reshard, synchronised
 from training.profiling import profiled
 from training.progress import ProgressBar
 from training.ranks import Ranks
+from training.sharding import ShardWriter, clip_gradients, is_sharded, shard
 
 
 @dataclass
@@ -83,19 +84,32 @@ class TrainingLoop:
         if self.device.type == "cpu":  # gradients of gathers would otherwise be summed in an order that threads decide
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
-        self.model = model.to(self.device)
         self.train_loader, self.validation_loader = train_loader, validation_loader
-        self.optimizer = build_optimizer(self.model, **optimizer)
         self.schedule = dict(scheduler, max_steps=settings.max_steps, lr=optimizer.lr)
         learning_rate(0, **self.schedule)  # a wrong scheduler ends here, not after data were read
-        self.average = None if settings.ema_decay is None else WeightAverage(self.model, settings.ema_decay)
-        for resharded in filter(None, (self.model, self.average and self.average.model)):
-            reshard(resharded, ranks, kind=settings.reshard, pieces=settings.reshard_pieces)
+        self.average = None if settings.ema_decay is None else WeightAverage(model, settings.ema_decay)
+        self.model = self._placed(model, precision=self.precision)
+        if self.average:
+            self._placed(self.average.model, precision="float32")
+        self.optimizer = build_optimizer(self.model, **optimizer)
         self.network = synchronised(self.model, ranks)
         if settings.compile:
             self.network = torch.compile(self.network)
-        self.checkpoints = Checkpoints(run_dir / "checkpoints", keep=settings.keep)
+        self.checkpoints = Checkpoints(
+            run_dir / "checkpoints",
+            keep=settings.keep,
+            background=settings.async_checkpoint,
+            shards=ShardWriter(timeout=settings.timeout) if settings.fsdp else None,
+            is_first=ranks.is_first,
+        )
         self.progress = Progress()
+
+    def _placed(self, model: nn.Module, *, precision: str) -> nn.Module:
+        """The model on this rank's device, or its share of it, with frames that meet those of other ranks."""
+        reshard(model, self.ranks, kind=self.settings.reshard, pieces=self.settings.reshard_pieces)
+        if self.settings.fsdp:
+            shard(model, self.ranks, precision=precision)
+        return model.to(self.device)
 
     @property
     def evaluation_model(self) -> nn.Module:
@@ -104,12 +118,12 @@ class TrainingLoop:
 
     def resume(self, checkpoint: Path) -> None:
         """Continues from a checkpoint folder of this run."""
-        state = self.files.read(checkpoint, self.model, self.average)
-        self.optimizer.load_state_dict(state["optimizer"])
+        state = self.files.read(checkpoint, self.model, self.average, self.optimizer)
         if not self.settings.overfit_batches:
             self.train_loader.load_state_dict(state["loader"])
         self.progress = Progress(**state["progress"])
-        self.checkpoints.recover(self.progress.step, self.progress.best_step)
+        if self.ranks.is_first:
+            self.checkpoints.recover(self.progress.step, self.progress.best_step)
 
     def run(self, tracker) -> Outcome:
         settings, progress = self.settings, self.progress
@@ -145,6 +159,7 @@ class TrainingLoop:
                     self.save()
                 if interrupted and progress.step < settings.max_steps:
                     self._leave(interruption)
+        self.checkpoints.wait()
         if log:
             log.close()
         seconds = time.perf_counter() - started
@@ -159,11 +174,12 @@ class TrainingLoop:
 
     def _leave(self, interruption: Interruption) -> None:
         """Ends the run where it was saved."""
+        self.checkpoints.wait()
         if self.ranks.is_first:
             command = f"python train.py resume={self.run_dir}"
             print(f"\nsaved at step {self.progress.step}; go on with: {command}", file=sys.stderr, flush=True)
         self.ranks.wait_for_all()
-        raise interruption.error()
+        interruption.end()
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.settings.max_steps
@@ -196,7 +212,7 @@ class TrainingLoop:
         asked = torch.tensor(float(interruption.asked is not None), device=self.device)
         losses = self.ranks.sum({**losses, "asked": asked})
         interrupted = bool(losses.pop("asked"))
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm or math.inf)
+        norm = clip_gradients(self.model, settings.clip_norm or math.inf)
         self._check_finite("training loss", losses, norm)
         lr = learning_rate(step, **self.schedule)
         for group in self.optimizer.param_groups:
@@ -213,35 +229,44 @@ class TrainingLoop:
         """Loss on the validation split: the weighted mean over all its windows."""
         model = self.evaluation_model.eval()
         sums, totals = {}, {}
-        for number, batch in enumerate(self.validation_loader):
-            if self.settings.validation_batches is not None and number >= self.settings.validation_batches:
-                break
+        for batch, counts in self._validation_batches():
             batch = batch.to(self.device, non_blocking=True)
             with self._autocast():
                 outputs = model(batch)
             for name, (weighted, weight) in self.task.sums(outputs, batch).items():
-                sums[name] = sums.get(name, 0.0) + weighted.double()
-                totals[name] = totals.get(name, 0.0) + weight.double()
+                weighted, weight = weighted.double(), weight.double()
+                sums[name] = sums.get(name, 0.0) + (weighted if counts else torch.zeros_like(weighted))
+                totals[name] = totals.get(name, 0.0) + (weight if counts else torch.zeros_like(weight))
         self.model.train()
         sums, totals = self.ranks.sum(sums), self.ranks.sum(totals)
         losses = self.task.combine(sums, totals, self.validation_loader.dataset.layout)
         self._check_finite("validation loss", losses)
         return {f"val/{name}" if name == "loss" else f"val/loss/{name}": float(losses[name]) for name in losses}
 
+    def _validation_batches(self):
+        """(batch, whether it counts), equally many on every rank, because ranks compute together: one that has no
+        windows left repeats its last ones."""
+        loader, limit = self.validation_loader, self.settings.validation_batches
+        batches, batch = iter(loader), None
+        for _ in range(len(loader) if limit is None else min(limit, len(loader))):
+            following = next(batches, None)
+            if following is None and batch is None:
+                batch = loader.dataset.__getitems__([0])
+            batch = batch if following is None else following
+            yield batch, following is not None
+
     def save(self) -> None:
-        """Writes a checkpoint of the present step, unless `last` already is one."""
-        if not self.ranks.is_first:
+        """Writes a checkpoint of the present step."""
+        if not (self.ranks.is_first or is_sharded(self.model)):
             return
         progress = self.progress
         state = {
-            "optimizer": self.optimizer.state_dict(),
             "loader": self.train_loader.state_dict(),
             "random": {"seed": self.seed, "step": progress.step},
             "progress": asdict(progress),
         }
-        self.checkpoints.save(
-            progress.step, self.files.content(self.model, self.average, state), best_step=progress.best_step
-        )
+        files, tensors = self.files.content(self.model, self.average, self.optimizer, state)
+        self.checkpoints.save(progress.step, files, tensors=tensors, best_step=progress.best_step)
 
     def _note_score(self, score: float) -> None:
         """Remembers the best validation."""

@@ -26,6 +26,7 @@ from models.attention.multi_head import MultiHeadAttention
 from models.composition import build_from_config
 from models.resharding import Resharding
 from training.ranks import Mesh, Ranks
+from training.sharding import is_sharded
 from training.sizes import batch_size
 
 
@@ -83,6 +84,11 @@ RESHARDS = {"all_to_all": AllToAll, "dtensor": Redistribute}
 def check_mesh(mesh: Mesh, config: DictConfig, layout: Layout) -> None:
     """Raises ValueError, one sentence, where these ranks cannot train the model of a configuration exactly."""
     _check_divides("dp", mesh.dp, "trainer.batch_size", batch_size(config))
+    if config.trainer.fsdp and mesh.world == 1:
+        raise ValueError(
+            "trainer.fsdp=true shards weights over ranks, and this run has one; add +dp=2 or +cp=2, or use "
+            "trainer.fsdp=false"
+        )
     if mesh.cp == 1:
         return
     _check_divides("cp", mesh.cp, "time_length", layout.frames)
@@ -138,8 +144,9 @@ def reshard(model: nn.Module, ranks: Ranks, *, kind: str = "all_to_all", pieces:
 
 
 def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """The model whose backward pass averages gradients over all ranks. The model itself stays as it is."""
-    if ranks.world == 1:
+    """The model whose backward pass averages gradients over all ranks. The model itself stays as it is: a sharded one
+    does that already."""
+    if ranks.world == 1 or is_sharded(model):
         return model
     device = next(model.parameters()).device
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # of small kernels
@@ -154,5 +161,7 @@ def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
 @contextmanager
 def gathering(network: nn.Module, *, enabled: bool):
     """Whether the backward pass inside exchanges gradients; of accumulated batches only the last one does."""
+    if hasattr(network, "set_requires_gradient_sync"):  # sharded
+        network.set_requires_gradient_sync(enabled)
     with nullcontext() if enabled or not hasattr(network, "no_sync") else network.no_sync():
         yield
