@@ -4,10 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from training.cluster import Cluster
 from training.run_folder import OVERRIDES, last_checkpoint
+
+MULTIRUN = ("-m", "--multirun")
+# Where torchrun or srun started several processes, the first one's output folder is that of all.
+NO_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 
 
 def rewrite(arguments: list[str]) -> list[str]:
+    """The arguments for Hydra, in this process of torchrun or srun or in the only one.
+
+    Raises ValueError where a sweep is asked for in several processes, or what is resumed is not a run's folder.
+    """
+    cluster = Cluster.found()
+    if cluster is not None and any(argument in MULTIRUN for argument in arguments):
+        raise ValueError(
+            f"-m under torchrun or srun would run the whole sweep in each of {cluster.world} processes; use plain "
+            "python train.py -m, which starts the ranks of each job itself"
+        )
+    rewritten = _resumed(arguments)
+    return rewritten if cluster is None or cluster.is_first else [*rewritten, *NO_FOLDER]
+
+
+def _resumed(arguments: list[str]) -> list[str]:
     """Replaces `resume=<dir>` by the recorded overrides, the given ones and `hydra.run.dir=<dir>`.
 
     A given override replaces a recorded one of the same key. Raises ValueError where <dir> is not a run's folder.
@@ -15,7 +35,7 @@ def rewrite(arguments: list[str]) -> list[str]:
     resumes = [
         argument for argument in arguments if _key(argument) == "resume" and _value(argument) not in ("", "null")
     ]
-    sweep = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    sweep = [argument for argument in arguments if argument in MULTIRUN]
     if not resumes:
         # Hydra's parser refuses settings on both sides of -m.
         return [*sweep, *(argument for argument in arguments if argument not in sweep)]

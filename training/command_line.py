@@ -6,8 +6,12 @@ import difflib
 import functools
 import os
 import re
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -16,10 +20,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from training.cluster import Cluster
+
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
 MODEL_GROUPS = ("encoder", "processor", "decoder", "attention", "size")
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
+LISTENING = 5.0  # seconds that another rank waits for the first one to say what is wrong
 _job_started = False
+
+
+class RankFailed(RuntimeError):
+    """A rank ended with an error that is a bug, or was killed, or waited in vain. The text is all that a person needs:
+    no traceback of the process that started it."""
 
 
 def run(
@@ -38,13 +50,17 @@ def run(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors, which it otherwise prints over several lines
     succeeded = False
     try:
-        sys.argv[1:] = rewrite(sys.argv[1:])
-        main()
-        succeeded = True
+        with _ended_by_sigterm():
+            sys.argv[1:] = rewrite(sys.argv[1:])
+            main()
+            succeeded = True
     except KeyboardInterrupt:
         fail("interrupted", code=130)
+    except RankFailed as error:
+        fail(str(error))
     except Exception as error:
         if TRACEBACKS or not is_user_error(error):
+            _let_the_first_rank_speak()
             raise
         if isinstance(error, OSError) and not isinstance(error, HydraException) and not _job_started:
             fail(f"cannot create the output folder ({sentence(error)}); choose another with hydra.run.dir=<folder>")
@@ -79,12 +95,14 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
                 raise
             fail(sentence(error))
         finally:
-            _remove_empty(Path(hydra.runtime.output_dir))
+            if _is_first_process():  # the folder of others is its one, or where they were started
+                _remove_empty(Path(hydra.runtime.output_dir))
 
     return guarded
 
 
 def fail(message: str, *, code: int = 1) -> None:
+    _let_the_first_rank_speak()
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -96,11 +114,45 @@ def is_user_error(error: BaseException) -> bool:
 def sentence(error: BaseException) -> str:
     """One line that says what is wrong and, for options that do not exist, which one may have been meant."""
     error = _cause(error)
+    if isinstance(error, RankFailed):
+        return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _composition_sentence(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return _one_line(str(error)) or type(error).__name__
+
+
+@contextmanager
+def _ended_by_sigterm():
+    """SIGTERM ends what is under way like Ctrl-C: files are closed, temporary ones removed; exit code 143."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_first_process() -> bool:
+    cluster = Cluster.found()
+    return cluster is None or cluster.is_first
+
+
+def _let_the_first_rank_speak() -> None:
+    """Where all processes of torchrun or srun find the same error before they have met, one prints it.
+
+    The others are ended together with the first, or have an error of their own.
+    """
+    torch = sys.modules.get("torch")
+    if not _is_first_process() and not (torch is not None and torch.distributed.is_initialized()):
+        time.sleep(LISTENING)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -1,0 +1,54 @@
+"""Processes that something else started: torchrun, or Slurm's srun, also through submitit.
+
+Imports nothing heavy: the command line asks before anything else is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+FIRST_PORT, PORTS = 10_000, 20_000  # below those that systems hand out by themselves
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """This process among them. local_rank: among those of its machine. method: how they find each other, see torch."""
+
+    rank: int
+    local_rank: int
+    world: int
+    method: str
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @staticmethod
+    def found() -> Cluster | None:
+        """What the environment says, or None: this process is alone."""
+        environment = os.environ
+        if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+            rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+            return Cluster(rank, int(environment.get("LOCAL_RANK", rank)), world, "env://")
+        if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            # Every task comes to the same port; steps of a job, which may share a machine, to different ones.
+            number = int(environment["SLURM_JOB_ID"]) + 7919 * int(environment.get("SLURM_STEP_ID", 0))
+            return Cluster(
+                int(environment["SLURM_PROCID"]),
+                int(environment.get("SLURM_LOCALID", 0)),
+                int(environment["SLURM_STEP_NUM_TASKS"]),
+                f"tcp://{first_host(environment['SLURM_STEP_NODELIST'])}:{FIRST_PORT + number % PORTS}",
+            )
+        return None
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's compressed list of hosts: node01 of node[01-04,07],login2."""
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]
+
+
+def started_again() -> bool:
+    """Whether a scheduler started this job another time, after preemption, a time limit or a failure."""
+    return any(int(os.environ.get(name, 0)) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
