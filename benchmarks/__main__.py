@@ -10,12 +10,14 @@ NAMES = {
     "perceiver": "Perceiver IO, forward and backward on CPU, against krasserm's, lucidrains' and transformers'",
     "loader": "samples/s from RAM, memmap, NetCDF and Zarr against xbatcher, and the share of a step spent waiting",
     "healda_cpu": "HealDA v2, forward and backward on CPU, with and without observations, against PhysicsNeMo's",
+    "parallel": "context parallelism: bytes against the minimum, reshard time, steps with cp = 1 to 8, start-up",
+    "scaling_model": "estimates for 8 to 512 GPUs: memory, compute and communication of a rank (docs/scaling.md)",
     "startup": "seconds until `train.py --help` and until `train.py dry_run=true` return",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    listing = "\n".join(f"  {name:10} {text}" for name, text in NAMES.items())
+    listing = "\n".join(f"  {name:13} {text}" for name, text in NAMES.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Numbers go to benchmarks/results/<name>.json and into the table of docs/performance.md.",

@@ -128,11 +128,15 @@ def publish(name: str, result: dict, table: str, *, store: bool) -> None:
         return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    page = PAGE.read_text()
-    start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    head, rest = page.split(start)
-    PAGE.write_text(f"{head}{start}\n{table}\n{end}{rest.split(end)[1]}")
+    insert(PAGE, name, table)
     print(f"stored in {RESULTS.relative_to(ROOT)}/{name}.json and {PAGE.relative_to(ROOT)}")
+
+
+def insert(page: Path, name: str, text: str) -> None:
+    """Puts the text between the markers of that name in a page."""
+    start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    head, rest = page.read_text().split(start)
+    page.write_text(f"{head}{start}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
