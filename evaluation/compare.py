@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from evaluation.evaluation import OURS, rivals
 from evaluation.intervals import method_interval, read_windows
 from evaluation.run_folder import RunFolder
 from evaluation.summary import WINDOWS_FILE
+from models.stored_weights import count_weights
 
 DEPTH = 3  # folders below the given one that may hold runs: outputs/<date>/<time>
 FILES = ("comparison.csv", "comparison.md", "comparison.html")
@@ -239,11 +239,9 @@ def _with_intervals(run: RunFolder, leads: Sequence[tuple[str, str]], tested: Se
 def _count(run: RunFolder) -> str:
     """Parameters of the run's model from the header of its weights, without reading them."""
     for name in ("best", "last"):
-        path = run.path / "checkpoints" / name / "model.safetensors"
-        if path.is_file():
-            with open(path, "rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            return f"{sum(int(np.prod(item['shape'])) for key, item in header.items() if key != '__metadata__'):,}"
+        count = count_weights(run.path / "checkpoints" / name)
+        if count:
+            return f"{count:,}"
     return "-"
 
 

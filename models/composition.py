@@ -8,7 +8,6 @@ model = load("outputs/2026-01-31/12-00-00/checkpoints/best")
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from models.heads import build_head
 from models.latents import LatentLayout
 from models.patches import patches_of
 from models.refusals import adapter_grid, refuse
-from models.stored_weights import fill
+from models.stored_weights import description, fill
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 FORMAT = 1
@@ -149,20 +148,16 @@ def _encoder(model: Mapping[str, Any], layout: Layout) -> nn.Module:
     return _part(model, "encoder", layout, **injected)
 
 
-def load(directory: str | Path, *, ema: bool = True) -> EncodeProcessDecode:
-    """The model of a checkpoint folder, in evaluation mode; its averaged weights where it has them and `ema` is on.
+def load(checkpoint: str | Path, *, ema: bool = True) -> EncodeProcessDecode:
+    """The model of a checkpoint folder, in evaluation mode; its averaged weights where it has them and `ema` is on; or
+    of a file that `python -m training.export` made of one.
 
-    Composes nothing: the checkpoint holds its configuration. Runs no code from the folder. Raises ValueError, OSError.
+    Composes nothing: the checkpoint holds its configuration. Runs no code from it. Raises ValueError, OSError.
     """
-    folder = Path(directory)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a checkpoint (no config.json); give a folder such as <run>/checkpoints/best")
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged ({error}); use another checkpoint of the run") from error
+    place = Path(checkpoint)
+    stored = description(place)
     if stored.get("format") != FORMAT:
-        raise ValueError(f"{folder} has checkpoint format {stored.get('format')}, this version reads {FORMAT}")
+        raise ValueError(f"{place} has checkpoint format {stored.get('format')}, this version reads {FORMAT}")
     config = OmegaConf.create({"model": stored["model"], "task": stored["task"]})
     if config.model.attention in ("cudnn", "flex") and not torch.cuda.is_available():
         config.model.attention = "auto"  # how attention is computed is no part of the weights
@@ -170,22 +165,22 @@ def load(directory: str | Path, *, ema: bool = True) -> EncodeProcessDecode:
             if "attention" in config.model[part]:
                 config.model[part].attention = "auto"
     model = build_from_config(config, Layout.from_dict(stored["layout"]))
-    _fill(model, folder, "ema" if ema and stored["averaged"] else "model")
+    _fill(model, place, "ema" if ema and stored["averaged"] else "model")
     return model.eval()
 
 
-def _fill(model: nn.Module, folder: Path, name: str) -> None:
+def _fill(model: nn.Module, place: Path, name: str) -> None:
     from safetensors import SafetensorError
 
     try:
-        fill(model, folder, name)
+        fill(model, place, name)
     except FileNotFoundError as error:
         missing = Path(error.filename).name
-        raise ValueError(f"{folder} lacks {missing}; use another checkpoint of the run, like last") from error
+        raise ValueError(f"{place} lacks {missing}; use another checkpoint of the run, like last") from error
     except (SafetensorError, RuntimeError, LookupError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"the weights {name!r} of {folder} are damaged or of another model ({reason}); use another checkpoint"
+            f"the weights {name!r} of {place} are damaged or of another model ({reason}); use another checkpoint"
         ) from error
 
 

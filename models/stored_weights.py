@@ -1,12 +1,16 @@
-"""Weights of a checkpoint folder, read into a model: from one file, or from shards that the ranks of a run wrote.
+"""Weights and description of a checkpoint: a folder with whole weights, or with shards that the ranks of a run wrote,
+or one file made of either by `training/export.py`.
 
 `<name>.safetensors` holds whole tensors under the names of the model. `shards/*.safetensors` hold pieces of tensors
 with their places, under `<name>.<name in the model>`, and torch.distributed.checkpoint puts together what is asked for,
-on any number of ranks. The model may itself be sharded. Both kinds are safetensors and JSON: reading runs no code.
+on any number of ranks. The model may itself be sharded. An exported file holds the weights under the names of the model
+and the description in its header. All kinds are safetensors and JSON: reading runs no code.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +19,32 @@ import torch
 from torch import Tensor, nn
 
 SHARDS = "shards"
+HEADER = "checkpoint"  # key of the description in an exported file's header
+
+
+def description(checkpoint: Path) -> dict:
+    """What `config.json` of a checkpoint says. Raises ValueError where this is no checkpoint."""
+    from safetensors import SafetensorError, safe_open
+
+    place = checkpoint / "config.json"
+    try:
+        if not checkpoint.is_file():
+            return json.loads(place.read_text())
+        place = checkpoint
+        with safe_open(checkpoint, framework="pt") as file:
+            return json.loads(file.metadata()[HEADER])
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(
+            f"{checkpoint} is not a checkpoint (no config.json); give a folder such as <run>/checkpoints/best"
+        ) from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{place} does not say of what model; give a file of python -m training.export") from error
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{place} is damaged ({error}); use another checkpoint of the run") from error
 
 
 def fill(model: nn.Module, checkpoint: Path, name: str) -> None:
-    """Reads weights `name` (model, ema) of a checkpoint folder into the model.
+    """Reads weights `name` (model, ema) of a checkpoint into the model; an exported file holds one kind.
 
     Raises FileNotFoundError, safetensors' SafetensorError, or RuntimeError where names or shapes differ or pieces are
     missing.
@@ -29,7 +55,7 @@ def fill(model: nn.Module, checkpoint: Path, name: str) -> None:
     if (checkpoint / SHARDS).is_dir():
         read_shards(checkpoint, {f"{name}.{key}": tensor for key, tensor in own.items()})
         return
-    whole = load((checkpoint / f"{name}.safetensors").read_bytes())
+    whole = load((checkpoint if checkpoint.is_file() else checkpoint / f"{name}.safetensors").read_bytes())
     model.load_state_dict({key: share(tensor, own.get(key)) for key, tensor in whole.items()})
 
 
@@ -48,6 +74,18 @@ def share(whole: Tensor, like: Tensor | None) -> Tensor:
         shape=like.shape,
         stride=like.stride(),
     )
+
+
+def count_weights(checkpoint: Path) -> int:
+    """How many numbers the weights in a checkpoint folder are, from the headers of its files; 0: there are none."""
+    from safetensors import safe_open
+
+    if (checkpoint / SHARDS).is_dir():
+        return sum(shape.numel() for name, shape in shard_shapes(checkpoint).items() if name.startswith("model."))
+    if not (checkpoint / "model.safetensors").is_file():
+        return 0
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def shard_shapes(checkpoint: Path) -> dict[str, torch.Size]:

@@ -173,7 +173,7 @@ class RunFiles:
         tensors, metadata = normalisation.state_dict()
         self._description = {"format": FORMAT, **description}
         self._constant = {
-            "normalisation.safetensors": _tensors(tensors),
+            "normalisation.safetensors": as_safetensors(tensors),
             "normalisation.json": _json(metadata),
         }
 
@@ -193,7 +193,7 @@ class RunFiles:
             state["optimizer"], shards = without_tensors(state["optimizer"])
             shards |= {f"{name}.{key}": tensor for name, held in weights.items() for key, tensor in held.items()}
         else:
-            files |= {f"{name}.safetensors": _tensors(held) for name, held in weights.items()}
+            files |= {f"{name}.safetensors": as_safetensors(held) for name, held in weights.items()}
         buffer = io.BytesIO()  # straight to a file, torch.save reports a full disk without its errno
         torch.save(state, buffer)
         return {**files, "training_state.pt": buffer.getvalue()}, shards
@@ -261,9 +261,12 @@ def _readable(checkpoint: Path):
         ) from error
 
 
-def _tensors(tensors: dict[str, Tensor]) -> bytes:
-    """safetensors on the CPU; tied tensors are written under each of their names."""
-    return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+def as_safetensors(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> bytes:
+    """The content of a file; tied tensors are written under each of their names."""
+    return save(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+        None if header is None else dict(header),
+    )
 
 
 def _json(content: Any) -> bytes:

@@ -6,6 +6,7 @@ or everything else. Gradients come out as the average over ranks, as those of Di
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ def shard(model: nn.Module, ranks: Ranks, *, precision: str) -> None:
     """Shards a model, on whatever device, onto the devices of the ranks. With bf16, whole weights are bf16, those that
     are kept and updated float32, and gradients are added up in float32; the model then computes under autocast wherever
     it is called, with a float32 residual stream."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody writes into it
     everyone = dist.device_mesh.init_device_mesh(ranks.devices.device_type, (ranks.world,), mesh_dim_names=("ranks",))
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
