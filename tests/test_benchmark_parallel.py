@@ -14,6 +14,7 @@ from benchmarks.costs import H100, H200, Architecture, Plan
 from data.healpix import HEALPixGrid
 from models import build
 from models.composition import compose
+from models.memory import OVERHEAD, training_bytes
 from tests.model_examples import observed_layout, tiny_batch
 from tests.rank_work import FRAMES, TINY
 from training.run import build_task
@@ -116,6 +117,21 @@ def test_memory_of_a_rank():
     assert sharded.activations == plain.activations
     kept, recomputed = (costs.memory(PRODUCTION, Plan(gpus=8, checkpoint=c)).activations for c in (False, True))
     assert recomputed[1] < kept[0]
+
+
+def test_activations_are_those_that_a_size_is_chosen_by():
+    layout = observed_layout(HEALPixGrid(6, "nest"), frames=8)
+    needed = [
+        training_bytes(
+            compose(["model=healda_v2", "model/size=production", f"model.depth={depth}", "task.frames=8"]),
+            layout,
+            batch_size=1,
+            sixteen_bit=True,
+        )
+        for depth in (1, 2)
+    ]
+    block = (needed[1] - needed[0]) / OVERHEAD - 20 * PRODUCTION.block_parameters
+    assert block / (PRODUCTION.tokens * PRODUCTION.hidden_size) == pytest.approx(costs.KEPT[1], rel=0.02)
 
 
 def test_a_network_between_nodes_costs_time_and_the_backward_pass_hides_it():
