@@ -49,11 +49,18 @@ def mesh_of(cp: int | None, dp: int | None) -> Mesh:
     cluster = Cluster.found()
     if cluster is None:
         return Mesh(dp=dp or 1, cp=cp or 1)
-    wanted = Mesh(dp=dp or max(1, cluster.world // (cp or 1)), cp=cp or max(1, cluster.world // (dp or cluster.world)))
+    for name, size in (("cp", cp), ("dp", dp)):
+        if size is not None and cluster.world % size:
+            raise ValueError(
+                f"{name}={size} does not divide the {cluster.world} processes that were started; start a multiple of "
+                f"{size}"
+            )
+    if cp is None:
+        return Mesh(dp=dp or cluster.world, cp=cluster.world // (dp or cluster.world))
+    wanted = Mesh(dp=dp or cluster.world // cp, cp=cp)
     if wanted.world != cluster.world:
         raise ValueError(
-            f"{wanted} needs {wanted.world} processes, and {cluster.world} were started; start {wanted.world}, or "
-            f"choose cp and dp so that cp * dp = {cluster.world}"
+            f"{wanted} needs {wanted.world} processes, and {cluster.world} were started; start {wanted.world}"
         )
     return wanted
 
