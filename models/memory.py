@@ -25,25 +25,49 @@ OVERHEAD = 1.15  # work space of products and the allocator's slack
 
 
 def training_bytes(
-    config: DictConfig, layout: Layout, *, batch_size: int, sixteen_bit: bool, frame_parts: int = 1
+    config: DictConfig,
+    layout: Layout,
+    *,
+    batch_size: int,
+    sixteen_bit: bool,
+    frame_parts: int = 1,
+    weight_parts: int = 1,
 ) -> int:
     """Bytes that one rank needs to train the model of a configuration on batches of this layout.
 
     frame_parts: how many ranks share the frames of a sample, which tokens, and so activations, belong to.
+    weight_parts: how many share weights, gradients, optimiser state and average.
     """
     config = copy.deepcopy(config)
     # What the kernels of a device keep; on the meta device they would fall back to the whole matrix of logits.
     config.model.attention = "blockwise"
     with torch.device("meta"):
         model = build_from_config(config, layout)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    weights = _size(model)
     activations = _activations(config, model, layout, batch_size)
     if getattr(model.processor, "recomputed", ()):  # one block at a time is computed again
         block = OmegaConf.merge(config, {"model": {"depth": 1, "processor": {"checkpoint": "none"}}})
         with torch.device("meta"):
             activations += _activations(block, build_from_config(block, layout), layout, batch_size)
     activations /= frame_parts
-    return round(OVERHEAD * (COPIES_IN_TRAINING * weights + activations * (SIXTEEN_BIT if sixteen_bit else 1.0)))
+    kept = COPIES_IN_TRAINING * weights / weight_parts
+    if weight_parts > 1:
+        kept += _whole_bytes(model, sixteen_bit)
+    return round(OVERHEAD * (kept + activations * (SIXTEEN_BIT if sixteen_bit else 1.0)))
+
+
+def _whole_bytes(model: nn.Module, sixteen_bit: bool) -> float:
+    """Of sharded weights and gradients, what is whole at a time: everything outside the processor's blocks, and two
+    blocks, since the next one is fetched while one computes."""
+    blocks = [
+        size for part in model.processor.children() if isinstance(part, nn.ModuleList) for size in map(_size, part)
+    ]
+    whole = _size(model) - sum(blocks) + 2 * max(blocks, default=0)
+    return 2 * whole * (0.5 if sixteen_bit else 1.0)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _activations(config: DictConfig, model: nn.Module, layout: Layout, batch_size: int) -> int:

@@ -35,7 +35,7 @@ def fitted(config: DictConfig, layout: Layout, mesh: Mesh, *, automatic: bool) -
             raise TooLarge(
                 f"model/size={config.model.size} needs about {_gib(needed)} to train with "
                 f"trainer.batch_size={batch_size(config)}, and {_share(device, mesh)} has {_gib(available)}; "
-                f"use {_advice(config, smaller)}"
+                f"use {_advice(config, mesh, smaller)}"
             )
         config = with_size(SIZES[smaller])
     if automatic:
@@ -60,6 +60,7 @@ def _needed(config: DictConfig, layout: Layout, mesh: Mesh) -> int:
         layout,
         batch_size=max(1, batch_size(config) // mesh.dp),
         frame_parts=mesh.cp,
+        weight_parts=mesh.world if config.trainer.fsdp else 1,
         sixteen_bit=precision in ("bf16", "fp16"),
     )
 
@@ -68,11 +69,13 @@ def _share(device: torch.device, mesh: Mesh) -> str:
     return f"this {device.type} device" if mesh.world == 1 else f"each of {mesh.world} ranks on {device.type}"
 
 
-def _advice(config: DictConfig, smaller: int) -> str:
+def _advice(config: DictConfig, mesh: Mesh, smaller: int) -> str:
     advice = [f"model/size={SIZES[smaller]}"] if smaller >= 0 else []
     advice += ["trainer.batch_size=1"] if batch_size(config) > 1 else []
     if config.model.processor.get("checkpoint") == "none":
         advice.append("model.processor.checkpoint=all")
+    if mesh.world > 1 and not config.trainer.fsdp:
+        advice.append("trainer.fsdp=true")
     return " or ".join(advice) or "a machine with more memory"
 
 
