@@ -57,13 +57,24 @@ class Stacking:
 
 @torch.inference_mode()
 def fit_stacking(model: nn.Module, task, data, normalisation) -> Stacking | None:
-    """The weights of `task.stacking`, from the validation split; None where the task names no baseline."""
+    """The weights of `task.stacking`, from the validation split; None where the task names no baseline, or one that
+    these data cannot have, which is said."""
     if task.stacking is None:
         return None
     dataset = task.dataset(data, "validation", normalisation)
+    left_out: dict[str, str] = {}
     fitted = build(
-        [task.stacking], data, normalisation, lead_steps=dataset.lead_steps, split="validation", known=task.baselines
+        [task.stacking],
+        data,
+        normalisation,
+        lead_steps=dataset.lead_steps,
+        split="validation",
+        known=task.baselines,
+        left_out=left_out,
     )
+    if left_out:
+        print(f"ours is the network's alone, without {task.stacking}: {left_out[task.stacking]}")
+        return None
     weights = data.grid.area_weights.double()
     shared, own = 0.0, 0.0
     for window in forecasts(model, task, dataset, fitted):

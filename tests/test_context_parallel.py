@@ -107,7 +107,9 @@ def test_a_training_run_has_the_losses_of_one_rank(tmp_path, ranks):
         "model.hidden_size=32",
         "task.stride=8",
     ]
-    common += ["model.drop_path=0.0"] if "+dp=2" in ranks else ["model.processor.drop_path_from=0"]
+    common += (
+        ["model.drop_path=0.0", "trainer.batch_size=2"] if "+dp=2" in ranks else ["model.processor.drop_path_from=0"]
+    )
     logs = []
     for number, extra in enumerate(([], ranks)):
         command = [sys.executable, "train.py", *common, *extra, f"hydra.run.dir={tmp_path / str(number)}"]

@@ -46,10 +46,9 @@ class AssimilationTask(GriddedTask):
     variable_weights: {name: weight}, 1 where not named. frame_weights: one a frame, None: all 1.
     row_dropout: share of the observations left out of a training batch; platform_dropout, channel_dropout: chance that
         all observations of a platform or channel are left out of a window.
+    stacking: a baseline that is mixed into our analysis, with shares fitted on the validation split; None: the network.
     Raises ValueError where a value is not allowed.
     """
-
-    stacking = None  # nothing is mixed into an analysis
 
     def __init__(
         self,
@@ -70,7 +69,9 @@ class AssimilationTask(GriddedTask):
         row_dropout: float = 0.0,
         platform_dropout: float = 0.0,
         channel_dropout: float = 0.0,
+        stacking: str | None = None,
     ):
+        self.check_stacking(stacking)
         for name, value in (("frames", frames), ("frame_steps", frame_steps), ("stride", stride)):
             if value < 1:
                 raise ValueError(f"task.{name}={value} must be at least 1")
@@ -97,6 +98,7 @@ class AssimilationTask(GriddedTask):
         self.reference, self.head_name = reference, head
         self.loss_name, self.huber_delta = loss, huber_delta
         self.variable_weights = dict(variable_weights or {})
+        self.stacking = stacking
         self.lead_weights = None if frame_weights is None else tuple(frame_weights)
         self.row_dropout = row_dropout
         self.platform_dropout, self.channel_dropout = platform_dropout, channel_dropout

@@ -70,11 +70,7 @@ class ForecastTask(GriddedTask):
             raise ValueError(f"task.input_noise={input_noise} must be 0 or more")
         if not 0 < query_fraction <= 1:
             raise ValueError(f"task.query_fraction={query_fraction} must be above 0 and at most 1")
-        if stacking is not None:
-            from evaluation.baselines import BASELINES
-
-            if stacking not in BASELINES:
-                raise ValueError(f"task.stacking={stacking} is unknown; use null or one of {', '.join(BASELINES)}")
+        self.check_stacking(stacking)
         self.input_frames = input_frames
         self.lead_times = None if lead_times is None else tuple(lead_times)
         self.reference = reference

@@ -36,6 +36,11 @@ class GriddedTask:
 
         return build_head(self.head_name, loss=self.loss_name, huber_delta=self.huber_delta)
 
+    def check_stacking(self, name: str | None) -> None:
+        """Raises ValueError where it is no baseline of this task."""
+        if name is not None and name not in self.baselines:
+            raise ValueError(f"task.stacking={name} is unknown; use null or one of {', '.join(self.baselines)}")
+
     def check_variable_weights(self, variables: Sequence[Variable]) -> None:
         """Raises ValueError where a weight is of no variable."""
         names = [variable.label for variable in variables]
