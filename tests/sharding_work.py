@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from models import build
 from models.composition import compose
+from tests.model_examples import tiny_batch, tiny_layout
 from training.job import Job
 from training.launch import launch
 from training.ranks import Mesh, Ranks
 from training.run import Run, build_data, build_model, build_task
+from training.sharding import shard
 from training.tracking import NoTracker
 
 TRAINER = SimpleNamespace(device="cpu", timeout=60.0)
@@ -105,3 +110,56 @@ def assert_equal(found: dict, expected: dict) -> None:
     for name in ("model", "ema", "optimizer"):
         assert found[name].keys() == expected[name].keys()
         assert all(torch.equal(found[name][key], value) for key, value in expected[name].items()), name
+
+
+def train_with_a_small_disk(ranks: Ranks, folder: Path, overrides: Sequence[str]) -> None:
+    """From the second checkpoint on, the second rank may write 20 kB a file."""
+    run = new_run(ranks, folder, overrides)
+    save = run.loop.save
+
+    def limited() -> None:
+        if run.loop.progress.step == 2 and ranks.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        save()
+
+    run.loop.save = limited
+    run.train()
+
+
+MODELS = {
+    "perceiver": ("model=perceiver_io",),
+    "perceiver, weights used twice": (
+        "model=perceiver_io",
+        "model/processor=latent_transformer",
+        "model.processor.num_blocks=2",
+    ),
+    "patches": ("model=patch_transformer",),
+    "video": ("model=video_dit",),
+    "no processor": ("model=perceiver_io", "model/processor=identity"),
+}
+
+
+def compared_gradients(ranks: Ranks) -> dict[str, tuple[float, set[torch.dtype]]]:
+    """How far sharded gradients of each model, of the same batch on all ranks, are from those of whole weights; and the
+    dtypes that sharded weights are kept in."""
+    found = {}
+    for name, overrides in MODELS.items():
+        layout = tiny_layout()
+        for precision in ("float32", "bf16"):
+            torch.manual_seed(0)
+            batch = tiny_batch(layout)
+            model = build([*overrides, "model/size=tiny", "model.patch_size=2"], layout).eval()  # no dropout
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+            whole = copy.deepcopy(model)
+            shard(model, ranks, precision=precision)
+            for network in (whole, model):
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                    outputs = network(batch)
+                outputs["forecast"].float().square().mean().backward()
+            gradients = [
+                torch.cat([_whole(p.grad).flatten() for p in network.parameters()]) for network in (model, whole)
+            ]
+            error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+            found[f"{name}, {precision}"] = (float(error), {parameter.dtype for parameter in model.parameters()})
+    return found
