@@ -1,7 +1,7 @@
-"""How ragged cells are cut into padded blocks, so that a batch of dense products serves all of them.
+"""How ragged cells are shared out: `Occupied` among batches of dense products, `WorkList` among programs of a kernel.
 
-A cell with many rows is cut into pieces of at most PIECE rows; segments (whole cells and pieces) of similar length
-share a block. Letters: n rows, N cells, M occupied cells, S segments, K blocks.
+A cell with many rows is cut into pieces, so that none stalls the rest. Of `Occupied`, segments (whole cells and pieces)
+of similar length share a padded block. Letters: n rows, N cells, M occupied cells, S segments or items, K blocks.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.dispatch import chosen_path
+
 PIECE = 1024  # rows: 100,000 rows in one cell make 98 pieces
 EXACT = 8  # segments of at most so many rows are not padded at all: most of them, where observations are sparse
 BLOCK_ROWS = 4096  # rows of a block, padding included, and segments of a block: intermediate results stay in the cache
 BLOCK_SEGMENTS = 128
 ACCELERATOR = 64  # times larger blocks where a launch costs more than a cache miss
+ITEM = 2048  # rows of an item of a work list: the tail of a launch is at most one item long
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,62 @@ def _(offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     cells, segments, blocks = (context.new_dynamic_size() for _ in range(3))
     place, start, length = (offsets.new_empty(segments) for _ in range(3))
     return offsets.new_empty(cells), place, start, length, torch.empty(blocks, 4, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """All cells, in the order in which programs of a kernel take them: pieces of crowded cells, then whole cells, most
+    rows first, empty ones last. Program p of P takes items p, p + P, ...: small cells are grouped, and because the list
+    is sorted, the work of two programs differs by less than one item. Made without waiting for the device: the list has
+    the length that suffices for any cells, and `count` says how much of it holds.
+
+    items: (S, 4) int64, S = N + n // ITEM: cell, first row, number of rows, and pieces: 1 for a whole cell; of a
+    crowded cell, whose pieces follow each other, their number at the first and 0 at the others. count: (1,) int64.
+    """
+
+    items: Tensor
+    count: Tensor
+
+    @staticmethod
+    def of(offsets: Tensor, num_rows: int) -> WorkList:
+        """Of cells whose rows are offsets[i] .. offsets[i + 1], offsets (N + 1,) int64 that ends with num_rows."""
+        return WorkList(*torch.ops.hydrasphere.work_list(offsets, num_rows))
+
+
+def most_pieces(num_rows: int) -> int:
+    """Bound on the pieces in a work list: a crowded cell of m > ITEM rows has ceil(m / ITEM) < 2 m / ITEM of them."""
+    return 2 * num_rows // ITEM
+
+
+@torch.library.custom_op("hydrasphere::work_list", mutates_args=())
+def _work_list(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    counts = offsets.diff()
+    pieces = ((counts + ITEM - 1) // ITEM).clamp(min=1)
+    ends = pieces.cumsum(0)
+    size = len(counts) + num_rows // ITEM
+    if len(counts) == 0:
+        return offsets.new_zeros(size, 4), offsets.new_zeros(1)
+    number = torch.arange(size, device=offsets.device)
+    cell = torch.searchsorted(ends, number, right=True)
+    holds = cell < len(counts)
+    cell = cell.clamp(max=len(counts) - 1)
+    index = number - (ends - pieces)[cell]
+    length = (counts[cell] - index * ITEM).clamp(max=ITEM)
+    # Items of one length keep the order of cells, so that pieces of a cell stay together.
+    key = torch.where(pieces[cell] > 1, ITEM + 1, length)
+    order = torch.sort(torch.where(holds, key, -1).short(), descending=True, stable=True).indices
+    first = torch.where(index == 0, pieces[cell], 0)
+    items = torch.stack([cell, offsets[cell] + index * ITEM, length, first], dim=1)
+    return items.index_select(0, order), ends[-1:].clone()
+
+
+@_work_list.register_fake
+def _(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    return offsets.new_empty(offsets.shape[0] - 1 + num_rows // ITEM, 4), offsets.new_empty(1)
+
+
+def plan(offsets: Tensor, num_rows: int, path: str = "auto") -> Occupied | WorkList:
+    """What the path of `pixel_attention` wants to know of all cells; made once, used by every layer."""
+    if chosen_path(path, "pixel_attention", offsets) == "triton":
+        return WorkList.of(offsets, num_rows)
+    return Occupied.of(offsets)

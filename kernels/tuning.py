@@ -89,9 +89,7 @@ def enabled() -> bool:
     """Whether configurations are measured: unless HYDRASPHERE_AUTOTUNE is 0."""
     value = os.environ.get("HYDRASPHERE_AUTOTUNE", "1")
     if value not in ("0", "1"):
-        raise ValueError(
-            f"HYDRASPHERE_AUTOTUNE={value!r} is neither 0 nor 1; set HYDRASPHERE_AUTOTUNE=0 to turn it off"
-        )
+        raise ValueError(f"HYDRASPHERE_AUTOTUNE={value!r} is neither 0 nor 1; set it to 0 to measure nothing")
     return value == "1"
 
 
@@ -103,7 +101,7 @@ def is_first_rank() -> bool:
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("HYDRASPHERE_CACHE") or Path.home() / ".cache" / "hydrasphere")
+    return Path(os.environ.get("HYDRASPHERE_CACHE") or Path.home() / ".cache" / "hydrasphere").expanduser()
 
 
 def device_name(device: torch.device) -> str:

@@ -1,8 +1,4 @@
-"""Ragged grouped-query attention: the queries of a cell attend to the observation tokens that lie in it.
-
-For a cell with tokens z_1 .. z_m, query head h and its key/value head g (`q / g` query heads share one, kv-head major):
-
-    w = softmax_i(scale * q_h . Wk_g z_i),    o_h = Wv_g (sum_i w_i z_i) + bv_g;    o_h = 0 where m = 0
+"""Pixel attention as batches of dense products, for every device.
 
 Two exact ways, whichever multiplies less in a block of cells: crowded cells fold the projections into the query and
 the output (Wk_g^T q_h attends to z itself, no key or value exists per token), sparse ones project their few tokens.
@@ -16,62 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kernels.segments import Occupied
 
-PATHS = ("auto", "reference", "vectorised")
-
-
-def pixel_attention(
-    query: Tensor,
-    tokens: Tensor,
-    offsets: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor | None,
-    *,
-    scale: float,
-    path: str = "auto",
-    occupied: Occupied | None = None,
-) -> Tensor:
-    """(N, q, d), tokens (n, c) sorted by cell, offsets (N + 1,) int64, (g*d, c), (g*d, c), (g*d,) -> (N, q*d).
-
-    Exact zeros in empty cells. Computed in float32 (float64 for float64 queries), returned in the query's dtype;
-    deterministic. occupied: `Occupied.of(offsets)`; where given, the query holds these cells only, in their order, and
-    so does the result: (M, q, d) -> (M, q*d). path: auto (vectorised), vectorised, or reference (a loop over cells).
-    """
-    if path not in PATHS:
-        raise ValueError(f"unknown path {path!r} of pixel attention; allowed: {', '.join(PATHS)}")
-    weights = (key_weight, value_weight, value_bias)
-    if path == "reference":
-        cells = range(len(query)) if occupied is None else occupied.cells.tolist()
-        return _reference(query, tokens, offsets.tolist(), cells, *weights, scale)
-    if occupied is not None:
-        blocks = (occupied.place, occupied.start, occupied.length, occupied.blocks)
-        return torch.ops.hydrasphere.pixel_attention(query, tokens, *weights, *blocks, scale)[0]
-    some = Occupied.of(offsets)
-    result = pixel_attention(
-        query.index_select(0, some.cells), tokens, offsets, *weights, scale=scale, path=path, occupied=some
-    )
-    return result.new_zeros(len(query), result.shape[1]).index_copy(0, some.cells, result)
-
-
-def _reference(query, tokens, offsets, cells, key_weight, value_weight, value_bias, scale):
-    groups = key_weight.shape[0] // query.shape[2]
-    dtype = _precision(query)
-    rows = [query.new_zeros(0, query.shape[1] * query.shape[2], dtype=dtype)]
-    for row, cell in zip(query.to(dtype), cells, strict=True):
-        z = tokens[offsets[cell] : offsets[cell + 1]].to(dtype)
-        keys = rearrange(z @ key_weight.to(dtype).T, "m (g d) -> g m d", g=groups)
-        values = z @ value_weight.to(dtype).T
-        if value_bias is not None:
-            values = values + value_bias.to(dtype)
-        values = rearrange(values, "m (g d) -> g m d", g=groups)
-        weights = torch.softmax(scale * rearrange(row, "(g h) d -> g h d", g=groups) @ keys.mT, dim=-1)
-        rows.append(rearrange(weights @ values, "g h d -> 1 (g h d)"))  # a sum over no tokens is 0
-    return torch.cat(rows).to(query.dtype)
-
-
-def _precision(query: Tensor) -> torch.dtype:
+def working_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
@@ -79,7 +21,7 @@ class _Call:
     """What the blocks of one call share, in the precision of the computation."""
 
     def __init__(self, query, tokens, key_weight, value_weight, value_bias, place, start, length, blocks, scale):
-        self.dtype, (_, self.heads, width) = _precision(query), query.shape
+        self.dtype, (_, self.heads, width) = working_dtype(query), query.shape
         self.groups = groups = key_weight.shape[0] // width
         self.tokens, self.place, self.start, self.length, self.blocks = tokens, place, start, length, blocks.tolist()
         key_weight, value_weight = key_weight.to(self.dtype) * scale, value_weight.to(self.dtype)
@@ -204,7 +146,7 @@ def _join(pieces: list[tuple[Tensor, Tensor, Tensor]], output: Tensor, logsum: T
 @_forward.register_fake
 def _(query, tokens, key_weight, value_weight, value_bias, place, start, length, blocks, scale):
     count, heads, width = query.shape
-    return query.new_empty(count, heads * width), query.new_empty(count, heads, dtype=_precision(query))
+    return query.new_empty(count, heads * width), query.new_empty(count, heads, dtype=working_dtype(query))
 
 
 @torch.library.custom_op("hydrasphere::pixel_attention_backward", mutates_args=())

@@ -1,0 +1,269 @@
+"""Triton code of pixel attention. One tile holds all query heads of a cell; keys and values are the tokens themselves.
+
+    folded_h = scale log2(e) Wk_g^T q_h,  w = 2^(folded . z) / sum,  o_h = Wv_g (sum_i w_i z_i) + bv_g
+
+A program takes items (whole cells, or pieces of crowded cells) of `kernels/segments.py: WorkList`, one after the other:
+item p, p + programs, ... Projections are one product each: row h of a spread tile (H, E) holds its d numbers in the
+columns of its key/value head g, zeros elsewhere. Softmax is online, in base 2; sums are float32.
+Letters: padded to powers of two H heads, E = (g d), C token width; TILE tokens at a time. All offsets are int64.
+"""
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _spread(HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, E: tl.constexpr, first):
+    """Where numbers of a cell's row (q d) lie in a spread tile (H, E) of heads first .. first + H, and which exist."""
+    head = first + tl.arange(0, H)[:, None]
+    column = tl.arange(0, E)[None, :]
+    # E may be wider than (g d): the first comparison leaves those columns out, because no head has such a group.
+    exists = (head // (HEADS // GROUPS) == column // WIDTH) & (head < HEADS)
+    return head * WIDTH + column % WIDTH, exists
+
+
+@triton.jit
+def _weight(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr, E: tl.constexpr, C: tl.constexpr, TYPE: tl.constexpr):
+    """(E, C) of a weight (g d, c), zeros around it."""
+    row, column = tl.arange(0, E)[:, None], tl.arange(0, C)[None, :]
+    exists = (row < ROWS) & (column < COLUMNS)
+    return tl.load(pointer + row * COLUMNS + column, mask=exists, other=0.0).to(TYPE)
+
+
+@triton.jit
+def _token_tile(first, length, COLUMNS: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr):
+    """Offsets (TILE, C) from the first token of an item, and which of them exist."""
+    row = first + tl.arange(0, TILE)[:, None].to(tl.int64)
+    column = tl.arange(0, C)[None, :]
+    return row * COLUMNS + column, (row < length) & (column < COLUMNS)
+
+
+@triton.jit
+def attend(
+    query,
+    tokens,
+    key_weight,
+    value_weight,
+    value_bias,
+    items,
+    count,
+    output,
+    logsum,
+    piece_mixed,
+    piece_logsum,
+    scale,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Output (N, q d) and logsum (N, q), log2 of the softmax's denominator, of whole cells; of pieces, their means of
+    tokens (S, H, C) and logsums (S, H), which `join` brings together."""
+    head, column = tl.arange(0, H), tl.arange(0, C)
+    place, exists = _spread(HEADS, GROUPS, WIDTH, H, E, 0)
+    keys = _weight(key_weight, GROUPS * WIDTH, COLUMNS, E, C, TYPE)
+    values = _weight(value_weight, GROUPS * WIDTH, COLUMNS, E, C, TYPE)
+    for item in range(tl.program_id(0).to(tl.int64), tl.load(count), tl.num_programs(0)):
+        cell, start, length = tl.load(items + item * 4), tl.load(items + item * 4 + 1), tl.load(items + item * 4 + 2)
+        pieces = tl.load(items + item * 4 + 3)
+        rows = tl.load(query + cell * (HEADS * WIDTH) + place, mask=exists, other=0.0).to(TYPE)
+        folded = (tl.dot(rows, keys, input_precision=PRECISION) * (scale / LN2)).to(TYPE)  # (H, C)
+        peak = tl.full([H], float("-inf"), tl.float32)
+        total = tl.zeros([H], tl.float32)
+        mixed = tl.zeros([H, C], tl.float32)
+        for first in range(0, length, TILE):
+            offset, present = _token_tile(first, length, COLUMNS, C, TILE)
+            z = tl.load(tokens + start * COLUMNS + offset, mask=present, other=0.0).to(TYPE)
+            score = tl.dot(folded, tl.trans(z), input_precision=PRECISION)  # (H, TILE)
+            score = tl.where((first + tl.arange(0, TILE) < length)[None, :], score, float("-inf"))
+            highest = tl.maximum(peak, tl.max(score, 1))
+            weight = tl.exp2(score - highest[:, None])
+            shrink = tl.exp2(peak - highest)
+            total = total * shrink + tl.sum(weight, 1)
+            mixed = tl.dot(weight.to(TYPE), z, mixed * shrink[:, None], input_precision=PRECISION)
+            peak = highest
+        mixed = mixed / tl.where(length > 0, total, 1.0)[:, None]
+        log = peak + tl.log2(total)
+        if pieces == 1:
+            result = tl.dot(mixed.to(TYPE), tl.trans(values), input_precision=PRECISION)  # (H, E)
+            if BIAS:
+                bias = tl.load(value_bias + tl.arange(0, E), mask=tl.arange(0, E) < GROUPS * WIDTH, other=0.0)
+                result += tl.where(length > 0, bias.to(tl.float32), 0.0)[None, :]
+            tl.store(output + cell * (HEADS * WIDTH) + place, result.to(output.dtype.element_ty), mask=exists)
+            tl.store(logsum + cell * HEADS + head, log, mask=head < HEADS)
+        else:
+            tl.store(piece_mixed + item * (H * C) + head[:, None] * C + column[None, :], mixed)
+            tl.store(piece_logsum + item * H + head, log)
+
+
+@triton.jit
+def join(
+    piece_mixed,
+    piece_logsum,
+    value_weight,
+    value_bias,
+    items,
+    count,
+    output,
+    logsum,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Crowded cells: the mean of their pieces' means, weighted by the softmax's denominators. One program for ROWS
+    heads of a cell; programs of items that are not a first piece leave at once."""
+    item = tl.program_id(0).to(tl.int64)
+    if item < tl.load(count):
+        pieces = tl.load(items + item * 4 + 3)
+        if pieces > 1:
+            cell = tl.load(items + item * 4)
+            first = tl.program_id(1) * ROWS
+            head, column = first + tl.arange(0, ROWS), tl.arange(0, C)
+            peak = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            mixed = tl.zeros([ROWS, C], tl.float32)
+            for piece in range(item, item + pieces):
+                log = tl.load(piece_logsum + piece * H + head)
+                mean = tl.load(piece_mixed + piece * (H * C) + head[:, None] * C + column[None, :])
+                highest = tl.maximum(peak, log)
+                weight, shrink = tl.exp2(log - highest), tl.exp2(peak - highest)
+                total = total * shrink + weight
+                mixed = mixed * shrink[:, None] + weight[:, None] * mean
+                peak = highest
+            place, exists = _spread(HEADS, GROUPS, WIDTH, ROWS, E, first)
+            values = _weight(value_weight, GROUPS * WIDTH, COLUMNS, E, C, TYPE)
+            mixed = mixed / total[:, None]
+            result = tl.dot(mixed.to(TYPE), tl.trans(values), input_precision=PRECISION)
+            if BIAS:
+                bias = tl.load(value_bias + tl.arange(0, E), mask=tl.arange(0, E) < GROUPS * WIDTH, other=0.0)
+                result += bias.to(tl.float32)[None, :]
+            tl.store(output + cell * (HEADS * WIDTH) + place, result.to(output.dtype.element_ty), mask=exists)
+            tl.store(logsum + cell * HEADS + head, peak + tl.log2(total), mask=head < HEADS)
+
+
+@triton.jit
+def attend_backward(
+    gradient,
+    output,
+    logsum,
+    query,
+    tokens,
+    key_weight,
+    value_weight,
+    value_bias,
+    items,
+    count,
+    query_gradient,
+    token_gradient,
+    piece_gradient,
+    weight_gradient,
+    bias_gradient,
+    scale,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Gradients of the tokens (each belongs to one item) and of the query; those of pieces' queries (S, H, E) are for
+    `add_pieces`. Weights: one sum a program, (programs, 2, E, C), of key and value, and (programs, E) of the bias."""
+    head = tl.arange(0, H)
+    row, column = tl.arange(0, E), tl.arange(0, C)
+    place, exists = _spread(HEADS, GROUPS, WIDTH, H, E, 0)
+    keys = _weight(key_weight, GROUPS * WIDTH, COLUMNS, E, C, TYPE)
+    values = _weight(value_weight, GROUPS * WIDTH, COLUMNS, E, C, TYPE)
+    key_sum = tl.zeros([E, C], tl.float32)
+    value_sum = tl.zeros([E, C], tl.float32)
+    bias_sum = tl.zeros([E], tl.float32)
+    for item in range(tl.program_id(0).to(tl.int64), tl.load(count), tl.num_programs(0)):
+        cell, start, length = tl.load(items + item * 4), tl.load(items + item * 4 + 1), tl.load(items + item * 4 + 2)
+        pieces = tl.load(items + item * 4 + 3)
+        base = cell * (HEADS * WIDTH)
+        upstream = tl.load(gradient + base + place, mask=exists, other=0.0)
+        result = tl.load(output + base + place, mask=exists, other=0.0).to(tl.float32)
+        if BIAS:
+            bias = tl.load(value_bias + row, mask=row < GROUPS * WIDTH, other=0.0).to(tl.float32)
+            result -= tl.where(exists, bias[None, :], 0.0)
+        mean = tl.sum(upstream.to(tl.float32) * result, 1)  # (H,): of the slopes under the softmax
+        if (pieces > 0) & (length > 0):  # a cell counts once
+            bias_sum += tl.sum(upstream.to(tl.float32), 0)
+        upstream = upstream.to(TYPE)
+        rows = tl.load(query + base + place, mask=exists, other=0.0).to(TYPE)
+        folded = (tl.dot(rows, keys, input_precision=PRECISION) * (scale / LN2)).to(TYPE)
+        pulled = tl.dot(upstream, values, input_precision=PRECISION).to(TYPE)  # (H, C)
+        log = tl.load(logsum + cell * HEADS + head, mask=head < HEADS, other=0.0)
+        folded_gradient = tl.zeros([H, C], tl.float32)
+        mixed = tl.zeros([H, C], tl.float32)
+        for first in range(0, length, TILE):
+            offset, present = _token_tile(first, length, COLUMNS, C, TILE)
+            z = tl.load(tokens + start * COLUMNS + offset, mask=present, other=0.0).to(TYPE)
+            # (TILE, H): products with the tokens of a tile on the left need no exchange between threads.
+            weight = tl.exp2(tl.dot(z, tl.trans(folded), input_precision=PRECISION) - log[None, :])
+            weight = tl.where((first + tl.arange(0, TILE) < length)[:, None], weight, 0.0)
+            slope = tl.dot(z, tl.trans(pulled), input_precision=PRECISION)
+            slope = (weight * (slope - mean[None, :]) * LN2).to(TYPE)
+            weight = weight.to(TYPE)
+            z_gradient = tl.dot(weight, pulled, input_precision=PRECISION)
+            z_gradient = tl.dot(slope, folded, z_gradient, input_precision=PRECISION)
+            tl.store(
+                token_gradient + start * COLUMNS + offset,
+                z_gradient.to(token_gradient.dtype.element_ty),
+                mask=present,
+            )
+            folded_gradient = tl.dot(tl.trans(slope), z, folded_gradient, input_precision=PRECISION)
+            mixed = tl.dot(tl.trans(weight), z, mixed, input_precision=PRECISION)
+        folded_gradient = (folded_gradient * (scale / LN2)).to(TYPE)
+        key_sum = tl.dot(tl.trans(rows), folded_gradient, key_sum, input_precision=PRECISION)
+        value_sum = tl.dot(tl.trans(upstream), mixed.to(TYPE), value_sum, input_precision=PRECISION)
+        rows_gradient = tl.dot(folded_gradient, tl.trans(keys), input_precision=PRECISION)  # (H, E)
+        if pieces == 1:
+            tl.store(query_gradient + base + place, rows_gradient.to(query_gradient.dtype.element_ty), mask=exists)
+        else:
+            tl.store(piece_gradient + item * (HEADS * WIDTH) + place, rows_gradient, mask=exists)
+    program = tl.program_id(0).to(tl.int64)
+    sums = weight_gradient + program * (2 * E * C) + row[:, None] * C + column[None, :]
+    tl.store(sums, key_sum)
+    tl.store(sums + E * C, value_sum)
+    tl.store(bias_gradient + program * E + row, bias_sum)
+
+
+@triton.jit
+def add_pieces(piece_gradient, items, count, query_gradient, NUMBERS: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradient of a crowded cell's query: the sum of its pieces', (S, NUMBERS) -> (N, NUMBERS), BLOCK at a time."""
+    item = tl.program_id(0).to(tl.int64)
+    if item < tl.load(count):
+        pieces = tl.load(items + item * 4 + 3)
+        if pieces > 1:
+            cell = tl.load(items + item * 4)
+            number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+            total = tl.zeros([BLOCK], tl.float32)
+            for piece in range(item, item + pieces):
+                total += tl.load(piece_gradient + piece * NUMBERS + number, mask=number < NUMBERS, other=0.0)
+            tl.store(
+                query_gradient + cell * NUMBERS + number,
+                total.to(query_gradient.dtype.element_ty),
+                mask=number < NUMBERS,
+            )

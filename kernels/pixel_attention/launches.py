@@ -1,0 +1,221 @@
+"""Launches of the Triton kernels of pixel attention (`device_code.py`), as operators with gradients.
+
+Letters: N cells, S items, n tokens, c token width, d head width, q query heads, g key/value heads.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.segments import most_pieces
+from kernels.tuning import Config, Tuning
+
+TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WIDEST = 256  # numbers of heads, of spread columns (g d), and of token columns that a tile holds
+JOINED_ROWS, ADDED_NUMBERS = 16, 1024  # of a program of the passes that bring pieces together
+INTERPRETED_PROGRAMS = 3  # on the CPU, for tests: fewer than items, so that programs take several
+_SOURCES = (Path(__file__), Path(__file__).with_name("device_code.py"))
+
+
+def _candidates(*choices: tuple[int, int, int, int]) -> list[Config]:
+    names = ("TILE", "num_warps", "num_stages", "programs")
+    return [dict(zip(names, choice, strict=True)) for choice in choices]
+
+
+# Rows of a tile, warps, stages, programs a multiprocessor.
+FORWARD = Tuning(
+    "pixel_attention_forward",
+    _candidates((64, 4, 3, 4), (64, 4, 2, 6), (32, 4, 3, 8), (32, 4, 4, 4), (128, 4, 2, 4), (128, 8, 2, 2)),
+    _SOURCES,
+)
+BACKWARD = Tuning(
+    "pixel_attention_backward",
+    _candidates((64, 4, 2, 2), (32, 4, 2, 3), (32, 4, 3, 2), (64, 8, 2, 2), (64, 4, 3, 2)),
+    _SOURCES,
+)
+
+
+def suits(query: Tensor, key_weight: Tensor) -> bool:
+    widest = max(query.shape[1], *key_weight.shape)
+    return query.dtype != torch.float64 and widest <= WIDEST
+
+
+def resolved(precision: str, query: Tensor) -> str:
+    """`precision` without auto."""
+    if precision != "auto":
+        return precision
+    if query.dtype != torch.float32:
+        return "bf16" if query.dtype == torch.bfloat16 else "fp16"
+    exact = query.device.type == "cpu" or torch.get_float32_matmul_precision() == "highest"
+    return "fp32" if exact else "tf32"
+
+
+def constants(heads: int, width: int, key_weight: Tensor, precision: str, bias: bool) -> dict:
+    """What kernels are compiled for: sizes, padded sizes, and the type of products."""
+    import triton
+    import triton.language as tl
+
+    rows, columns = key_weight.shape
+    padded = {name: max(16, triton.next_power_of_2(size)) for name, size in (("H", heads), ("E", rows), ("C", columns))}
+    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    return {
+        "HEADS": heads,
+        "GROUPS": rows // width,
+        "WIDTH": width,
+        "COLUMNS": columns,
+        "BIAS": bias,
+        **padded,
+        "TYPE": types[TYPES[precision]],
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+    }
+
+
+def _programs(config: Config, items: Tensor) -> int:
+    if items.device.type != "cuda":
+        return max(min(len(items), INTERPRETED_PROGRAMS), 1)
+    return max(min(len(items), config["programs"] * _multiprocessors(items.device)), 1)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _options(config: Config) -> dict[str, int]:
+    return {name: number for name, number in config.items() if name != "programs"}
+
+
+def _key(query: Tensor, tokens: Tensor, constant: dict) -> tuple:
+    """Calls with so many tokens a cell, to a factor of 4, are alike."""
+    crowd = round(math.log(max(len(tokens) / max(len(query), 1), 1), 4))
+    sizes = (constant["H"], constant["E"], constant["C"], constant["TYPE"], constant["PRECISION"])
+    return (*sizes, query.dtype, tokens.dtype, f"4^{crowd}")
+
+
+@torch.library.custom_op("hydrasphere::pixel_attention_triton", mutates_args=())
+def _forward(
+    query: Tensor,
+    tokens: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    items: Tensor,
+    count: Tensor,
+    scale: float,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Output (N, q*d) and, for the backward pass, log2 of the softmax's denominator (N, q) float32."""
+    from kernels.pixel_attention import device_code
+
+    query, tokens, key_weight, value_weight = (x.contiguous() for x in (query, tokens, key_weight, value_weight))
+    cells, heads, width = query.shape
+    constant = constants(heads, width, key_weight, precision, value_bias is not None)
+    output = query.new_empty(cells, heads * width)
+    logsum = query.new_empty(cells, heads, dtype=torch.float32)
+    bias = value_weight if value_bias is None else value_bias.contiguous()  # any address where there is none
+    pieces = most_pieces(len(tokens))
+    means = query.new_empty(pieces, constant["H"], constant["C"], dtype=torch.float32)
+    logs = query.new_empty(pieces, constant["H"], dtype=torch.float32)
+    given = (query, tokens, key_weight, value_weight, bias, items, count, output, logsum, means, logs, scale)
+
+    def launch(config: Config) -> None:
+        device_code.attend[(_programs(config, items),)](*given, **constant, **_options(config))
+
+    with torch.cuda.device_of(query):
+        launch(FORWARD.config(_key(query, tokens, constant), query.device, launch))
+        if pieces:
+            device_code.join[(min(pieces, len(items)), constant["H"] // JOINED_ROWS)](
+                *(means, logs, value_weight, bias, items, count, output, logsum), **constant, ROWS=JOINED_ROWS
+            )
+    return output, logsum
+
+
+@_forward.register_fake
+def _(query, tokens, key_weight, value_weight, value_bias, items, count, scale, precision):
+    cells, heads, width = query.shape
+    return query.new_empty(cells, heads * width), query.new_empty(cells, heads, dtype=torch.float32)
+
+
+@torch.library.custom_op("hydrasphere::pixel_attention_triton_backward", mutates_args=())
+def _backward(
+    gradient: Tensor,
+    output: Tensor,
+    logsum: Tensor,
+    query: Tensor,
+    tokens: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    items: Tensor,
+    count: Tensor,
+    scale: float,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, tokens, key_weight, value_weight and value_bias; weights of tokens are computed again."""
+    from kernels.pixel_attention import device_code
+
+    gradient, query, tokens, key_weight, value_weight = (
+        x.contiguous() for x in (gradient, query, tokens, key_weight, value_weight)
+    )
+    heads, width = query.shape[1:]
+    rows, columns = key_weight.shape
+    constant = constants(heads, width, key_weight, precision, value_bias is not None)
+    query_gradient, token_gradient = torch.empty_like(query), torch.empty_like(tokens)
+    bias = value_weight if value_bias is None else value_bias.contiguous()
+    pieces = most_pieces(len(tokens))
+    piece_gradient = query.new_empty(pieces, heads * width, dtype=torch.float32)
+    padded = (constant["E"], constant["C"])
+    sums: list[Tensor] = []
+
+    def launch(config: Config) -> None:
+        programs = _programs(config, items)
+        sums[:] = (
+            query.new_empty(programs, 2, *padded, dtype=torch.float32),
+            query.new_empty(programs, padded[0], dtype=torch.float32),
+        )
+        device_code.attend_backward[(programs,)](
+            *(gradient, output, logsum, query, tokens, key_weight, value_weight, bias, items, count),
+            *(query_gradient, token_gradient, piece_gradient, *sums, scale),
+            **constant,
+            **_options(config),
+        )
+
+    with torch.cuda.device_of(query):
+        launch(BACKWARD.config(_key(query, tokens, constant), query.device, launch))
+        if pieces:
+            blocks = math.ceil(heads * width / ADDED_NUMBERS)
+            device_code.add_pieces[(min(pieces, len(items)), blocks)](
+                piece_gradient, items, count, query_gradient, NUMBERS=heads * width, BLOCK=ADDED_NUMBERS
+            )
+    key_gradient, value_gradient = sums[0].sum(0)[:, :rows, :columns]
+    return (
+        query_gradient,
+        token_gradient,
+        key_gradient.to(key_weight.dtype, copy=True),
+        value_gradient.to(value_weight.dtype, copy=True),
+        sums[1].sum(0)[:rows].to(value_weight.dtype, copy=True),
+    )
+
+
+@_backward.register_fake
+def _(gradient, output, logsum, query, tokens, key_weight, value_weight, *rest):
+    like = [x.new_empty(x.shape) for x in (query, tokens, key_weight, value_weight)]
+    return (*like, value_weight.new_empty(value_weight.shape[0]))
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.precision = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _gradients(ctx, gradient, _):
+    output, logsum, *tensors = ctx.saved_tensors
+    options = (ctx.scale, ctx.precision)
+    *parts, bias = torch.ops.hydrasphere.pixel_attention_triton_backward(gradient, output, logsum, *tensors, *options)
+    return *parts, None if tensors[4] is None else bias, None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
