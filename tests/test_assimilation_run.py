@@ -61,7 +61,8 @@ def test_a_run_trains_scores_reports_and_is_evaluated_again(command, tmp_path):
     assert code == 0, err
     assert "RMSE of t2m" in out and "-12 h" in out and "climatology" in out
     scores = json.loads((folder / "scores.json").read_text())["t2m"]["rmse"]
-    assert list(scores) == ["-12", "-6", "0"] and set(scores["0"]) == {"ours", "climatology", "optimal_interpolation"}
+    assert list(scores) == ["-12", "-6", "0"]
+    assert set(scores["0"]) == {"ours", "network alone", "climatology", "optimal_interpolation"}
     with xr.open_dataset(folder / "predictions.nc") as predictions:
         assert predictions.t2m.dims == ("init_time", "lead_time", "cell") and predictions.sizes["cell"] == 48
         assert predictions.attrs["grid_kind"] == "healpix" and predictions.attrs["grid_order"] == "padxy"
