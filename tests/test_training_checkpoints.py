@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 
 import pytest
 import torch
@@ -58,6 +59,55 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert steps_and_links(store.folder) == ([1], "step_00000001", "step_00000001")
     assert (store.path(1) / "b").read_bytes() == b"1"
     assert not list(store.folder.glob(".*"))
+
+
+def test_in_the_background_one_is_written_at_a_time_and_the_last_is_waited_for(tmp_path, monkeypatch):
+    write, go, writing, most = checkpoints._write, threading.Event(), [], []
+
+    def slow(path, content):
+        writing.append(path)
+        most.append(len(writing))
+        go.wait(10)
+        write(path, content)
+        writing.remove(path)
+
+    monkeypatch.setattr(checkpoints, "_write", slow)
+    store = Checkpoints(tmp_path / "checkpoints", keep=3, background=True)
+    store.save(1, {"a": b"1"}, best_step=1)
+    assert store.steps() == []  # training goes on meanwhile
+    threading.Timer(0.05, go.set).start()
+    for step in (2, 3):
+        store.save(step, {"a": b"x"}, best_step=1)
+        assert step - 1 in store.steps()
+    store.wait()
+    assert steps_and_links(store.folder) == ([1, 2, 3], "step_00000003", "step_00000001")
+    assert most == [1, 1, 1]
+
+
+@pytest.mark.parametrize("then", ["save", "wait"])
+def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch, then):
+    store = Checkpoints(tmp_path / "checkpoints", background=True)
+    store.save(1, {"a": b"1"}, best_step=1)
+    store.wait()
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "_write", full)
+    store.save(2, {"a": b"2"}, best_step=2)
+    with pytest.raises(OSError, match=r"step 2 .*No space left on device.*step 1 is intact"):
+        store.wait() if then == "wait" else store.save(3, {"a": b"3"}, best_step=3)
+    assert steps_and_links(store.folder) == ([1], "step_00000001", "step_00000001")
+
+
+def test_a_run_that_saves_in_the_background_leaves_the_same_files(data, tmp_path):
+    for name, background in (("plain", False), ("background", True)):
+        tiny_loop(tmp_path / name, data, keep=2, checkpoint_every=1, async_checkpoint=background).run(NoTracker())
+    files = [
+        {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in (tmp_path / name).rglob("*.safetensors")}
+        for name in ("plain", "background")
+    ]
+    assert files[0] == files[1] and len(files[0]) >= 6
 
 
 def test_a_file_size_limit_stops_a_run_with_its_checkpoint_kept(data, tmp_path):
