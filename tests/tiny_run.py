@@ -80,24 +80,35 @@ def settings(**changes):
 
 
 def tiny_loop(
-    folder: Path, data, *, task=None, model=None, seed: int = 0, lr: float = 1e-2, optimizer: str = "adamw", **changes
+    folder: Path,
+    data,
+    *,
+    task=None,
+    model=None,
+    seed: int = 0,
+    lr: float = 1e-2,
+    optimizer: str = "adamw",
+    ranks: Ranks | None = None,
+    **changes,
 ):
+    """On the only rank, or on one of several that read different samples."""
     torch.manual_seed(seed)
-    task = task or tiny_task()
+    task, ranks = task or tiny_task(), ranks or Ranks()
     folder.mkdir(parents=True, exist_ok=True)
     normalisation, layout = task.fit(data), task.layout(data)
     trainer = settings(**changes)
     train_set, validation_set = (task.dataset(data, split, normalisation) for split in ("train", "validation"))
+    share = dict(batch_size=trainer.batch_size // ranks.mesh.dp, rank=ranks.sample_part, world=ranks.mesh.dp)
     return TrainingLoop(
         model or LinearModel(layout, dropout=0.1),
         task,
-        BatchLoader(train_set, batch_size=trainer.batch_size, seed=seed),
-        BatchLoader(validation_set, batch_size=trainer.batch_size, shuffle=False),
+        BatchLoader(train_set, seed=seed, **share),
+        BatchLoader(validation_set, shuffle=False, **share),
         settings=trainer,
         optimizer=OmegaConf.structured(Optimizer(name=optimizer, lr=lr)),
         scheduler=OmegaConf.structured(Scheduler(warmup_steps=2)),
         files=RunFiles({"model": {}, "task": {}, "layout": layout.to_dict()}, normalisation),
         run_dir=folder,
         seed=seed,
-        ranks=Ranks(),
+        ranks=ranks,
     )

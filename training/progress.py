@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 
 
@@ -12,6 +13,7 @@ class ProgressBar:
     def __init__(self, first: int, total: int, *, samples: int, shown: bool):
         from tqdm import tqdm
 
+        tqdm.set_lock(threading.RLock())  # its own spans processes, and a killed one would leave a semaphore behind
         self._samples, self._steps, self._started = samples, 0, time.perf_counter()
         self._validation = ""
         self._bar = tqdm(
