@@ -29,7 +29,7 @@ from training.ranks import Mesh
 from training.run import build_data, build_task
 
 TRAINER = SimpleNamespace(device="cpu", timeout=600.0)
-MODEL = ["model=healda_v2", "task.frames=8", "model.drop_path=0.0"]
+MODEL = ["model=healda_v2", "task.frames=8", "model.drop_path=0.0", "data.level=4"]
 KINDS = {  # what a rank does differently: keyword arguments of TrainingStep
     "float32": {},
     "bf16": {"sixteen_bit": True},
