@@ -177,7 +177,7 @@ def _fill(model: nn.Module, place: Path, name: str) -> None:
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise ValueError(f"{place} lacks {missing}; use another checkpoint of the run, like last") from error
-    except (SafetensorError, RuntimeError, LookupError) as error:
+    except (SafetensorError, RuntimeError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"the weights {name!r} of {place} are damaged or of another model ({reason}); use another checkpoint"

@@ -53,6 +53,7 @@ def training_bytes(
     kept = COPIES_IN_TRAINING * weights / weight_parts
     if weight_parts > 1:
         kept += _whole_bytes(model, sixteen_bit)
+        kept += weights if config.trainer.accumulate > 1 else 0  # gradients stay whole until the last batch
     return round(OVERHEAD * (kept + activations * (SIXTEEN_BIT if sixteen_bit else 1.0)))
 
 
