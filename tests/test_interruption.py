@@ -165,16 +165,21 @@ def test_what_is_ignored_stays_ignored(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_schedulers_warning_is_told_to_who_listened_after_saving():
+def test_a_schedulers_warning_is_told_to_who_listened_after_saving(clock):
     heard = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
     try:
         with Interruption() as asked:
             signal.raise_signal(signal.SIGUSR2)
             assert asked.asked == signal.SIGUSR2 and heard == []
+        with Interruption() as asked:
+            signal.raise_signal(signal.SIGTERM)
+            clock[0] += 60
+            signal.raise_signal(signal.SIGUSR2)  # not a second request
+            assert asked.asked == signal.SIGUSR2 and heard == []
         with pytest.raises(SystemExit) as ended:
             asked.end()
-        assert heard == [signal.SIGUSR2] and ended.value.code == 143
+        assert heard == [signal.SIGUSR2] and ended.value.code == 0
     finally:
         signal.signal(signal.SIGUSR2, before)
     with Interruption():

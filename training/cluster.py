@@ -1,4 +1,4 @@
-"""Processes that something else started: torchrun, or Slurm's srun, also through submitit.
+"""Processes that something else started: torchrun, or Slurm's srun, also through submitit; what all of them need.
 
 Imports nothing heavy: the command line asks before anything else is loaded.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 FIRST_PORT, PORTS = 10_000, 20_000  # below those that systems hand out by themselves
 
 
@@ -52,3 +55,17 @@ def first_host(nodes: str) -> str:
 def started_again() -> bool:
     """Whether a scheduler started this job another time, after preemption, a time limit or a failure."""
     return any(int(os.environ.get(name, 0)) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+@contextmanager
+def repository_importable():
+    """Processes started inside find the modules of the repository, wherever they are started."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), before]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before

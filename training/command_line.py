@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from training.cluster import Cluster
+from training.cluster import Cluster, repository_importable
 
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
 MODEL_GROUPS = ("encoder", "processor", "decoder", "attention", "size")
@@ -50,7 +50,7 @@ def run(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors, which it otherwise prints over several lines
     succeeded = False
     try:
-        with _ended_by_sigterm():
+        with _ended_by_sigterm(), repository_importable():
             sys.argv[1:] = rewrite(sys.argv[1:])
             main()
             succeeded = True
@@ -58,6 +58,8 @@ def run(
         fail("interrupted", code=130)
     except RankFailed as error:
         fail(str(error))
+    except _submitit_errors() as error:
+        fail(_submitted_job_sentence(str(error)))
     except Exception as error:
         if TRACEBACKS or not is_user_error(error):
             _let_the_first_rank_speak()
@@ -197,6 +199,20 @@ def _unknown_option(key: str, cause: BaseException) -> str:
         return f"there is no option {key}; did you mean {parent + '.' if parent else ''}{near[0]}?"
     allowed = f"{parent or 'the root'} has {', '.join(known)}" if known else "python train.py --help lists the options"
     return f"there is no option {key}; {allowed}"
+
+
+def _submitit_errors() -> tuple[type[Exception], ...]:
+    """What submitit raises where a job failed; nothing where it is not used."""
+    utils = sys.modules.get("submitit.core.utils")
+    return () if utils is None else (utils.UncompletedJobError,)
+
+
+def _submitted_job_sentence(text: str) -> str:
+    """Of the traceback of a submitted job the last line, and where all that the job printed is."""
+    said = re.findall(r"(?m)^(?:\w+\.)*\w*(?:Error|Exception|Failed|Interrupt|Exit)\w*: .*(?:\n(?!-{9}).+)*", text)
+    where = re.search(r"- (\S+\.err)", text)
+    what = said[-1].partition(": ")[2] if said else _one_line(text)
+    return f"a job of the sweep failed: {what}" + (f"\nwhat it printed: {where.group(1)}" if where else "")
 
 
 def _one_line(text: str) -> str:

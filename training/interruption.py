@@ -38,11 +38,14 @@ class Interruption:
     def _note(self, number: int, frame) -> None:
         if self.asked is None:
             self.asked, self._when = number, time.monotonic()
+        elif number == WARNING:  # Slurm may send SIGTERM before it
+            self.asked = number
         elif time.monotonic() - self._when > TOLD_TWICE:
             self.end()
 
     def end(self) -> NoReturn:
-        """Ends the run: exit codes 130 and 143; after a warning whoever listened to it before goes first."""
+        """Ends the run: exit codes 130 and 143; after a warning whoever listened to it before decides."""
         if self.asked == WARNING:
             self._before[WARNING](WARNING, None)
+            raise SystemExit(0)  # no failure, for which Slurm would end the task that talks to the queue
         raise KeyboardInterrupt if self.asked == signal.SIGINT else SystemExit(128 + signal.SIGTERM)

@@ -26,15 +26,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training.cluster import Cluster
+from training.cluster import Cluster, repository_importable
 from training.devices import choose_device
 from training.interruption import Interruption
 from training.rank_failure import explain, record, stack_file
 from training.ranks import Mesh, Ranks, join
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 PRELOADED = ("torch", "torch.distributed", "training.run", "training.parallel")
 GRACE = 60.0  # seconds in which ranks finish their step and save when asked to stop
+FAREWELL = 20.0  # seconds in which the first rank, once another one failed, closes its files and its MLflow run
 STOP = "stop"  # file: the ranks were asked to stop
 
 
@@ -99,6 +99,7 @@ def launch(work: Callable, *arguments, mesh: Mesh, trainer):
                 if result.exists() and not any(rank.exitcode for rank in ranks):
                     return pickle.loads(result.read_bytes())
                 if interruption.asked is None:
+                    ranks[0].join(FAREWELL)
                     raise explain(ranks, folder)
             finally:
                 _end(ranks)
@@ -157,7 +158,7 @@ def _follow_launcher() -> None:
 def _start_server(module: str) -> None:
     """The fork server, unless it runs; it lives as long as this process, and its next ranks are ready at once."""
     forkserver.set_forkserver_preload([*PRELOADED, module])
-    with _ignoring(signal.SIGINT, signal.SIGTERM), _import_path():  # it inherits both
+    with _ignoring(signal.SIGINT, signal.SIGTERM), repository_importable():
         forkserver.ensure_running()
 
 
@@ -198,20 +199,6 @@ def _ignoring(*signals: int):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _import_path():
-    """A fork server starts in the working directory, which need not be the repository."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), before]))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
 
 @contextmanager

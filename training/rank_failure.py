@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.command_line import TRACEBACKS, RankFailed, is_user_error, sentence
+from training.command_line import RankFailed, is_user_error, sentence
 
 SETTLING = 0.5  # seconds for the other ranks to write what they saw, once one has failed
 WAITED = re.compile(r"timed out|timeout", re.IGNORECASE)
@@ -49,8 +49,10 @@ def explain(ranks: Sequence, folder: Path) -> Exception:
     for error in errors:
         if error["lost"] or error["waited"]:
             continue
-        if error["sentence"] is not None and not TRACEBACKS:
-            return ValueError(error["sentence"])
+        if error["sentence"] is not None:
+            repairable = ValueError(error["sentence"])
+            repairable.add_note(error["traceback"])  # where tracebacks are asked for
+            return repairable
         return RankFailed(f"rank {error['rank']} of {len(ranks)} failed first:\n{error['traceback']}")
     for number, rank in enumerate(ranks):
         if (rank.exitcode or 0) < 0:

@@ -18,6 +18,7 @@ from data.loading import BatchLoader, SharedFrames
 from models.composition import build_from_config
 from training import environment
 from training.checkpoints import RunFiles, load_weights, read_normalisation
+from training.cluster import started_again
 from training.devices import choose_device, choose_precision
 from training.job import Job
 from training.launch import threads_per_rank
@@ -102,7 +103,8 @@ class Run:
             resolve_uri(config.tracking.uri)
         self.config, self.data, self.task, self.job, self.ranks = config, data, task, job, ranks
         self.directory = job.directory
-        checkpoint = last_checkpoint(self.directory) if config.resume else None
+        goes_on = config.resume or (started_again() and (self.directory / "checkpoints" / "last").is_dir())
+        checkpoint = last_checkpoint(self.directory) if goes_on else None
         self.normalisation = ranks.from_first(lambda: read_normalisation(checkpoint) if checkpoint else task.fit(data))
         train_set, validation_set = (task.dataset(data, split, self.normalisation) for split in ("train", "validation"))
         self.loop = TrainingLoop(
