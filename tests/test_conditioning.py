@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import silu
 
 from data.batch import Condition
-from models.conditioning.adaptive_norm import AdaptiveNorm, gated, modulated_norm
+from kernels.modulated_norm import gated, modulated_norm
+from models.conditioning.adaptive_norm import AdaptiveNorm
 from models.conditioning.noise_level import DiTEmbedder, EDMEmbedder, NoiseFeatures, ZeroEmbedder
 from models.positions.time import LocalCalendar
 

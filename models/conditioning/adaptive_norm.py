@@ -1,5 +1,7 @@
 """Adaptive layer norm: shift, scale and gate of residual branches from the condition of a sample (adaLN-Zero).
 
+What they do to tokens is `kernels/modulated_norm`.
+
 Peebles and Xie 2022, arXiv:2212.09748. Everything starts at zero: a branch begins as nothing, a norm as the plain norm.
 Letters: B batch, D hidden, Dc condition width.
 """
@@ -11,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.initialisation import zeros_
-
-NORM_EPS = 1e-6
 
 
 class AdaptiveNorm(nn.Module):
@@ -35,17 +35,3 @@ class AdaptiveNorm(nn.Module):
         """condition: None where Dc is 0."""
         parts = self.constant.expand(batch_size, -1) if self.linear is None else self.linear(F.silu(condition))
         return parts.chunk(self.parts, dim=-1)
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) * norm(x) + shift with x (B, ..., D), shift and scale (B, D); the norm has no weights."""
-    between = [1] * (x.ndim - 2)
-    shift, scale = (part.view(part.shape[0], *between, part.shape[-1]) for part in (shift, scale))
-    normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-    return torch.addcmul(shift.to(normed.dtype), normed, 1 + scale.to(normed.dtype))
-
-
-def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x + gate * branch with x and branch (B, ..., D), gate (B, D)."""
-    gate = gate.view(gate.shape[0], *[1] * (x.ndim - 2), gate.shape[-1])
-    return torch.addcmul(x, gate.to(x.dtype), branch.to(x.dtype))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from data.batch import Query
 from data.layout import Layout
-from models.conditioning.adaptive_norm import AdaptiveNorm, modulated_norm
+from kernels.modulated_norm import modulated_norm
+from models.conditioning.adaptive_norm import AdaptiveNorm
 from models.initialisation import zeros_
 from models.latents import LatentLayout, Latents
 from models.patches import patches_of

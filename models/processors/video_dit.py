@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.layout import Layout
+from kernels.modulated_norm import gated, modulated_norm
 from models.attention.layer import MLP
 from models.attention.pixel import PixelCrossAttention
 from models.attention.self_attention import SpatialAttention, TemporalAttention
-from models.conditioning.adaptive_norm import AdaptiveNorm, gated, modulated_norm
+from models.conditioning.adaptive_norm import AdaptiveNorm
 from models.frame_dropout import draw_key, frame_dropout
 from models.initialisation import xavier_
 from models.latents import LatentLayout, Latents, ObservationContext

@@ -1,0 +1,137 @@
+"""Norms and residuals whose scale, shift and gate follow from the condition of a sample (adaLN), each in one pass.
+
+    modulated_norm = (1 + scale) * norm(x) + shift        gated = x + gate * branch
+
+The norm has no weights of its own. A pass reads and writes each token once; backward, gradients of shift, scale and
+gate are summed in a fixed order (deterministic). Letters: B batch, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.dispatch import chosen_path
+
+NORM_EPS = 1e-6
+WIDEST = 8192  # rows that registers of a program hold
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, path: str = "auto") -> Tensor:
+    """(1 + scale) * norm(x) + shift with x (B, ..., D), shift and scale (B, D), which may be expanded constants.
+
+    In the dtype of x, or of autocast where it is on: what follows is a product, which would cast it.
+    """
+    dtype = _autocast_dtype(x)
+    path = chosen_path(path, "modulated_norm", x, suits=x.shape[-1] <= WIDEST)
+    if path == "triton":
+        return torch.ops.hydrasphere.modulated_norm(x, shift, scale, dtype)
+    if path == "reference":
+        deviation = x - x.mean(dim=-1, keepdim=True)
+        normed = deviation / (deviation.square().mean(dim=-1, keepdim=True) + NORM_EPS).sqrt()
+        return (normed * (1 + _over_rows(scale, x)) + _over_rows(shift, x)).to(dtype)
+    normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+    shift, scale = (_over_rows(part, x).to(normed.dtype) for part in (shift, scale))
+    return torch.addcmul(shift, normed, 1 + scale).to(dtype)
+
+
+def gated(x: Tensor, gate: Tensor, branch: Tensor, *, path: str = "auto") -> Tensor:
+    """x + gate * branch with x and branch (B, ..., D), gate (B, D); in the dtype of x."""
+    path = chosen_path(path, "gated", x, suits=x.shape[-1] <= WIDEST)
+    if path == "triton":
+        return torch.ops.hydrasphere.gated(x, gate, branch)
+    gate = _over_rows(gate, x)
+    if path == "reference":
+        return (x + gate * branch).to(x.dtype)
+    return torch.addcmul(x, gate.to(x.dtype), branch.to(x.dtype))
+
+
+def _over_rows(part: Tensor, x: Tensor) -> Tensor:
+    """(B, D) -> (B, 1, ..., D)."""
+    return part.view(part.shape[0], *[1] * (x.ndim - 2), part.shape[-1])
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
+
+
+@torch.library.custom_op("hydrasphere::modulated_norm", mutates_args=())
+def _norm(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    from kernels.modulated_norm import launches
+
+    return launches.norm_forward(x, shift, scale, dtype, NORM_EPS)
+
+
+@_norm.register_fake
+def _(x, shift, scale, dtype):
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@torch.library.custom_op("hydrasphere::modulated_norm_backward", mutates_args=())
+def _norm_backward(gradient: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, and of shift and scale in float32; the norm is computed again."""
+    from kernels.modulated_norm import launches
+
+    return launches.norm_backward(gradient, x, scale, NORM_EPS)
+
+
+@_norm_backward.register_fake
+def _(gradient, x, scale):
+    wide = scale.new_empty(scale.shape, dtype=torch.float32)
+    return x.new_empty(x.shape), wide, torch.empty_like(wide)
+
+
+def _norm_setup(ctx, inputs, output):
+    x, shift, scale, _ = inputs
+    ctx.shift_dtype = shift.dtype
+    ctx.save_for_backward(x, scale)
+
+
+def _norm_gradients(ctx, gradient):
+    x, scale = ctx.saved_tensors
+    towards_x, shift, towards_scale = torch.ops.hydrasphere.modulated_norm_backward(gradient, x, scale)
+    return towards_x, shift.to(ctx.shift_dtype), towards_scale.to(scale.dtype), None
+
+
+_norm.register_autograd(_norm_gradients, setup_context=_norm_setup)
+
+
+@torch.library.custom_op("hydrasphere::gated", mutates_args=())
+def _gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    from kernels.modulated_norm import launches
+
+    return launches.gated_forward(x, gate, branch)
+
+
+@_gated.register_fake
+def _(x, gate, branch):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("hydrasphere::gated_backward", mutates_args=())
+def _gated_backward(gradient: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the gate, in float32, and of the branch; that of x is the gradient itself."""
+    from kernels.modulated_norm import launches
+
+    return launches.gated_backward(gradient, gate, branch)
+
+
+@_gated_backward.register_fake
+def _(gradient, gate, branch):
+    return gate.new_empty(gate.shape, dtype=torch.float32), branch.new_empty(branch.shape)
+
+
+def _gated_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _gated_gradients(ctx, gradient):
+    gate, branch = ctx.saved_tensors
+    towards_gate, towards_branch = torch.ops.hydrasphere.gated_backward(gradient, gate, branch)
+    return gradient, towards_gate.to(gate.dtype), towards_branch
+
+
+_gated.register_autograd(_gated_gradients, setup_context=_gated_setup)

@@ -1,0 +1,34 @@
+"""What a Triton kernel needs of a GPU, from its machine code: compiled for Hopper (sm_90), which needs no GPU."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+
+def resources(kernel, types: dict[str, str], constants: dict, *, num_warps: int) -> dict[str, int]:
+    """Registers of a thread, bytes of stack (spilled registers) of a thread and of shared memory of a program.
+
+    types: of all run-time arguments, as `*bf16` or `i32`; pointers count as aligned to 16 bytes. constants: values of
+    the compile-time arguments.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", used)[1]) for name in ("REG", "STACK"))
+    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
