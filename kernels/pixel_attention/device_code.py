@@ -15,27 +15,89 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _spread(HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, E: tl.constexpr, first):
-    """Where numbers of a cell's row (q d) lie in a spread tile (H, E) of heads first .. first + H, and which exist."""
-    head = first + tl.arange(0, H)[:, None]
-    column = tl.arange(0, E)[None, :]
+def _rows(HEADS: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, W: tl.constexpr, first):
+    """Where numbers of a cell's row (q d) lie in a tile (H, W) of heads first .. first + H, and which exist."""
+    head, column = first + tl.arange(0, H)[:, None], tl.arange(0, W)[None, :]
+    return head * WIDTH + column, (head < HEADS) & (column < WIDTH)
+
+
+@triton.jit
+def _spread(HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, E: tl.constexpr):
+    """The same of a tile (H, E), E = (g d), where a head's numbers lie in the columns of its key/value head."""
+    head, column = tl.arange(0, H)[:, None], tl.arange(0, E)[None, :]
     # E may be wider than (g d): the first comparison leaves those columns out, because no head has such a group.
     exists = (head // (HEADS // GROUPS) == column // WIDTH) & (head < HEADS)
     return head * WIDTH + column % WIDTH, exists
 
 
 @triton.jit
-def _weight(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr, E: tl.constexpr, C: tl.constexpr, TYPE: tl.constexpr):
-    """(E, C) of a weight (g d, c), zeros around it."""
-    row, column = tl.arange(0, E)[:, None], tl.arange(0, C)[None, :]
-    exists = (row < ROWS) & (column < COLUMNS)
-    return tl.load(pointer + row * COLUMNS + column, mask=exists, other=0.0).to(TYPE)
+def _weight(pointer, group, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
+    """(W, C), that of one key/value head of a weight (g d, c), zeros around it."""
+    row, column = tl.arange(0, W)[:, None], tl.arange(0, C)[None, :]
+    exists = (row < WIDTH) & (column < COLUMNS)
+    return tl.load(pointer + (group * WIDTH + row) * COLUMNS + column, mask=exists, other=0.0)
+
+
+@triton.jit
+def _to_tokens(
+    rows,
+    weight,
+    first,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """rows (H, W) of heads first .. first + H, each times the weight of its key/value head: (H, C)."""
+    group = (first + tl.arange(0, H)) // (HEADS // GROUPS)
+    result = tl.zeros([H, C], tl.float32)
+    for index in tl.static_range(GROUPS):
+        part = tl.dot(rows, _weight(weight, index, WIDTH, COLUMNS, W, C).to(rows.dtype), input_precision=PRECISION)
+        result = tl.where((group == index)[:, None], part, result)
+    return result
+
+
+@triton.jit
+def _from_tokens(
+    mixed,
+    weight,
+    first,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """mixed (H, C), each times the weight of its key/value head: (H, W)."""
+    group = (first + tl.arange(0, H)) // (HEADS // GROUPS)
+    result = tl.zeros([H, W], tl.float32)
+    for index in tl.static_range(GROUPS):
+        keys = tl.trans(_weight(weight, index, WIDTH, COLUMNS, W, C).to(mixed.dtype))
+        result = tl.where((group == index)[:, None], tl.dot(mixed, keys, input_precision=PRECISION), result)
+    return result
+
+
+@triton.jit
+def _bias(
+    pointer, first, HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, W: tl.constexpr
+):
+    """(H, W): each head's bias of its values."""
+    head, column = first + tl.arange(0, H)[:, None], tl.arange(0, W)[None, :]
+    exists = (head < HEADS) & (column < WIDTH)
+    return tl.load(pointer + head // (HEADS // GROUPS) * WIDTH + column, mask=exists, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _token_tile(first, length, COLUMNS: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr):
     """Offsets (TILE, C) from the first token of an item, and which of them exist."""
-    row = first + tl.arange(0, TILE)[:, None].to(tl.int64)
+    row = first + tl.arange(0, TILE)[:, None]
     column = tl.arange(0, C)[None, :]
     return row * COLUMNS + column, (row < length) & (column < COLUMNS)
 
@@ -60,8 +122,8 @@ def attend(
     COLUMNS: tl.constexpr,
     BIAS: tl.constexpr,
     H: tl.constexpr,
-    E: tl.constexpr,
     C: tl.constexpr,
+    W: tl.constexpr,
     TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
@@ -69,20 +131,20 @@ def attend(
     """Output (N, q d) and logsum (N, q), log2 of the softmax's denominator, of whole cells; of pieces, their means of
     tokens (S, H, C) and logsums (S, H), which `join` brings together."""
     head, column = tl.arange(0, H), tl.arange(0, C)
-    place, exists = _spread(HEADS, GROUPS, WIDTH, H, E, 0)
-    keys = _weight(key_weight, GROUPS * WIDTH, COLUMNS, E, C, TYPE)
-    values = _weight(value_weight, GROUPS * WIDTH, COLUMNS, E, C, TYPE)
+    place, exists = _rows(HEADS, WIDTH, H, W, 0)
     for item in range(tl.program_id(0).to(tl.int64), tl.load(count), tl.num_programs(0)):
-        cell, start, length = tl.load(items + item * 4), tl.load(items + item * 4 + 1), tl.load(items + item * 4 + 2)
-        pieces = tl.load(items + item * 4 + 3)
+        cell, start = tl.load(items + item * 4), tl.load(items + item * 4 + 1)
+        length, pieces = tl.load(items + item * 4 + 2).to(tl.int32), tl.load(items + item * 4 + 3)
         rows = tl.load(query + cell * (HEADS * WIDTH) + place, mask=exists, other=0.0).to(TYPE)
-        folded = (tl.dot(rows, keys, input_precision=PRECISION) * (scale / LN2)).to(TYPE)  # (H, C)
+        folded = _to_tokens(rows, key_weight, 0, HEADS, GROUPS, WIDTH, COLUMNS, H, C, W, PRECISION)
+        folded = (folded * (scale / LN2)).to(TYPE)
         peak = tl.full([H], float("-inf"), tl.float32)
         total = tl.zeros([H], tl.float32)
         mixed = tl.zeros([H, C], tl.float32)
+        first_token = tokens + start * COLUMNS
         for first in range(0, length, TILE):
             offset, present = _token_tile(first, length, COLUMNS, C, TILE)
-            z = tl.load(tokens + start * COLUMNS + offset, mask=present, other=0.0).to(TYPE)
+            z = tl.load(first_token + offset, mask=present, other=0.0).to(TYPE)
             score = tl.dot(folded, tl.trans(z), input_precision=PRECISION)  # (H, TILE)
             score = tl.where((first + tl.arange(0, TILE) < length)[None, :], score, float("-inf"))
             highest = tl.maximum(peak, tl.max(score, 1))
@@ -94,10 +156,9 @@ def attend(
         mixed = mixed / tl.where(length > 0, total, 1.0)[:, None]
         log = peak + tl.log2(total)
         if pieces == 1:
-            result = tl.dot(mixed.to(TYPE), tl.trans(values), input_precision=PRECISION)  # (H, E)
+            result = _from_tokens(mixed.to(TYPE), value_weight, 0, HEADS, GROUPS, WIDTH, COLUMNS, H, C, W, PRECISION)
             if BIAS:
-                bias = tl.load(value_bias + tl.arange(0, E), mask=tl.arange(0, E) < GROUPS * WIDTH, other=0.0)
-                result += tl.where(length > 0, bias.to(tl.float32), 0.0)[None, :]
+                result += tl.where(length > 0, _bias(value_bias, 0, HEADS, GROUPS, WIDTH, H, W), 0.0)
             tl.store(output + cell * (HEADS * WIDTH) + place, result.to(output.dtype.element_ty), mask=exists)
             tl.store(logsum + cell * HEADS + head, log, mask=head < HEADS)
         else:
@@ -121,8 +182,8 @@ def join(
     COLUMNS: tl.constexpr,
     BIAS: tl.constexpr,
     H: tl.constexpr,
-    E: tl.constexpr,
     C: tl.constexpr,
+    W: tl.constexpr,
     TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -147,13 +208,11 @@ def join(
                 total = total * shrink + weight
                 mixed = mixed * shrink[:, None] + weight[:, None] * mean
                 peak = highest
-            place, exists = _spread(HEADS, GROUPS, WIDTH, ROWS, E, first)
-            values = _weight(value_weight, GROUPS * WIDTH, COLUMNS, E, C, TYPE)
-            mixed = mixed / total[:, None]
-            result = tl.dot(mixed.to(TYPE), tl.trans(values), input_precision=PRECISION)
+            place, exists = _rows(HEADS, WIDTH, ROWS, W, first)
+            mixed = (mixed / total[:, None]).to(TYPE)
+            result = _from_tokens(mixed, value_weight, first, HEADS, GROUPS, WIDTH, COLUMNS, ROWS, C, W, PRECISION)
             if BIAS:
-                bias = tl.load(value_bias + tl.arange(0, E), mask=tl.arange(0, E) < GROUPS * WIDTH, other=0.0)
-                result += bias.to(tl.float32)[None, :]
+                result += _bias(value_bias, first, HEADS, GROUPS, WIDTH, ROWS, W)
             tl.store(output + cell * (HEADS * WIDTH) + place, result.to(output.dtype.element_ty), mask=exists)
             tl.store(logsum + cell * HEADS + head, peak + tl.log2(total), mask=head < HEADS)
 
@@ -184,6 +243,7 @@ def attend_backward(
     H: tl.constexpr,
     E: tl.constexpr,
     C: tl.constexpr,
+    W: tl.constexpr,
     TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
@@ -192,53 +252,57 @@ def attend_backward(
     `add_pieces`. Weights: one sum a program, (programs, 2, E, C), of key and value, and (programs, E) of the bias."""
     head = tl.arange(0, H)
     row, column = tl.arange(0, E), tl.arange(0, C)
-    place, exists = _spread(HEADS, GROUPS, WIDTH, H, E, 0)
-    keys = _weight(key_weight, GROUPS * WIDTH, COLUMNS, E, C, TYPE)
-    values = _weight(value_weight, GROUPS * WIDTH, COLUMNS, E, C, TYPE)
+    place, exists = _rows(HEADS, WIDTH, H, W, 0)
+    spread, spread_exists = _spread(HEADS, GROUPS, WIDTH, H, E)
     key_sum = tl.zeros([E, C], tl.float32)
     value_sum = tl.zeros([E, C], tl.float32)
-    bias_sum = tl.zeros([E], tl.float32)
+    bias_sum = tl.zeros([E, 16], tl.float32)  # columns alike: the narrowest product
     for item in range(tl.program_id(0).to(tl.int64), tl.load(count), tl.num_programs(0)):
-        cell, start, length = tl.load(items + item * 4), tl.load(items + item * 4 + 1), tl.load(items + item * 4 + 2)
-        pieces = tl.load(items + item * 4 + 3)
+        cell, start = tl.load(items + item * 4), tl.load(items + item * 4 + 1)
+        length, pieces = tl.load(items + item * 4 + 2).to(tl.int32), tl.load(items + item * 4 + 3)
         base = cell * (HEADS * WIDTH)
         upstream = tl.load(gradient + base + place, mask=exists, other=0.0)
         result = tl.load(output + base + place, mask=exists, other=0.0).to(tl.float32)
         if BIAS:
-            bias = tl.load(value_bias + row, mask=row < GROUPS * WIDTH, other=0.0).to(tl.float32)
-            result -= tl.where(exists, bias[None, :], 0.0)
-        mean = tl.sum(upstream.to(tl.float32) * result, 1)  # (H,): of the slopes under the softmax
-        if (pieces > 0) & (length > 0):  # a cell counts once
-            bias_sum += tl.sum(upstream.to(tl.float32), 0)
+            result -= _bias(value_bias, 0, HEADS, GROUPS, WIDTH, H, W)
+        mean = tl.sum(upstream.to(tl.float32) * result, 1)  # (H,): what the softmax takes off every slope
         upstream = upstream.to(TYPE)
         rows = tl.load(query + base + place, mask=exists, other=0.0).to(TYPE)
-        folded = (tl.dot(rows, keys, input_precision=PRECISION) * (scale / LN2)).to(TYPE)
-        pulled = tl.dot(upstream, values, input_precision=PRECISION).to(TYPE)  # (H, C)
+        folded = _to_tokens(rows, key_weight, 0, HEADS, GROUPS, WIDTH, COLUMNS, H, C, W, PRECISION)
+        folded = (folded * (scale / LN2)).to(TYPE)
+        pulled = _to_tokens(upstream, value_weight, 0, HEADS, GROUPS, WIDTH, COLUMNS, H, C, W, PRECISION).to(TYPE)
         log = tl.load(logsum + cell * HEADS + head, mask=head < HEADS, other=0.0)
+        first_gradient = token_gradient + start * COLUMNS
         folded_gradient = tl.zeros([H, C], tl.float32)
         mixed = tl.zeros([H, C], tl.float32)
+        first_token = tokens + start * COLUMNS
         for first in range(0, length, TILE):
             offset, present = _token_tile(first, length, COLUMNS, C, TILE)
-            z = tl.load(tokens + start * COLUMNS + offset, mask=present, other=0.0).to(TYPE)
-            # (TILE, H): products with the tokens of a tile on the left need no exchange between threads.
-            weight = tl.exp2(tl.dot(z, tl.trans(folded), input_precision=PRECISION) - log[None, :])
-            weight = tl.where((first + tl.arange(0, TILE) < length)[:, None], weight, 0.0)
-            slope = tl.dot(z, tl.trans(pulled), input_precision=PRECISION)
-            slope = (weight * (slope - mean[None, :]) * LN2).to(TYPE)
+            z = tl.load(first_token + offset, mask=present, other=0.0).to(TYPE)
+            # (H, TILE): what belongs to a head is then few numbers a thread.
+            weight = tl.exp2(tl.dot(folded, tl.trans(z), input_precision=PRECISION) - log[:, None])
+            weight = tl.where((first + tl.arange(0, TILE) < length)[None, :], weight, 0.0)
+            slope = tl.dot(pulled, tl.trans(z), input_precision=PRECISION)
+            slope = (weight * (slope - mean[:, None]) * LN2).to(TYPE)
             weight = weight.to(TYPE)
-            z_gradient = tl.dot(weight, pulled, input_precision=PRECISION)
-            z_gradient = tl.dot(slope, folded, z_gradient, input_precision=PRECISION)
+            z_gradient = tl.dot(tl.trans(weight), pulled, input_precision=PRECISION)
+            z_gradient = tl.dot(tl.trans(slope), folded, z_gradient, input_precision=PRECISION)
             tl.store(
-                token_gradient + start * COLUMNS + offset,
+                first_gradient + offset,
                 z_gradient.to(token_gradient.dtype.element_ty),
                 mask=present,
             )
-            folded_gradient = tl.dot(tl.trans(slope), z, folded_gradient, input_precision=PRECISION)
-            mixed = tl.dot(tl.trans(weight), z, mixed, input_precision=PRECISION)
+            folded_gradient = tl.dot(slope, z, folded_gradient, input_precision=PRECISION)
+            mixed = tl.dot(weight, z, mixed, input_precision=PRECISION)
         folded_gradient = (folded_gradient * (scale / LN2)).to(TYPE)
+        # Spread: read again, from the cache, because registers are for the loop over tokens.
+        rows = tl.load(query + base + spread, mask=spread_exists, other=0.0).to(TYPE)
         key_sum = tl.dot(tl.trans(rows), folded_gradient, key_sum, input_precision=PRECISION)
+        upstream = tl.load(gradient + base + spread, mask=spread_exists, other=0.0).to(TYPE)
         value_sum = tl.dot(tl.trans(upstream), mixed.to(TYPE), value_sum, input_precision=PRECISION)
-        rows_gradient = tl.dot(folded_gradient, tl.trans(keys), input_precision=PRECISION)  # (H, E)
+        ones = tl.full([H, 16], (pieces > 0) & (length > 0), TYPE)  # a cell counts once
+        bias_sum = tl.dot(tl.trans(upstream), ones, bias_sum, input_precision=PRECISION)
+        rows_gradient = _from_tokens(folded_gradient, key_weight, 0, HEADS, GROUPS, WIDTH, COLUMNS, H, C, W, PRECISION)
         if pieces == 1:
             tl.store(query_gradient + base + place, rows_gradient.to(query_gradient.dtype.element_ty), mask=exists)
         else:
@@ -247,7 +311,7 @@ def attend_backward(
     sums = weight_gradient + program * (2 * E * C) + row[:, None] * C + column[None, :]
     tl.store(sums, key_sum)
     tl.store(sums + E * C, value_sum)
-    tl.store(bias_gradient + program * E + row, bias_sum)
+    tl.store(bias_gradient + program * E + row, tl.max(bias_sum, 1))
 
 
 @triton.jit

@@ -60,7 +60,10 @@ def constants(heads: int, width: int, key_weight: Tensor, precision: str, bias: 
     import triton.language as tl
 
     rows, columns = key_weight.shape
-    padded = {name: max(16, triton.next_power_of_2(size)) for name, size in (("H", heads), ("E", rows), ("C", columns))}
+    padded = {
+        name: max(16, triton.next_power_of_2(size))
+        for name, size in (("H", heads), ("E", rows), ("C", columns), ("W", width))
+    }
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     return {
         "HEADS": heads,
