@@ -7,8 +7,10 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,9 +50,9 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    """The same on four ranks with sharded weights."""
+    """The same on four ranks with sharded weights, whose checkpoints are written while it goes on."""
     folder = tmp_path_factory.mktemp("four") / "run"
-    return folder, trained(folder, *EVERY, FSDP, mesh=Mesh(dp=2, cp=2))
+    return folder, trained(folder, *EVERY, FSDP, "trainer.async_checkpoint=true", mesh=Mesh(dp=2, cp=2))
 
 
 def assert_same_losses(folder: Path, expected: Path, *, tolerance: float) -> None:
@@ -76,6 +78,13 @@ def test_resuming_on_the_same_ranks_repeats_the_run_bit_for_bit(four, tmp_path):
     found = trained(folder, FSDP, *EVERY, f"resume={folder}", mesh=Mesh(dp=2, cp=2))
     assert_equal(found, four[1])
     assert metrics(folder) == metrics(four[0])
+    for step in (3, 4):  # written while the run waited, and while it went on
+        ours, others = (sorted((run / f"checkpoints/step_{step:08d}/shards").iterdir()) for run in (folder, four[0]))
+        assert [path.name for path in ours] == [path.name for path in others] and len(ours) == 4
+        for path, other in zip(ours, others, strict=True):
+            pieces, expected = load_file(path), load_file(other)  # the header is in no particular order
+            assert pieces.keys() == expected.keys()
+            assert all(torch.equal(pieces[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize(
@@ -88,21 +97,6 @@ def test_resuming_on_other_ranks_continues_the_run(one, four, tmp_path, source, 
     found = trained(folder, f"trainer.fsdp={str(sharded).lower()}", *EVERY, f"resume={folder}", mesh=mesh)
     assert_same_losses(folder, one[0], tolerance=1e-5)
     assert_close(found, one[1], tolerance=1e-4)
-
-
-def test_checkpoints_written_in_the_background_are_the_same(four, tmp_path):
-    trained(tmp_path, *EVERY, FSDP, "trainer.async_checkpoint=true", mesh=Mesh(dp=2, cp=2))
-    folders = [folder / "checkpoints" for folder in (tmp_path, four[0])]
-    assert os.readlink(folders[0] / "last") == "step_00000004"
-    assert os.readlink(folders[0] / "best") == os.readlink(folders[1] / "best")
-    for step in Checkpoints(folders[0]).steps():
-        files = [sorted((folder / f"step_{step:08d}").rglob("*.*")) for folder in folders]
-        assert [path.name for path in files[0]] == [path.name for path in files[1]]
-        for ours, other in zip(*files, strict=True):
-            if ours.suffix == ".safetensors":  # its header is in no particular order
-                pieces, expected = load_file(ours), load_file(other)
-                assert pieces.keys() == expected.keys()
-                assert all(torch.equal(pieces[name], value) for name, value in expected.items())
 
 
 def test_shards_load_and_export_as_one_file(four, tmp_path):
@@ -187,12 +181,11 @@ def test_gradients_of_any_model_are_those_of_whole_weights():
 
 
 def test_ranks_without_validation_windows_neither_wait_nor_count(tmp_path):
-    """Three windows: with samples of 2 the second of two ranks has one, the third of three none."""
+    """Three windows in batches of 2 a rank: the second of three ranks has one, the third none."""
     few = ("data.split.validation=[2001-01-09,2001-01-11]", "trainer.max_steps=2", "trainer.batch_size=6")
     trained(tmp_path / "one", *few)
-    for ranks, options in ((Mesh(dp=3), ()), (Mesh(dp=2), (FSDP,))):
-        trained(tmp_path / str(ranks), *few, *options, mesh=ranks)
-        assert_same_losses(tmp_path / str(ranks), tmp_path / "one", tolerance=1e-5)
+    trained(tmp_path / "three", *few, FSDP, mesh=Mesh(dp=3))
+    assert_same_losses(tmp_path / "three", tmp_path / "one", tolerance=1e-5)
 
 
 def test_one_rank_has_nothing_to_shard():
@@ -221,6 +214,29 @@ def test_the_command_trains_sharded_scores_and_resumes_on_one_rank(tmp_path):
     assert second == pytest.approx(first, rel=1e-3)
     _command(f"resume={runs['four']}", "cp=1", "dp=1", "trainer.fsdp=false", "trainer.max_steps=6")
     assert [line["step"] for line in metrics(runs["four"])] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_shards_from_which_the_run_goes_on_bit_for_bit(tmp_path):
+    common = [*TINY, "+cp=2", FSDP, "scheduler.name=constant", "scheduler.warmup_steps=1", "report=false"]
+    common += ["trainer.validate_every=1000", "trainer.checkpoint_every=1", "trainer.async_checkpoint=true"]
+    run = tmp_path / "run"
+    command = [sys.executable, "train.py", *common, "trainer.max_steps=1000", f"hydra.run.dir={run}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (run / "checkpoints" / "last").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143 and f"resume={run}" in error
+    steps = len(metrics(run))
+    assert Checkpoints(run / "checkpoints").steps() == [steps]
+    _command(f"resume={run}", f"trainer.max_steps={steps + 2}")
+    _command(*common, f"trainer.max_steps={steps + 2}", f"hydra.run.dir={tmp_path / 'whole'}")
+    keys = ("step", "train/loss", "train/gradient_norm")
+    found, expected = (
+        [[line[key] for key in keys] for line in metrics(folder)] for folder in (run, tmp_path / "whole")
+    )
+    assert found == expected and len(found) == steps + 2
 
 
 def _command(*arguments: str) -> None:
