@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from models import load
 from models.composition import compose
 from models.memory import training_bytes
+from models.stored_weights import count_weights
 from tests.model_examples import observed_layout
 from tests.sharding_work import (
     TINY,
@@ -104,6 +105,7 @@ def test_shards_load_and_export_as_one_file(four, tmp_path):
     for ema, name in ((True, "ema"), (False, "model")):
         for key, value in load(last, ema=ema).state_dict().items():
             assert torch.equal(value, four[1][name][key]), key
+    assert count_weights(last) == sum(value.numel() for value in four[1]["model"].values())
     file = tmp_path / "folder" / "weights.safetensors"
     export(last, file)
     assert [path.name for path in file.parent.iterdir()] == [file.name]
