@@ -136,6 +136,8 @@ def _check_ranks(config: DictConfig) -> None:
     for key in ("cp", "dp"):
         if config[key] is not None and config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be at least 1; leave it out for one rank")
+    if config.trainer.timeout <= 0:
+        raise ValueError(f"trainer.timeout={config.trainer.timeout:g} must be more than 0 seconds")
 
 
 def _check_attention(config: DictConfig) -> None:

@@ -50,6 +50,8 @@ WRONG = [
     (["+cps=8"], "did you mean 'cp'?"),
     (["cp=2"], "use dp instead of cp"),
     (["+dp=3", "trainer.batch_size=8"], "dp must divide trainer.batch_size=8: use 1, 2, 4 or 8"),
+    (["+cp=0"], "cp=0 must be at least 1"),
+    (["cp=2", "trainer.timeout=0"], "trainer.timeout=0 must be more than 0 seconds"),
     (["cp=two"], "cp=two does not fit: Value 'two'"),
     (["optimizer.lrr=1"], "did you mean optimizer.lr?"),
     (["optimizer.name=lion"], "optimizer.name=adamw|sgd"),

@@ -121,6 +121,6 @@ def test_a_preempted_job_saves_waits_in_the_queue_and_goes_on(slurm, tasks):
     printed = "".join(path.read_text() for path in sorted(sweep.glob(".submitit/*/*_log.*")))
     assert printed.count("go on with: python train.py resume=") == 1 and "Requeued job" in printed, printed
     assert printed.count("40 steps, best at step") == 1
-    assert [path.name for path in sweep.iterdir() if path.name != ".submitit"] == ["0"]
+    assert sorted(path.name for path in sweep.iterdir()) == [".submitit", "0", "multirun.yaml"]
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 41))

@@ -22,7 +22,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from training.cluster import Cluster, repository_importable
 
-USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
 MODEL_GROUPS = ("encoder", "processor", "decoder", "attention", "size")
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
 LISTENING = 5.0  # seconds that another rank waits for the first one to say what is wrong
@@ -32,6 +31,9 @@ _job_started = False
 class RankFailed(RuntimeError):
     """A rank ended with an error that is a bug, or was killed, or waited in vain. The text is all that a person needs:
     no traceback of the process that started it."""
+
+
+USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, RankFailed)  # text says all
 
 
 def run(
@@ -56,8 +58,6 @@ def run(
             succeeded = True
     except KeyboardInterrupt:
         fail("interrupted", code=130)
-    except RankFailed as error:
-        fail(str(error))
     except _submitit_errors() as error:
         fail(_submitted_job_sentence(str(error)))
     except Exception as error:
