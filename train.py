@@ -27,6 +27,7 @@ def train(config: DictConfig) -> None:
     from training.launch import launch, mesh_of
     from training.parallel import check_mesh
     from training.run import build_data, build_task, describe, train_on_rank
+    from training.sharding import check_sharding
     from training.sizes import fitted
 
     automatic = config.model.get("size") == "auto"
@@ -38,6 +39,7 @@ def train(config: DictConfig) -> None:
     task = build_task(config)
     layout, mesh = task.layout(data), mesh_of(config.cp, config.dp)
     check_mesh(mesh, config, layout)
+    check_sharding(mesh, config.trainer)
     if config.dry_run:
         print(describe(config, data, task, layout, mesh, automatic=automatic))
         return

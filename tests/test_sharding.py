@@ -35,8 +35,8 @@ from tests.sharding_work import (
 from training.checkpoints import Checkpoints
 from training.export import export, main
 from training.launch import launch
-from training.parallel import check_mesh
 from training.ranks import Mesh
+from training.sharding import check_sharding
 
 FSDP = "trainer.fsdp=true"
 EVERY = ("trainer.checkpoint_every=1", "trainer.keep=4")
@@ -192,7 +192,7 @@ def test_ranks_without_validation_windows_neither_wait_nor_count(tmp_path):
 
 def test_one_rank_has_nothing_to_shard():
     with pytest.raises(ValueError, match=r"this run has one; add \+dp=2 or \+cp=2, or use trainer.fsdp=false"):
-        check_mesh(Mesh(), compose([*TINY, FSDP]), observed_layout(frames=4))
+        check_sharding(Mesh(), compose([*TINY, FSDP]).trainer)
 
 
 def test_sharded_weights_need_less_memory():
@@ -214,6 +214,7 @@ def test_the_command_trains_sharded_scores_and_resumes_on_one_rank(tmp_path):
     scores = [json.loads((run / "scores.json").read_text()) for run in runs.values()]
     first, second = (next(iter(score.values()))["rmse"]["0"]["ours"] for score in scores)
     assert second == pytest.approx(first, rel=1e-3)
+    _command("run=" + str(runs["four"]), "log=false", "report=false", "+cp=2", script="evaluate.py")
     _command(f"resume={runs['four']}", "cp=1", "dp=1", "trainer.fsdp=false", "trainer.max_steps=6")
     assert [line["step"] for line in metrics(runs["four"])] == [1, 2, 3, 4, 5, 6]
 
@@ -241,7 +242,7 @@ def test_sigterm_leaves_shards_from_which_the_run_goes_on_bit_for_bit(tmp_path):
     assert found == expected and len(found) == steps + 2
 
 
-def _command(*arguments: str) -> None:
-    command = [sys.executable, "train.py", *arguments]
+def _command(*arguments: str, script: str = "train.py") -> None:
+    command = [sys.executable, script, *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert finished.returncode == 0, finished.stderr[-2000:]

@@ -84,11 +84,6 @@ RESHARDS = {"all_to_all": AllToAll, "dtensor": Redistribute}
 def check_mesh(mesh: Mesh, config: DictConfig, layout: Layout) -> None:
     """Raises ValueError, one sentence, where these ranks cannot train the model of a configuration exactly."""
     _check_divides("dp", mesh.dp, "trainer.batch_size", batch_size(config))
-    if config.trainer.fsdp and mesh.world == 1:
-        raise ValueError(
-            "trainer.fsdp=true shards weights over ranks, and this run has one; add +dp=2 or +cp=2, or use "
-            "trainer.fsdp=false"
-        )
     if mesh.cp == 1:
         return
     _check_divides("cp", mesh.cp, "time_length", layout.frames)

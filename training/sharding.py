@@ -20,9 +20,18 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from models.stored_weights import SHARDS, read_shards, shard_shapes, share
-from training.ranks import Ranks
+from training.ranks import Mesh, Ranks
 
 OPTIMIZER = "optimizer"  # prefix of its tensors in shards: optimizer.<number of the parameter>.<name>
+
+
+def check_sharding(mesh: Mesh, trainer) -> None:
+    """Raises ValueError where a run of one rank is asked to shard its weights: it would do nothing."""
+    if trainer.fsdp and mesh.world == 1:
+        raise ValueError(
+            "trainer.fsdp=true shards weights over ranks, and this run has one; add +dp=2 or +cp=2, or use "
+            "trainer.fsdp=false"
+        )
 
 
 def shard(model: nn.Module, ranks: Ranks, *, precision: str) -> None:
