@@ -188,7 +188,7 @@ def _pieces_table(rows: list[dict]) -> str:
 
 
 def _steps_table(rows: list[dict]) -> str:
-    header = ["size", "cp", "wall, s", "against cp=1", "CPU s of all ranks", "against cp=1"]
+    header = ["size", "cp", "wall, s", "against cp=1", "CPU s of all ranks", "against cp=1", "load of the machine"]
     lines = [
         [
             row["case"],
@@ -197,6 +197,7 @@ def _steps_table(rows: list[dict]) -> str:
             f"{row['wall_ratio']:.2f}",
             f"{row['cpu']:.2f}",
             f"{row['cpu_ratio']:.2f}",
+            str(row["load_average"][0]),
         ]
         for row in rows
     ]
@@ -205,9 +206,21 @@ def _steps_table(rows: list[dict]) -> str:
 
 def _start_table(rows: list[dict]) -> str:
     lines = [
-        [str(row["cp"]), f"{row['seconds']:.1f}", f"{row['slowest']:.1f}", f"{row['from_python']:.1f}"] for row in rows
+        [
+            str(row["cp"]),
+            *(f"{row[key]:.1f}" for key in ("seconds", "slowest", "from_python")),
+            str(row["load_average"][0]),
+        ]
+        for row in rows
     ]
-    return markdown(["ranks", "all joined, s", "slowest of the starts, s", "from the start of Python, s"], lines)
+    header = [
+        "ranks",
+        "all joined, s",
+        "slowest of the starts, s",
+        "from the start of Python, s",
+        "load of the machine",
+    ]
+    return markdown(header, lines)
 
 
 TITLES = {
@@ -245,7 +258,7 @@ def main(options: list[str]) -> None:
     result = environment(("torch",))
     result |= {"command": " ".join(["python -m benchmarks parallel", *options]), "threads": torch.get_num_threads()}
     rows = [row for part in chosen.parts for row in measures[part]()]
-    result["rows"] = [row | {"date": result["date"], "command": result["command"]} for row in rows]
+    result["rows"] = [row | {key: result[key] for key in ("date", "command", "load_average")} for row in rows]
     if not chosen.no_store:
         result = merged("parallel", result, key=("part", "case", "cp"))
     publish("parallel", result, table(result["rows"]), store=not chosen.no_store)

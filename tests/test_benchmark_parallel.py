@@ -153,8 +153,8 @@ def test_tables_have_a_line_a_row():
         {"part": "start", "case": "joined", "cp": 8, "seconds": 4.0, "from_python": 6.0, "slowest": 5.0},
         {"part": "steps", "case": "tiny", "cp": 2, "wall": 1.0, "wall_ratio": 1.5, "cpu": 2.0, "cpu_ratio": 1.1},
     ]
-    text = parallel.table(rows)
-    assert "| tiny | 2 | 1.00 | 1.50 | 2.00 | 1.10 |" in text
+    text = parallel.table([row | {"load_average": [3.5, 2.0, 1.0]} for row in rows])
+    assert "| tiny | 2 | 1.00 | 1.50 | 2.00 | 1.10 | 3.5 |" in text
     assert text.index("training step") < text.index("Start of the ranks")
 
 
