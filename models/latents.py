@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from data.grids import Grid
-from kernels.segments import Occupied
+from kernels.segments import Occupied, WorkList
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class ObservationContext:
     """Observation tokens sorted by the latent cell that holds them; n tokens, N = B T X cells (sample, frame, cell).
 
     tokens: (n, token_size). offsets: (N + 1,) int64; tokens offsets[i] .. offsets[i + 1] lie in cell i.
-    occupied: `Occupied.of(offsets)`, so that layers do not each look for the cells that hold tokens, or None.
+    occupied: `kernels.segments.plan(offsets, n)`, so that layers do not each look for cells that hold tokens, or None.
     """
 
     tokens: Tensor
     offsets: Tensor
-    occupied: Occupied | None = None
+    occupied: Occupied | WorkList | None = None
 
 
 @dataclass(frozen=True)

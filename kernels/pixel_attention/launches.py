@@ -14,34 +14,32 @@ from torch import Tensor
 from kernels.segments import most_pieces
 from kernels.tuning import Config, Tuning
 
-TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WIDEST = 256  # numbers of heads, of spread columns (g d), and of token columns that a tile holds
+BITS = {"fp32": 32, "tf32": 32, "bf16": 16, "fp16": 16}
+WIDEST = 128  # query heads, columns of the keys of all heads (g d), and of tokens: a tile holds all of them
 JOINED_ROWS, ADDED_NUMBERS = 16, 1024  # of a program of the passes that bring pieces together
 INTERPRETED_PROGRAMS = 3  # on the CPU, for tests: fewer than items, so that programs take several
 _SOURCES = (Path(__file__), Path(__file__).with_name("device_code.py"))
 
 
-def _candidates(*choices: tuple[int, int, int, int]) -> list[Config]:
+def _tuning(name: str, *choices: tuple[int, int, int, int]) -> Tuning:
     names = ("TILE", "num_warps", "num_stages", "programs")
-    return [dict(zip(names, choice, strict=True)) for choice in choices]
+    return Tuning(f"pixel_attention_{name}", [dict(zip(names, choice, strict=True)) for choice in choices], _SOURCES)
 
 
-# Rows of a tile, warps, stages, programs a multiprocessor.
-FORWARD = Tuning(
-    "pixel_attention_forward",
-    _candidates((64, 4, 3, 4), (64, 4, 2, 6), (32, 4, 3, 8), (32, 4, 4, 4), (128, 4, 2, 4), (128, 8, 2, 2)),
-    _SOURCES,
-)
-BACKWARD = Tuning(
-    "pixel_attention_backward",
-    _candidates((64, 4, 2, 2), (32, 4, 2, 3), (32, 4, 3, 2), (64, 8, 2, 2), (64, 4, 3, 2)),
-    _SOURCES,
-)
+# Tokens of a tile, warps, stages, programs a multiprocessor, for products of 16 and of 32 bits. At the sizes of HealDA
+# v2 none spills registers in its loop over tokens, and the first of each not at all.
+FORWARD = {
+    16: _tuning("forward_16", (32, 4, 3, 4), (64, 4, 3, 3), (32, 4, 2, 8), (64, 4, 2, 6), (128, 8, 2, 2)),
+    32: _tuning("forward_32", (32, 4, 3, 2), (64, 4, 2, 2), (64, 4, 3, 3)),
+}
+BACKWARD = {
+    16: _tuning("backward_16", (32, 4, 2, 2), (16, 4, 3, 2), (32, 4, 3, 2), (64, 8, 2, 1), (64, 4, 2, 2)),
+    32: _tuning("backward_32", (16, 4, 2, 2), (16, 8, 2, 1), (32, 4, 3, 2)),
+}
 
 
 def suits(query: Tensor, key_weight: Tensor) -> bool:
-    widest = max(query.shape[1], *key_weight.shape)
-    return query.dtype != torch.float64 and widest <= WIDEST
+    return max(query.shape[1], *key_weight.shape) <= WIDEST
 
 
 def resolved(precision: str, query: Tensor) -> str:
@@ -64,7 +62,7 @@ def constants(heads: int, width: int, key_weight: Tensor, precision: str, bias: 
         name: max(16, triton.next_power_of_2(size))
         for name, size in (("H", heads), ("E", rows), ("C", columns), ("W", width))
     }
-    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    types = {"bf16": tl.bfloat16, "fp16": tl.float16}
     return {
         "HEADS": heads,
         "GROUPS": rows // width,
@@ -72,7 +70,7 @@ def constants(heads: int, width: int, key_weight: Tensor, precision: str, bias: 
         "COLUMNS": columns,
         "BIAS": bias,
         **padded,
-        "TYPE": types[TYPES[precision]],
+        "TYPE": types.get(precision, tl.float32),
         "PRECISION": "tf32" if precision == "tf32" else "ieee",
     }
 
@@ -128,7 +126,7 @@ def _forward(
         device_code.attend[(_programs(config, items),)](*given, **constant, **_options(config))
 
     with torch.cuda.device_of(query):
-        launch(FORWARD.config(_key(query, tokens, constant), query.device, launch))
+        launch(FORWARD[BITS[precision]].config(_key(query, tokens, constant), query.device, launch))
         if pieces:
             device_code.join[(min(pieces, len(items)), constant["H"] // JOINED_ROWS)](
                 *(means, logs, value_weight, bias, items, count, output, logsum), **constant, ROWS=JOINED_ROWS
@@ -187,7 +185,7 @@ def _backward(
         )
 
     with torch.cuda.device_of(query):
-        launch(BACKWARD.config(_key(query, tokens, constant), query.device, launch))
+        launch(BACKWARD[BITS[precision]].config(_key(query, tokens, constant), query.device, launch))
         if pieces:
             blocks = math.ceil(heads * width / ADDED_NUMBERS)
             device_code.add_pieces[(min(pieces, len(items)), blocks)](

@@ -1,8 +1,8 @@
 """Triton code of a stable counting sort, least significant digit first (a digit has BINS values, a power of two).
 
-Each pass counts the digits of every tile of rows, PyTorch's prefix sums over (digit, tile) say where each tile's rows of
-a digit begin, and `scatter` brings them there. Rows of one digit keep their order: tiles are taken in order, and inside
-a tile the pair (digit, place) is sorted. No atomics, so the time does not depend on how crowded cells are.
+Each pass counts the digits of every tile of rows, prefix sums over (digit, tile) say where each tile's rows of a digit
+begin, and `scatter` brings them there. Rows of one digit keep their order: tiles are taken in order, and inside a tile
+the pair (digit, place) is sorted. No atomics, so the time does not depend on how crowded cells are.
 """
 
 import triton

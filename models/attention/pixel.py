@@ -1,6 +1,6 @@
 """Cross-attention of latent cells to the observations inside them (HealDA v2, pixel cross-attention).
 
-Every cell of every frame queries the tokens of its own observations, which `kernels/pixel_attention.py` finds by prefix
+Every cell of every frame queries the tokens of its own observations, which `kernels/pixel_attention` finds by prefix
 sums; grouped key/value heads are shared by num_heads / num_kv_heads query heads.
 Letters: B batch, T frames, X cells a frame, N = B T X, M cells that hold observations, C hidden, q heads of width d.
 """
@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.pixel_attention import PATHS, pixel_attention
-from kernels.segments import Occupied
+from kernels.segments import Occupied, plan
 from models.initialisation import linear_
 from models.latents import ObservationContext
 
@@ -56,9 +56,11 @@ class PixelCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: ObservationContext) -> Tensor:
         cells = rearrange(x, "b t x c -> (b t x) c")
-        occupied = Occupied.of(context.offsets) if context.occupied is None else context.occupied
-        # Cells without observations take no part in any product.
-        query = self.query(cells.index_select(0, occupied.cells))
+        occupied = context.occupied
+        if occupied is None:
+            occupied = plan(context.offsets, context.tokens.shape[0], self.path)
+        some = isinstance(occupied, Occupied)  # cells without observations take no part in any product
+        query = self.query(cells.index_select(0, occupied.cells) if some else cells)
         heads = pixel_attention(
             rearrange(query, "m (q d) -> m q d", q=self.num_heads),
             context.tokens,
@@ -70,6 +72,8 @@ class PixelCrossAttention(nn.Module):
             path=self.path,
             occupied=occupied,
         )
-        attended = self.output(heads)  # (M, C)
+        attended = self.output(heads)  # (M, C), or (N, C), where empty cells have the bias
+        if not some:
+            return attended.view(x.shape)
         empty = attended.new_zeros(x.shape[3]) if self.output.bias is None else self.output.bias.to(attended.dtype)
         return empty.expand(len(cells), -1).index_copy(0, occupied.cells, attended).view(x.shape)

@@ -15,7 +15,7 @@ from data.layout import ObservationLayout
 from data.observation_features import features
 from data.observations import Observations
 from kernels.film_tokenizer import NORM_EPS, film_tokenizer
-from kernels.segments import Occupied
+from kernels.segments import plan
 from kernels.sort_and_pack import sort_and_pack
 from models.latents import ObservationContext
 
@@ -78,4 +78,4 @@ def pack(
     total = batch * frames * num_cells
     flat = torch.where((cell >= 0) & (cell < num_cells), flat, total)
     order, offsets = sort_and_pack(flat, total)
-    return ObservationContext(tokens.index_select(0, order), offsets, Occupied.of(offsets))
+    return ObservationContext(tokens.index_select(0, order), offsets, plan(offsets, tokens.shape[0]))
