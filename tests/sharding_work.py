@@ -23,7 +23,7 @@ from training.run import Run, build_data, build_model, build_task
 from training.sharding import shard
 from training.tracking import NoTracker
 
-TRAINER = SimpleNamespace(device="cpu", timeout=60.0)
+TRAINER = SimpleNamespace(device="cpu", timeout=300.0)
 TINY = (
     "model=healda_v2",
     "model/size=tiny",
