@@ -1,29 +1,21 @@
 """Which path of a kernel runs: `reference` (the formula), `vectorised` (PyTorch, the CPU's path) or `triton`.
 
-`auto` is Triton where the tensors are on a CUDA device, of at most 32 bits, and Triton imports, else vectorised. Under
+`auto` is Triton where it is installed and the tensors are on a CUDA device, of at most 32 bits, else vectorised. Under
 Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported; float32 only) tensors on the CPU count as such too.
 """
 
 from __future__ import annotations
 
 import os
-from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 PATHS = ("auto", "reference", "vectorised", "triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON = find_spec("triton") is not None
+INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@cache
-def _triton_imports() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def chosen_path(path: str, kernel: str, tensor: Tensor, *, suits: bool = True) -> str:
@@ -35,8 +27,8 @@ def chosen_path(path: str, kernel: str, tensor: Tensor, *, suits: bool = True) -
         raise ValueError(f"unknown path {path!r} of {kernel}; allowed: {', '.join(PATHS)}")
     if path in ("reference", "vectorised"):
         return path
-    able = suits and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
-    able = able and (tensor.dtype in PRECISIONS or not tensor.is_floating_point()) and _triton_imports()
+    able = TRITON and suits and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
+    able = able and (tensor.dtype in PRECISIONS or not tensor.is_floating_point())
     if path == "auto":
         return "triton" if able else "vectorised"
     if not able:

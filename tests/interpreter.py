@@ -21,7 +21,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs under Triton's in
 def run_interpreted(file: str) -> None:
     """Runs the interpreted tests of a file; fails with their output."""
     assert not INTERPRETED, "processes would start each other without end"
-    command = [sys.executable, "-m", "pytest", file, "-p", "no:cacheprovider", "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", file, "-p", "no:cacheprovider", "-m", "not slow", "--show-capture=no"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr

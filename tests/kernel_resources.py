@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 
-def resources(kernel, types: dict[str, str], constants: dict, *, num_warps: int) -> dict[str, int]:
+def resources(kernel, types: dict[str, str], constants: dict, *, num_warps: int, num_stages: int = 3) -> dict[str, int]:
     """Registers of a thread, bytes of stack (spilled registers) of a thread and of shared memory of a program.
 
     types: of all run-time arguments, as `*bf16` or `i32`; pointers count as aligned to 16 bytes. constants: values of
@@ -23,7 +23,8 @@ def resources(kernel, types: dict[str, str], constants: dict, *, num_warps: int)
         if signature[name].startswith("*")
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

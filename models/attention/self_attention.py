@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.temporal_attention import temporal_attention
 from models.attention.backends import BACKENDS, attend
 from models.initialisation import xavier_
 from models.positions.rotary import FrameRotary
-from models.positions.tables import Tables
 from models.resharding import Resharding
 
 QK_NORMS = ("rms", "layer", "none")
@@ -98,7 +98,7 @@ class TemporalAttention(_Projections):
 
     num_frames: of the whole sequence. softmax: off, the scaled products themselves are the weights (linear, signed).
     causal: no frame reads a later one; window: nor one `window` or more frames ago (None: all). rotary_base: of the
-    rotation by frame index, None for none. Queries and keys are not normalised here.
+    rotation by frame index, None for none. path: of `kernels.temporal_attention`. Queries and keys are not normalised.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class TemporalAttention(_Projections):
         causal: bool = True,
         window: int | None = None,
         rotary_base: float | None = 100.0,
+        path: str = "auto",
     ):
         super().__init__(hidden_size, num_heads=num_heads, qk_norm="none", qk_norm_affine=False)
         if window is not None and (window < 1 or not causal):
@@ -118,9 +119,8 @@ class TemporalAttention(_Projections):
                 f"model.processor.window={window} must be at least 1 and needs model.processor.causal=true; "
                 "null reads all frames"
             )
-        self.softmax = softmax
+        self.softmax, self.causal, self.window, self.path = softmax, causal, window, path
         self.rotary = None if rotary_base is None else FrameRotary(num_frames, self.head_width, rotary_base)
-        self.visible = _Visible(num_frames, causal=causal, window=window)
         self.resharding = Resharding()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,25 +129,9 @@ class TemporalAttention(_Projections):
 
     def _among_frames(self, x: Tensor) -> Tensor:
         """x: all frames of the sequence, of the places that this rank mixes."""
-        query, key, value = self.heads(x)
-        if self.rotary is not None:
-            query, key = self.rotary(query, 0), self.rotary(key, 0)
-        query, key, value = (rearrange(part, "b t x h d -> b x h t d") for part in (query, key, value))
-        weights = (query * self.head_width**-0.5) @ key.transpose(-1, -2)  # (B, X, h, T, T)
-        visible = self.visible.mask[: x.shape[1], : x.shape[1]]
-        if self.softmax:
-            weights = weights.masked_fill(~visible, -torch.inf).softmax(dim=-1).to(value.dtype)
-        else:
-            weights = weights * visible
-        return self.output(rearrange(weights @ value, "b x h t d -> b t x (h d)"))
-
-
-class _Visible(Tables):
-    """mask: (T, T) bool, row reads column."""
-
-    def __init__(self, num_frames: int, *, causal: bool, window: int | None):
-        super().__init__()
-        frame = torch.arange(num_frames, device="cpu")
-        age = frame[:, None] - frame
-        visible = age >= 0 if causal else torch.ones_like(age, dtype=torch.bool)
-        self.table("mask", visible if window is None else visible & (age < window))
+        qkv = rearrange(self.qkv(x), "b t x (s h d) -> b t x s h d", s=3, h=self.num_heads)
+        rotation = None if self.rotary is None else (self.rotary.cos, self.rotary.sin)
+        mixed = temporal_attention(
+            qkv, rotation, softmax=self.softmax, causal=self.causal, window=self.window, path=self.path
+        )
+        return self.output(rearrange(mixed, "b t x h d -> b t x (h d)"))

@@ -34,8 +34,8 @@ def grid_rotary(rows: int, columns: int, head_width: int, *, wraps: bool) -> tup
 
 
 class FrameRotary(Tables):
-    """Rotation of queries and keys by the global index of their frame: adjacent pairs (2j, 2j+1) turn by
-    frame * base**(-2j / head_width), computed in float32.
+    """Angles of the rotation of queries and keys by the global index of their frame: adjacent pairs (2j, 2j+1) turn by
+    frame * base**(-2j / head_width). cos, sin: (num_frames, head_width) float32.
     """
 
     def __init__(self, num_frames: int, head_width: int, base: float):
@@ -44,12 +44,5 @@ class FrameRotary(Tables):
             raise ValueError(f"rotary frames need an even head width, got {head_width}; change model.num_heads")
         rate = base ** (-np.arange(0, head_width, 2) / head_width)
         angles = np.repeat(np.arange(num_frames)[:, None] * rate, 2, axis=1)
-        self.table("cos", torch.from_numpy(np.cos(angles)).float())  # (frames, head_width)
+        self.table("cos", torch.from_numpy(np.cos(angles)).float())
         self.table("sin", torch.from_numpy(np.sin(angles)).float())
-
-    def forward(self, heads: Tensor, first: int) -> Tensor:
-        """(..., T, X, h, d) of the frames first .. first + T - 1, in their dtype."""
-        cos, sin = (table[first : first + heads.shape[-4], None, None] for table in (self.cos, self.sin))
-        x = heads.float()
-        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-        return (x * cos + turned * sin).to(heads.dtype)
