@@ -57,6 +57,8 @@ def run(
             main()
             succeeded = True
     except KeyboardInterrupt:
+        if not _is_first_process():  # Ctrl-C reaches all of them
+            raise SystemExit(130) from None
         fail("interrupted", code=130)
     except _submitit_errors() as error:
         fail(_submitted_job_sentence(str(error)))
