@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.errors import ConfigCompositionException
 
-from training import arguments
+from training import arguments, command_line
 from training.cluster import Cluster
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -44,6 +45,11 @@ def test_other_processes_get_no_folder_and_no_sweep(monkeypatch):
             arguments.rewrite(["-m", *given])
     monkeypatch.setattr(Cluster, "found", lambda: None)
     assert arguments.rewrite([*given, "-m"]) == ["-m", *given]
+
+
+def test_slurm_without_submitit_says_what_to_install():
+    error = ConfigCompositionException("In 'hydra/launcher/slurm': Could not load 'hydra/launcher/submitit_slurm'.")
+    assert command_line.sentence(error) == "hydra/launcher=slurm builds on submitit_slurm: pip install -e '.[sweep]'"
 
 
 FAILING = """

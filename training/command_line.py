@@ -181,6 +181,8 @@ def _composition_sentence(error: Exception) -> str:
             return f"there is no {group}={name} here; joblib and submitit come with: pip install -e '.[sweep]'"
         options = f"choose one of {', '.join(available.split())}" if available.split() else "there is none to choose"
         return f"there is no {group}={name}; {options}"
+    if built_on := re.search(r"In 'hydra/launcher/(\w+)': Could not load 'hydra/launcher/(\w+)'", text):
+        return "hydra/launcher={} builds on {}: pip install -e '.[sweep]'".format(*built_on.groups())
     if wrong := re.search(r"Error merging override \+*(\S+)", text):
         return f"{wrong.group(1)} does not fit: {str(cause).splitlines()[0]}"
     if unknown := re.search(r"Could not override '([^']+)'", text):
