@@ -40,13 +40,14 @@ def evaluate(config: DictConfig) -> str | None:
     """Evaluates one run, writes its files and logs them; returns what a person reads."""
     from evaluation.compare import find_run
     from training.launch import launch, mesh_of
-    from training.parallel import check_mesh
+    from training.parallel import check_frames
     from training.scoring import score_on_rank
     from training.tracking_store import resolve_uri
 
     run = find_run(config.run, uri=resolve_uri(config.uri))
     mesh = mesh_of(config.cp, dp=1)
-    check_mesh(mesh, run.config, run.layout(config.checkpoint))
+    if mesh.cp > 1:
+        check_frames(mesh, run.config, run.layout(config.checkpoint))
     return launch(score_on_rank, config, run, mesh=mesh, trainer=config)
 
 

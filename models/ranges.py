@@ -40,6 +40,7 @@ TRUNK: dict[str, _Range] = {
     "trainer.clip_norm": POSITIVE,
     "trainer.validation_batches": COUNT,
     "trainer.overfit_batches": NATURAL,
+    "trainer.reshard_pieces": COUNT,
     "data.recommended.max_steps": COUNT,
 }
 

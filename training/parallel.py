@@ -44,10 +44,15 @@ class AllToAll(Resharding):
     def __call__(self, x: Tensor, among_frames: Callable[[Tensor], Tensor]) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        sent = [self.to_space(part) for part in x.tensor_split(self.pieces, dim=2)]
-        sizes = [part.shape[2] for part in x.tensor_split(self.pieces, dim=2)]
+        sizes = self._sizes(x.shape[2])
+        sent = [self.to_space(part) for part in x.split(sizes, dim=2)]
         back = [self.to_time(among_frames(part), places=size) for part, size in zip(sent, sizes, strict=True)]
         return back[0] if len(back) == 1 else torch.cat(back, dim=2)
+
+    def _sizes(self, places: int) -> list[int]:
+        """Places of each piece: whole multiples of the ranks but for the last, so that only it is padded."""
+        each = -(-places // (self.pieces * self.ranks)) * self.ranks
+        return [min(each, places - start) for start in range(0, places, each)]
 
     def to_space(self, x: Tensor) -> Tensor:
         """(B, t, X, D) -> (B, T, x, D)"""
@@ -84,8 +89,23 @@ RESHARDS = {"all_to_all": AllToAll, "dtensor": Redistribute}
 def check_mesh(mesh: Mesh, config: DictConfig, layout: Layout) -> None:
     """Raises ValueError, one sentence, where these ranks cannot train the model of a configuration exactly."""
     _check_divides("dp", mesh.dp, "trainer.batch_size", batch_size(config))
+    if config.trainer.reshard not in RESHARDS:
+        raise ValueError(f"trainer.reshard={config.trainer.reshard} is unknown; use one of {', '.join(RESHARDS)}")
     if mesh.cp == 1:
         return
+    for name, module in check_frames(mesh, config, layout).named_modules():
+        if drawn := _drawn_by_rank(module):
+            raise ValueError(
+                f"cp={mesh.cp}: the {drawn} of {name} is not drawn by frame, so ranks would disagree with one rank; "
+                f"set {drawn} to 0, or use dp instead of cp"
+            )
+
+
+def check_frames(mesh: Mesh, config: DictConfig, layout: Layout) -> nn.Module:
+    """The model, on meta. Raises ValueError, one sentence, where its predictions need the frames of other ranks.
+
+    config: `model` and `task` of it. mesh: with cp above 1.
+    """
     _check_divides("cp", mesh.cp, "time_length", layout.frames)
     for target in layout.targets:
         if layout.frames_of(target) is None:
@@ -104,11 +124,7 @@ def check_mesh(mesh: Mesh, config: DictConfig, layout: Layout) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             raise ValueError(f"cp={mesh.cp}: {name} holds statistics of a batch; use dp instead of cp")
-        if drawn := _drawn_by_rank(module):
-            raise ValueError(
-                f"cp={mesh.cp}: the {drawn} of {name} is not drawn by frame, so ranks would disagree with one rank; "
-                f"set {drawn} to 0, or use dp instead of cp"
-            )
+    return model
 
 
 def _drawn_by_rank(module: nn.Module) -> str | None:
