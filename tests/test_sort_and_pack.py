@@ -1,11 +1,19 @@
-"""Sorting rows into cells, and the blocks that serve the occupied ones, against plain Python."""
+"""Sorting rows into cells, and the blocks and work lists that serve cells, against plain Python."""
 
 import numpy as np
 import pytest
 import torch
 
-from kernels.segments import PIECE, Occupied
-from kernels.sort_and_pack import sort_and_pack
+from kernels import segments
+from kernels.segments import ITEM, PIECE, Occupied, WorkList, most_pieces
+from kernels.sort_and_pack import digits, sort_and_pack
+from tests.interpreter import interpreted, needs_triton, run_interpreted
+from tests.waiting import NoDataDependence
+
+
+@needs_triton
+def test_the_triton_path_under_the_interpreter():
+    run_interpreted(__file__)
 
 
 def _offsets(counts) -> torch.Tensor:
@@ -19,6 +27,74 @@ def test_rows_come_in_the_order_of_cells_and_of_arrival(rows, cells):
     assert order.dtype == offsets.dtype == torch.int64
     assert order.tolist() == sorted(range(rows), key=lambda row: int(cell[row]))  # Python's sort is stable
     assert offsets.tolist() == [0, *np.cumsum(np.bincount(cell.numpy(), minlength=cells)).tolist()]
+
+
+@pytest.mark.parametrize("path", ["reference", "vectorised", pytest.param("triton", marks=interpreted)])
+@pytest.mark.parametrize(
+    ("rows", "cells"), [(0, 1), (0, 7), (1, 1), (64, 5), (500, 3), (500, 40), (129, 511), (129, 512), (300, 300_000)]
+)
+def test_every_path_sorts_alike_and_puts_rows_of_no_cell_last(rows, cells, path):
+    cell = torch.randint(0, cells + 1, (rows,), generator=torch.Generator().manual_seed(rows))
+    order, offsets = sort_and_pack(cell, cells, path=path)
+    assert order.dtype == offsets.dtype == torch.int64
+    assert order.tolist() == sorted(range(rows), key=lambda row: int(cell[row]))
+    counts = torch.bincount(cell, minlength=cells + 1)
+    assert torch.equal(offsets, counts.cumsum(0) - counts)
+
+
+@pytest.mark.parametrize("path", ["vectorised", pytest.param("triton", marks=interpreted)])
+def test_strides_and_small_types_of_cells_do_not_matter(path):
+    cell = torch.tensor([4, 9, 0, 9, 4, 9, 1, 9] * 20)[::2]
+    for given in (cell, cell.int()):
+        order, offsets = sort_and_pack(given, 5, path=path)
+        assert order.dtype == torch.int64 and torch.equal(order, torch.sort(cell, stable=True).indices)
+        assert offsets.tolist() == [0, 20, 40, 40, 40, 80]
+
+
+@interpreted
+def test_the_operators_describe_themselves_truly():
+    torch.library.opcheck(torch.ops.hydrasphere.counting_sort.default, (torch.tensor([3, 1, 2, 1]), 4))
+    torch.library.opcheck(torch.ops.hydrasphere.work_list.default, (torch.tensor([0, 3, 3]), 3))
+
+
+@pytest.mark.parametrize("highest", [0, 1, 511, 512, 98_304, 2**31])
+def test_digits_cover_every_bit_once(highest):
+    parts = digits(highest)
+    assert [shift for shift, _ in parts] == [bits * index for index, (_, bits) in enumerate(parts)]
+    assert parts[-1][0] < max(highest.bit_length(), 1) <= sum(bits for _, bits in parts)
+    assert len(parts) == -(-max(highest.bit_length(), 1) // 9) and max(bits for _, bits in parts) <= 9
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[], [0, 0], [3], [0, 1, 8, 9, 0, 2], [ITEM, ITEM + 1, 0, 5 * ITEM, 7, ITEM + 1], [1] * 700, [0, 100_000, 0]],
+)
+def test_work_lists_cover_every_row_once_most_rows_first(counts):
+    offsets = _offsets(counts)
+    work = WorkList.of(offsets, sum(counts))
+    items = work.items[: int(work.count)].tolist()
+    assert len(work.items) == len(counts) + sum(counts) // ITEM
+    covered, lengths = [], [length for *_, length, pieces in items if pieces == 1]
+    assert lengths == sorted(lengths, reverse=True)
+    for index, (cell, start, length, pieces) in enumerate(items):
+        assert offsets[cell] <= start and start + length <= offsets[cell + 1] and 0 <= length <= ITEM
+        covered += range(start, start + length)
+        if pieces == 1:
+            assert (start, length) == (offsets[cell], counts[cell])
+        elif pieces:
+            assert pieces == -(-counts[cell] // ITEM) and start == offsets[cell]
+            assert [(item[0], item[3]) for item in items[index + 1 : index + pieces]] == [(cell, 0)] * (pieces - 1)
+    assert sorted(covered) == list(range(sum(counts)))
+    assert sorted({item[0] for item in items}) == list(range(len(counts)))
+    num_pieces = sum(pieces != 1 for *_, pieces in items)
+    assert num_pieces <= most_pieces(sum(counts)) and all(pieces != 1 for *_, pieces in items[:num_pieces])
+
+
+def test_a_work_list_is_made_without_waiting_for_the_device():
+    with NoDataDependence():
+        segments._work_list._init_fn(torch.tensor([0, 3, 3, 9000]), 9000)
+    with pytest.raises(AssertionError, match="waits for the device"), NoDataDependence():
+        segments._occupied._init_fn(torch.tensor([0, 3, 3, 9000]))
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [3], [0, 1, 8, 9, 0, 2], [PIECE, PIECE + 1, 0, 5 * PIECE, 7], [1] * 700])

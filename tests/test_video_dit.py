@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.functional import gelu, silu
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.segments import Occupied
 from models.attention.self_attention import TemporalAttention
 from models.latents import LatentLayout, Latents, ObservationContext
 from models.processors.video_dit import VideoDiT
+from tests.waiting import NoDataDependence
 
 B, T, X, D, HEADS, DC, TOKEN = 2, 4, 5, 12, 2, 6, 7
 OBSERVATION = {"observation_heads": 4, "observation_kv_heads": 2, "observation_head_dim": 3}
@@ -294,22 +294,6 @@ def test_recomputed_activations_change_no_gradient(checkpoint, recomputed):
     assert (calls, more) == (3, 3 + recomputed)
     for ours, theirs in zip(found, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-class NoDataDependence(TorchDispatchMode):
-    """Forbids operators that read values or whose shapes follow from values: on a device they wait for it."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_dim", "unique_consecutive")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().removeprefix("aten::")
-        if name.startswith(self.FORBIDDEN) or name in ("equal", "repeat_interleave.Tensor", "hydrasphere::occupied"):
-            raise AssertionError(f"{name} waits for the device")
-        if name.startswith(("index.Tensor", "index_put")) and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        ):
-            raise AssertionError(f"{name} with a mask waits for the device")
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("masked", (False, True))
