@@ -53,7 +53,8 @@ class Tuning:
         return self.known[entry]
 
     def _found(self, device_name: str, key: str, device: torch.device, launch: Callable[[Config], object]) -> Config:
-        default = shipped(device_name).get(self.name, {}).get(key, self.candidates[0])
+        of_kernel = shipped(device_name).get(self.name, {})
+        default = of_kernel.get(key, of_kernel.get("any", self.candidates[0]))
         # A graph under capture cannot be measured; an unmeasured choice is not kept in any file.
         if not enabled() or torch.cuda.is_current_stream_capturing():
             return default
@@ -115,7 +116,7 @@ def _slug(name: str) -> str:
 
 @cache
 def shipped(device_name: str) -> dict[str, dict[str, Config]]:
-    """Kernel -> key -> configuration of the file that names this device, else nothing."""
+    """Kernel -> key, or `any` -> configuration, of the file that names this device, else nothing."""
     for path in sorted(DEFAULTS.glob("*.json")):
         content = json.loads(path.read_text())
         if device_name in content["devices"]:
