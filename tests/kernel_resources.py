@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 
-def resources(kernel, types: dict[str, str], constants: dict, *, num_warps: int, num_stages: int = 3) -> dict[str, int]:
-    """Registers of a thread, bytes of stack (spilled registers) of a thread and of shared memory of a program.
+def compiled(kernel, types: dict[str, str], constants: dict, *, num_warps: int, num_stages: int = 3):
+    """Triton's result: `asm` holds every stage of the code, `metadata` what it needs.
 
     types: of all run-time arguments, as `*bf16` or `i32`; pointers count as aligned to 16 bytes. constants: values of
     the compile-time arguments.
@@ -24,12 +24,22 @@ def resources(kernel, types: dict[str, str], constants: dict, *, num_warps: int,
     }
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def resources(kernel, types: dict[str, str], constants: dict, *, num_warps: int, num_stages: int = 3) -> dict[str, int]:
+    """Registers of a thread, bytes of stack (spilled registers) of a thread and of shared memory of a program.
+
+    Arguments are those of `compiled`.
+    """
+    import triton
+
+    result = compiled(kernel, types, constants, num_warps=num_warps, num_stages=num_stages)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(result.asm["cubin"])
         file.flush()
         command = [tool, "--dump-resource-usage", file.name]
         used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", used)[1]) for name in ("REG", "STACK"))
-    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
+    return {"registers": registers, "stack": stack, "shared": result.metadata.shared}

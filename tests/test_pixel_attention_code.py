@@ -1,0 +1,74 @@
+"""The code that Triton makes of pixel attention and of sorting for Hopper: addresses of 64 bits, registers not spilled.
+
+Sizes are those of HealDA v2: 64 query heads of width 32, 2 key/value heads, tokens of width 32.
+"""
+
+import re
+
+import pytest
+import torch
+
+from kernels import tuning
+from kernels.dispatch import INTERPRETED
+from tests.interpreter import needs_triton
+from tests.kernel_resources import compiled, resources
+
+pytestmark = [needs_triton, pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")]
+SUMS = ("logsum", "piece_mixed", "piece_logsum", "piece_gradient", "weight_gradient", "bias_gradient")
+OF_ALL_CELLS = ("query", "tokens", "output", "gradient", "query_gradient", "token_gradient", "items", *SUMS)
+
+
+def _arguments(kernel, precision: str, **constants) -> tuple[dict[str, str], dict]:
+    from kernels.pixel_attention import launches
+
+    of_call = launches.constants(64, 32, torch.empty(64, 32, device="meta"), precision, bias=True)
+    constants = {name: value for name, value in {**of_call, **constants}.items() if name in kernel.arg_names}
+    number = {"bf16": "*bf16", "fp16": "*fp16"}.get(precision, "*fp32")
+    types = {name: "*fp32" if name in SUMS else number for name in kernel.arg_names}
+    return {**types, "items": "*i64", "count": "*i64", "scale": "fp32"}, constants
+
+
+@pytest.mark.parametrize("name", ["attend", "attend_backward", "join", "add_pieces"])
+def test_rows_beyond_two_to_the_31_are_reached(name):
+    """Every address in what grows with cells or tokens starts from an offset of 64 bits."""
+    from kernels.pixel_attention import device_code
+
+    kernel = getattr(device_code, name)
+    types, constants = _arguments(kernel, "bf16", TILE=32, ROWS=16, NUMBERS=2048, BLOCK=1024)
+    code = compiled(kernel, types, constants, num_warps=4).asm["ttir"]
+    for argument in set(OF_ALL_CELLS) & set(kernel.arg_names):
+        uses = re.findall(rf"[^\n]*%{argument}[,) ][^\n]*", code[code.index("{", code.index("tt.func")) :])
+        assert uses, argument
+        assert all(re.search(rf"tt\.addptr %{argument}, %\w+ : !tt\.ptr<\w+>, i64", use) for use in uses), uses
+
+
+@pytest.mark.parametrize("name", ["count_digits", "scatter"])
+def test_more_than_two_to_the_31_rows_are_sorted(name):
+    from kernels.sort_and_pack import device_code
+
+    kernel = getattr(device_code, name)
+    types = {"key": "*i64", "row": "*i64", "key_out": "*i64", "row_out": "*i64", "begins": "*i64"}
+    types |= {"counts": "*i32", "count": "i64", "tiles": "i64"}
+    constants = {"SHIFT": 9, "BINS": 512, "TILE": 1024, "FIRST": False}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    code = compiled(kernel, types, constants, num_warps=4).asm["ttir"]
+    offsets = re.findall(r"tt\.addptr [^\n]*, (tensor<\d+xi\d+>|i\d+) ", code)
+    assert offsets and all(offset.endswith(("xi64>", "i64")) for offset in offsets), offsets
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+@pytest.mark.parametrize("name", ["attend", "attend_backward"])
+def test_shipped_configurations_spill_no_registers(name, precision):
+    from kernels.pixel_attention import device_code, launches
+
+    by_bits = launches.FORWARD if name == "attend" else launches.BACKWARD
+    kernel = getattr(device_code, name)
+    config = tuning.shipped("nvidia_h200")[by_bits[launches.BITS[precision]].name]["any"]
+    types, constants = _arguments(kernel, precision, TILE=config["TILE"])
+    warps, stages = config["num_warps"], config["num_stages"]
+    needs = resources(kernel, types, constants, num_warps=warps, num_stages=stages)
+    assert needs["stack"] == 0
+    # All programs that the configuration asks of a multiprocessor run at once.
+    assert config["programs"] * 32 * warps * needs["registers"] <= 65_536
+    assert config["programs"] * needs["shared"] <= 227 * 1024
