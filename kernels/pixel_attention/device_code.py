@@ -188,10 +188,9 @@ def join(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Crowded cells: the mean of their pieces' means, weighted by the softmax's denominators. One program for ROWS
-    heads of a cell; programs of items that are not a first piece leave at once."""
-    item = tl.program_id(0).to(tl.int64)
-    if item < tl.load(count):
+    """Crowded cells: the mean of their pieces' means, weighted by the softmax's denominators. A program of the second
+    axis does ROWS heads of a cell."""
+    for item in range(tl.program_id(0).to(tl.int64), tl.load(count + 1), tl.num_programs(0)):
         pieces = tl.load(items + item * 4 + 3)
         if pieces > 1:
             cell = tl.load(items + item * 4)
@@ -209,8 +208,8 @@ def join(
                 mixed = mixed * shrink[:, None] + weight[:, None] * mean
                 peak = highest
             place, exists = _rows(HEADS, WIDTH, ROWS, W, first)
-            mixed = (mixed / total[:, None]).to(TYPE)
-            result = _from_tokens(mixed, value_weight, first, HEADS, GROUPS, WIDTH, COLUMNS, ROWS, C, W, PRECISION)
+            mean = (mixed / total[:, None]).to(TYPE)
+            result = _from_tokens(mean, value_weight, first, HEADS, GROUPS, WIDTH, COLUMNS, ROWS, C, W, PRECISION)
             if BIAS:
                 result += _bias(value_bias, first, HEADS, GROUPS, WIDTH, ROWS, W)
             tl.store(output + cell * (HEADS * WIDTH) + place, result.to(output.dtype.element_ty), mask=exists)
@@ -317,8 +316,7 @@ def attend_backward(
 @triton.jit
 def add_pieces(piece_gradient, items, count, query_gradient, NUMBERS: tl.constexpr, BLOCK: tl.constexpr):
     """Gradient of a crowded cell's query: the sum of its pieces', (S, NUMBERS) -> (N, NUMBERS), BLOCK at a time."""
-    item = tl.program_id(0).to(tl.int64)
-    if item < tl.load(count):
+    for item in range(tl.program_id(0).to(tl.int64), tl.load(count + 1), tl.num_programs(0)):
         pieces = tl.load(items + item * 4 + 3)
         if pieces > 1:
             cell = tl.load(items + item * 4)

@@ -17,6 +17,7 @@ from kernels.tuning import Config, Tuning
 BITS = {"fp32": 32, "tf32": 32, "bf16": 16, "fp16": 16}
 WIDEST = 128  # query heads, columns of the keys of all heads (g d), and of tokens: a tile holds all of them
 JOINED_ROWS, ADDED_NUMBERS = 16, 1024  # of a program of the passes that bring pieces together
+JOINING = 4  # such programs a multiprocessor: mostly they find nothing to do
 INTERPRETED_PROGRAMS = 3  # on the CPU, for tests: fewer than items, so that programs take several
 _SOURCES = (Path(__file__), Path(__file__).with_name("device_code.py"))
 
@@ -75,14 +76,11 @@ def constants(heads: int, width: int, key_weight: Tensor, precision: str, bias: 
     }
 
 
-def _programs(config: Config, items: Tensor) -> int:
-    if items.device.type != "cuda":
-        return max(min(len(items), INTERPRETED_PROGRAMS), 1)
-    return max(min(len(items), config["programs"] * _multiprocessors(items.device)), 1)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _programs(most: int, each: int, device: torch.device) -> int:
+    """As many as there may be items, but no more than `each` a multiprocessor."""
+    if device.type != "cuda":
+        return max(min(most, INTERPRETED_PROGRAMS), 1)
+    return max(min(most, each * torch.cuda.get_device_properties(device).multi_processor_count), 1)
 
 
 def _options(config: Config) -> dict[str, int]:
@@ -123,12 +121,14 @@ def _forward(
     given = (query, tokens, key_weight, value_weight, bias, items, count, output, logsum, means, logs, scale)
 
     def launch(config: Config) -> None:
-        device_code.attend[(_programs(config, items),)](*given, **constant, **_options(config))
+        programs = _programs(len(items), config["programs"], query.device)
+        device_code.attend[(programs,)](*given, **constant, **_options(config))
 
     with torch.cuda.device_of(query):
         launch(FORWARD[BITS[precision]].config(_key(query, tokens, constant), query.device, launch))
         if pieces:
-            device_code.join[(min(pieces, len(items)), constant["H"] // JOINED_ROWS)](
+            programs = _programs(pieces, JOINING, query.device)
+            device_code.join[(programs, constant["H"] // JOINED_ROWS)](
                 *(means, logs, value_weight, bias, items, count, output, logsum), **constant, ROWS=JOINED_ROWS
             )
     return output, logsum
@@ -172,7 +172,7 @@ def _backward(
     sums: list[Tensor] = []
 
     def launch(config: Config) -> None:
-        programs = _programs(config, items)
+        programs = _programs(len(items), config["programs"], query.device)
         sums[:] = (
             query.new_empty(programs, 2, *padded, dtype=torch.float32),
             query.new_empty(programs, padded[0], dtype=torch.float32),
@@ -188,7 +188,7 @@ def _backward(
         launch(BACKWARD[BITS[precision]].config(_key(query, tokens, constant), query.device, launch))
         if pieces:
             blocks = math.ceil(heads * width / ADDED_NUMBERS)
-            device_code.add_pieces[(min(pieces, len(items)), blocks)](
+            device_code.add_pieces[(_programs(pieces, JOINING, query.device), blocks)](
                 piece_gradient, items, count, query_gradient, NUMBERS=heads * width, BLOCK=ADDED_NUMBERS
             )
     key_gradient, value_gradient = sums[0].sum(0)[:, :rows, :columns]
