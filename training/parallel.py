@@ -165,7 +165,10 @@ def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # the name that torch 2.11 knows
         # Buffers are tables of constants: there is nothing to send.
         return DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,  # not a second copy of all gradients
         )
 
 
