@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.batch import Batch
+from data.started_processes import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ class BatchLoader:
                 collate_fn=_unchanged,
                 num_workers=self.num_workers,
                 multiprocessing_context=processes,
+                worker_init_fn=end_with_parent,
                 persistent_workers=True,
                 pin_memory=self.pin,
                 # Its own generator: drawing worker seeds must not disturb the model's random numbers.

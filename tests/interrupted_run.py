@@ -19,7 +19,7 @@ SETTINGS = dict(max_steps=24, validate_every=4, checkpoint_every=3, accumulate=2
 
 
 class Paced(NoTracker):
-    """seconds: after each step. silent_after: the last step; then the first rank keeps the others waiting."""
+    """Takes so many seconds after each step."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -38,8 +38,8 @@ def train(ranks: Ranks, folder: str, data: GriddedData, seconds: float) -> int:
 
 
 def main() -> None:
-    folder, ranks, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    data = GriddedData(str(Path(folder) / "weather.nc"), split=SPLIT, cache="ram")
+    folder, ranks, seconds, workers = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
+    data = GriddedData(str(Path(folder) / "weather.nc"), split=SPLIT, cache="ram", num_workers=workers)
     trainer = SimpleNamespace(device="cpu", timeout=60.0)
     print("step", launch(train, folder, data, seconds, mesh=Mesh(dp=ranks), trainer=trainer))
 

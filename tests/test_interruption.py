@@ -78,7 +78,7 @@ def uninterrupted(tmp_path_factory):
     def run(ranks: int) -> dict[str, bytes]:
         folder = tmp_path_factory.mktemp(f"uninterrupted_{ranks}")
         write_weather(folder / "weather.nc")
-        process = start([SCRIPT, folder, ranks, 0], folder)
+        process = start([SCRIPT, folder, ranks, 0, 0], folder)
         assert process.communicate(timeout=120)[0] == "step 24\n"
         return files(folder / "run")
 
@@ -90,7 +90,7 @@ def uninterrupted(tmp_path_factory):
     [
         pytest.param(1, "Ctrl-C", marks=pytest.mark.slow),
         pytest.param(1, "SIGTERM", marks=pytest.mark.slow),
-        (2, "Ctrl-C"),
+        pytest.param(2, "Ctrl-C", marks=pytest.mark.slow),
         pytest.param(2, "SIGTERM", marks=pytest.mark.slow),
         (2, "SIGKILL of a rank"),
     ],
@@ -98,7 +98,8 @@ def uninterrupted(tmp_path_factory):
 def test_a_stopped_run_goes_on_bit_for_bit(uninterrupted, tmp_path, ranks, how):
     write_weather(tmp_path / "weather.nc")
     run = tmp_path / "run"
-    process = start([SCRIPT, tmp_path, ranks, 0.1], tmp_path)
+    loaders = 1 if how == "Ctrl-C" else 0  # processes of the ranks' own, which must go too
+    process = start([SCRIPT, tmp_path, ranks, 0.1, loaders], tmp_path)
     code, err = interrupt(process, tmp_path, how=how, metrics=run / "metrics.jsonl", steps=7)
     assert code == WAYS[how] and "Traceback" not in err
     reached = (run / "metrics.jsonl").read_bytes().count(b"\n")
@@ -109,7 +110,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(uninterrupted, tmp_path, ranks, how):
     else:
         assert last_checkpoint(run).name == f"step_{reached:08}"
         assert f"saved at step {reached}; go on with: python train.py resume={run}" in err
-    process = start([SCRIPT, tmp_path, ranks, 0], tmp_path)
+    process = start([SCRIPT, tmp_path, ranks, 0, 0], tmp_path)
     assert process.communicate(timeout=120)[0] == "step 24\n"
     assert files(run) == uninterrupted(ranks)
 
@@ -117,7 +118,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(uninterrupted, tmp_path, ranks, how):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_second_ctrl_c_ends_at_once(tmp_path, ranks):
     write_weather(tmp_path / "weather.nc")
-    process = start([SCRIPT, tmp_path, ranks, 100], tmp_path)  # the step under way does not end
+    process = start([SCRIPT, tmp_path, ranks, 100, 0], tmp_path)  # the step under way does not end
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_bytes()):
         time.sleep(0.01)

@@ -57,15 +57,20 @@ def started_again() -> bool:
     return any(int(os.environ.get(name, 0)) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
-@contextmanager
 def repository_importable():
     """Processes started inside find the modules of the repository, wherever they are started."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), before]))
+    return prepended("PYTHONPATH", str(REPOSITORY), os.pathsep)
+
+
+@contextmanager
+def prepended(name: str, value: str, separator: str):
+    """A list in the environment that starts with `value`, for processes started inside."""
+    before = os.environ.get(name)
+    os.environ[name] = separator.join(filter(None, [value, before]))
     try:
         yield
     finally:
         if before is None:
-            del os.environ["PYTHONPATH"]
+            del os.environ[name]
         else:
-            os.environ["PYTHONPATH"] = before
+            os.environ[name] = before

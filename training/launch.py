@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training.cluster import Cluster, repository_importable
+from data.started_processes import end_with_parent
+from training.cluster import Cluster, prepended, repository_importable
 from training.devices import choose_device
 from training.interruption import Interruption
 from training.rank_failure import explain, record, stack_file
@@ -116,7 +117,7 @@ def _run_rank(rank: int, scratch: str, mesh: Mesh, device: str, timeout: float, 
     folder = Path(scratch)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher passes it on
     signal.signal(signal.SIGTERM, _stop)
-    threading.Thread(target=_follow_launcher, daemon=True).start()
+    end_with_parent()
     with open(stack_file(folder, rank), "w") as stack:
         faulthandler.enable(file=stack)
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
@@ -149,16 +150,12 @@ def _stop(*_) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-def _follow_launcher() -> None:
-    """Ends this rank when the process that started it is gone, however that ended."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
 def _start_server(module: str) -> None:
     """The fork server, unless it runs; it lives as long as this process, and its next ranks are ready at once."""
     forkserver.set_forkserver_preload([*PRELOADED, module])
-    with _ignoring(signal.SIGINT, signal.SIGTERM), repository_importable():
+    # Its helper removes the semaphores of killed processes, which needs no warning.
+    quiet = prepended("PYTHONWARNINGS", "ignore:resource_tracker", ",")
+    with _ignoring(signal.SIGINT, signal.SIGTERM), repository_importable(), quiet:
         forkserver.ensure_running()
 
 
