@@ -3,9 +3,9 @@
     folded_h = scale log2(e) Wk_g^T q_h,  w = 2^(folded . z) / sum,  o_h = Wv_g (sum_i w_i z_i) + bv_g
 
 A program takes items (whole cells, or pieces of crowded cells) of `kernels/segments.py: WorkList`, one after the other:
-item p, p + programs, ... Projections are one product each: row h of a spread tile (H, E) holds its d numbers in the
-columns of its key/value head g, zeros elsewhere. Softmax is online, in base 2; sums are float32.
-Letters: padded to powers of two H heads, E = (g d), C token width; TILE tokens at a time. All offsets are int64.
+item p, p + programs, ...; of empty cells it only writes zeros. Softmax is online, in base 2; sums are float32, and each
+runs in a fixed order. Offsets of cells and items are int64, those inside of them int32.
+Letters: padded to powers of two H heads, W head width, C token width, E = (g d); TILE tokens at a time.
 """
 
 import triton
@@ -132,7 +132,7 @@ def attend(
     tokens (S, H, C) and logsums (S, H), which `join` brings together."""
     head, column = tl.arange(0, H), tl.arange(0, C)
     place, exists = _rows(HEADS, WIDTH, H, W, 0)
-    for item in range(tl.program_id(0).to(tl.int64), tl.load(count), tl.num_programs(0)):
+    for item in range(tl.program_id(0).to(tl.int64), tl.load(count + 1), tl.num_programs(0)):
         cell, start = tl.load(items + item * 4), tl.load(items + item * 4 + 1)
         length, pieces = tl.load(items + item * 4 + 2).to(tl.int32), tl.load(items + item * 4 + 3)
         rows = tl.load(query + cell * (HEADS * WIDTH) + place, mask=exists, other=0.0).to(TYPE)
@@ -153,17 +153,21 @@ def attend(
             total = total * shrink + tl.sum(weight, 1)
             mixed = tl.dot(weight.to(TYPE), z, mixed * shrink[:, None], input_precision=PRECISION)
             peak = highest
-        mixed = mixed / tl.where(length > 0, total, 1.0)[:, None]
+        mixed = mixed / total[:, None]
         log = peak + tl.log2(total)
         if pieces == 1:
             result = _from_tokens(mixed.to(TYPE), value_weight, 0, HEADS, GROUPS, WIDTH, COLUMNS, H, C, W, PRECISION)
             if BIAS:
-                result += tl.where(length > 0, _bias(value_bias, 0, HEADS, GROUPS, WIDTH, H, W), 0.0)
+                result += _bias(value_bias, 0, HEADS, GROUPS, WIDTH, H, W)
             tl.store(output + cell * (HEADS * WIDTH) + place, result.to(output.dtype.element_ty), mask=exists)
             tl.store(logsum + cell * HEADS + head, log, mask=head < HEADS)
         else:
             tl.store(piece_mixed + item * (H * C) + head[:, None] * C + column[None, :], mixed)
             tl.store(piece_logsum + item * H + head, log)
+    for item in range(tl.load(count + 1) + tl.program_id(0), tl.load(count), tl.num_programs(0)):  # empty cells
+        cell = tl.load(items + item * 4)
+        tl.store(output + cell * (HEADS * WIDTH) + place, tl.zeros([H, W], output.dtype.element_ty), mask=exists)
+        tl.store(logsum + cell * HEADS + head, tl.full([H], float("-inf"), tl.float32), mask=head < HEADS)
 
 
 @triton.jit
@@ -190,7 +194,7 @@ def join(
 ):
     """Crowded cells: the mean of their pieces' means, weighted by the softmax's denominators. A program of the second
     axis does ROWS heads of a cell."""
-    for item in range(tl.program_id(0).to(tl.int64), tl.load(count + 1), tl.num_programs(0)):
+    for item in range(tl.program_id(0).to(tl.int64), tl.load(count + 2), tl.num_programs(0)):
         pieces = tl.load(items + item * 4 + 3)
         if pieces > 1:
             cell = tl.load(items + item * 4)
@@ -256,7 +260,7 @@ def attend_backward(
     key_sum = tl.zeros([E, C], tl.float32)
     value_sum = tl.zeros([E, C], tl.float32)
     bias_sum = tl.zeros([E, 16], tl.float32)  # columns alike: the narrowest product
-    for item in range(tl.program_id(0).to(tl.int64), tl.load(count), tl.num_programs(0)):
+    for item in range(tl.program_id(0).to(tl.int64), tl.load(count + 1), tl.num_programs(0)):
         cell, start = tl.load(items + item * 4), tl.load(items + item * 4 + 1)
         length, pieces = tl.load(items + item * 4 + 2).to(tl.int32), tl.load(items + item * 4 + 3)
         base = cell * (HEADS * WIDTH)
@@ -299,13 +303,17 @@ def attend_backward(
         key_sum = tl.dot(tl.trans(rows), folded_gradient, key_sum, input_precision=PRECISION)
         upstream = tl.load(gradient + base + spread, mask=spread_exists, other=0.0).to(TYPE)
         value_sum = tl.dot(tl.trans(upstream), mixed.to(TYPE), value_sum, input_precision=PRECISION)
-        ones = tl.full([H, 16], (pieces > 0) & (length > 0), TYPE)  # a cell counts once
+        ones = tl.full([H, 16], pieces > 0, TYPE)  # a cell counts once
         bias_sum = tl.dot(tl.trans(upstream), ones, bias_sum, input_precision=PRECISION)
         rows_gradient = _from_tokens(folded_gradient, key_weight, 0, HEADS, GROUPS, WIDTH, COLUMNS, H, C, W, PRECISION)
         if pieces == 1:
             tl.store(query_gradient + base + place, rows_gradient.to(query_gradient.dtype.element_ty), mask=exists)
         else:
             tl.store(piece_gradient + item * (HEADS * WIDTH) + place, rows_gradient, mask=exists)
+    for item in range(tl.load(count + 1) + tl.program_id(0), tl.load(count), tl.num_programs(0)):  # empty cells
+        base = tl.load(items + item * 4) * (HEADS * WIDTH)
+        zeros = tl.zeros([H, W], query_gradient.dtype.element_ty)
+        tl.store(query_gradient + base + place, zeros, mask=exists)
     program = tl.program_id(0).to(tl.int64)
     sums = weight_gradient + program * (2 * E * C) + row[:, None] * C + column[None, :]
     tl.store(sums, key_sum)
@@ -316,7 +324,7 @@ def attend_backward(
 @triton.jit
 def add_pieces(piece_gradient, items, count, query_gradient, NUMBERS: tl.constexpr, BLOCK: tl.constexpr):
     """Gradient of a crowded cell's query: the sum of its pieces', (S, NUMBERS) -> (N, NUMBERS), BLOCK at a time."""
-    for item in range(tl.program_id(0).to(tl.int64), tl.load(count + 1), tl.num_programs(0)):
+    for item in range(tl.program_id(0).to(tl.int64), tl.load(count + 2), tl.num_programs(0)):
         pieces = tl.load(items + item * 4 + 3)
         if pieces > 1:
             cell = tl.load(items + item * 4)
