@@ -207,17 +207,17 @@ def test_processes_of_torchrun_and_slurm_are_found(monkeypatch):
             monkeypatch.delenv(name)
     assert Cluster.found() is None
     slurm = {"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9"}
-    slurm |= {"SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]"}
+    slurm |= {"SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
-    assert Cluster.found() == Cluster(9, 1, 16, "tcp://gpu07:13456")
+    assert Cluster.found() == Cluster(9, 1, 8, 16, "tcp://gpu07:13456")
     monkeypatch.setenv("SLURM_STEP_ID", "1")
     assert Cluster.found().method != "tcp://gpu07:13456"
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # one task starts the ranks of its machine itself
     assert Cluster.found() is None
     for name, value in dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4", MASTER_ADDR="a", MASTER_PORT="1").items():
         monkeypatch.setenv(name, value)
-    assert Cluster.found() == Cluster(3, 1, 4, "env://")
+    assert Cluster.found() == Cluster(3, 1, 4, 4, "env://")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_job_that_was_started_again_is_known(monkeypatch):
     ],
 )
 def test_the_mesh_follows_from_what_is_given(monkeypatch, world, cp, dp, mesh):
-    monkeypatch.setattr(Cluster, "found", lambda: None if world is None else Cluster(0, 0, world, "env://"))
+    monkeypatch.setattr(Cluster, "found", lambda: None if world is None else Cluster(0, 0, world, world, "env://"))
     if isinstance(mesh, Mesh):
         assert mesh_of(cp, dp) == mesh
         return

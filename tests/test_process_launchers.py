@@ -39,7 +39,7 @@ def run(command: list, folder: Path) -> subprocess.CompletedProcess:
 def test_other_processes_get_no_folder_and_no_sweep(monkeypatch):
     given = ["model=healda_v2", "+cp=4"]
     for rank in (0, 3):
-        monkeypatch.setattr(Cluster, "found", lambda rank=rank: Cluster(rank, rank, 4, "env://"))
+        monkeypatch.setattr(Cluster, "found", lambda rank=rank: Cluster(rank, rank, 4, 4, "env://"))
         assert arguments.rewrite(given) == [*given, *(arguments.NO_FOLDER if rank else ())]
         with pytest.raises(ValueError, match=r"-m under torchrun or srun .* in each of 4 processes"):
             arguments.rewrite(["-m", *given])

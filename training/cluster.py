@@ -17,10 +17,12 @@ FIRST_PORT, PORTS = 10_000, 20_000  # below those that systems hand out by thems
 
 @dataclass(frozen=True)
 class Cluster:
-    """This process among them. local_rank: among those of its machine. method: how they find each other, see torch."""
+    """This process among them. local_rank, local_world: among those of its machine. method: how they find each other,
+    see torch."""
 
     rank: int
     local_rank: int
+    local_world: int
     world: int
     method: str
 
@@ -34,17 +36,34 @@ class Cluster:
         environment = os.environ
         if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
             rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-            return Cluster(rank, int(environment.get("LOCAL_RANK", rank)), world, "env://")
+            local_rank, local_world = environment.get("LOCAL_RANK", rank), environment.get("LOCAL_WORLD_SIZE", world)
+            return Cluster(rank, int(local_rank), int(local_world), world, "env://")
         if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             # Every task comes to the same port; steps of a job, which may share a machine, to different ones.
+            world = int(environment["SLURM_STEP_NUM_TASKS"])
+            here = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # like 4(x2)
             number = int(environment["SLURM_JOB_ID"]) + 7919 * int(environment.get("SLURM_STEP_ID", 0))
             return Cluster(
                 int(environment["SLURM_PROCID"]),
                 int(environment.get("SLURM_LOCALID", 0)),
-                int(environment["SLURM_STEP_NUM_TASKS"]),
+                int(here[0]) if here else world,
+                world,
                 f"tcp://{first_host(environment['SLURM_STEP_NODELIST'])}:{FIRST_PORT + number % PORTS}",
             )
         return None
+
+
+def ranks_here(world: int) -> int:
+    """How many of the ranks of a run share this machine."""
+    cluster = Cluster.found()
+    return world if cluster is None else min(world, cluster.local_world)
+
+
+def cores_per_rank(world: int) -> int:
+    """CPU cores that each rank of a run may use: together no more than the machine has."""
+    if "SLURM_CPUS_PER_TASK" in os.environ and Cluster.found() is not None:
+        return int(os.environ["SLURM_CPUS_PER_TASK"])
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here(world))
 
 
 def first_host(nodes: str) -> str:

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from data.started_processes import end_with_parent
-from training.cluster import Cluster, prepended, repository_importable
+from training.cluster import Cluster, cores_per_rank, prepended, repository_importable
 from training.devices import choose_device
 from training.interruption import Interruption
 from training.rank_failure import explain, record, stack_file
@@ -109,7 +109,7 @@ def launch(work: Callable, *arguments, mesh: Mesh, trainer):
 
 def threads_per_rank(world: int) -> int:
     """CPU threads of each of `world` ranks on this machine: together no more than there are cores."""
-    return max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // world))
+    return min(torch.get_num_threads(), cores_per_rank(world))
 
 
 def _run_rank(rank: int, scratch: str, mesh: Mesh, device: str, timeout: float, environment: dict, cwd: str) -> None:

@@ -18,10 +18,9 @@ from data.loading import BatchLoader, SharedFrames
 from models.composition import build_from_config
 from training import environment
 from training.checkpoints import RunFiles, load_weights, read_normalisation
-from training.cluster import started_again
+from training.cluster import cores_per_rank, started_again
 from training.devices import choose_device, choose_precision
 from training.job import Job
-from training.launch import threads_per_rank
 from training.loop import Outcome, TrainingLoop
 from training.parallel_prediction import on_all_ranks
 from training.ranks import Mesh, Ranks
@@ -131,7 +130,7 @@ class Run:
         return BatchLoader(
             dataset,
             batch_size=self.config.trainer.batch_size // ranks.mesh.dp,
-            num_workers=min(self.data.num_workers, threads_per_rank(ranks.world)) if ranks.world > 1 else None,
+            num_workers=min(self.data.num_workers, cores_per_rank(ranks.world)) if ranks.world > 1 else None,
             pin=choose_device(self.config.trainer.device).type == "cuda",
             rank=ranks.sample_part,
             world=ranks.mesh.dp,

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from data.layout import Layout
 from models.composition import with_size
 from models.memory import available_bytes, training_bytes
+from training.cluster import ranks_here
 from training.devices import choose_device, choose_precision
 from training.ranks import Mesh
 
@@ -27,7 +28,7 @@ def fitted(config: DictConfig, layout: Layout, mesh: Mesh, *, automatic: bool) -
     one, does not fit.
     """
     device = choose_device(config.trainer.device)
-    available = available_bytes(device, ranks=mesh.world)
+    available = available_bytes(device, ranks=ranks_here(mesh.world))
     wanted = config.model.size
     while (needed := _needed(config, layout, mesh)) > available:
         smaller = SIZES.index(config.model.size) - 1 if config.model.size in SIZES else -1

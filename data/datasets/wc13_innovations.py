@@ -67,6 +67,8 @@ class OceanInnovations:
     grid = Points([[0.0, 0.0]])  # a sample is described relative to its centre
     splits = ("train", "validation")
 
+    available = True
+
     def __init__(
         self,
         observations: str = "catalogue:wc13_obs.nc",
