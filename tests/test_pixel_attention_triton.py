@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from kernels import segments
 from kernels.pixel_attention import launches, pixel_attention
-from kernels.segments import WorkList
+from kernels.segments import ITEM, WorkList
+from kernels.sort_and_pack import sort_and_pack
 from models.attention.pixel import PixelCrossAttention
 from models.latents import ObservationContext
 from tests.interpreter import interpreted, needs_triton, run_interpreted
@@ -243,3 +244,42 @@ def test_what_the_kernels_do_not_serve_is_refused():
         _outcome(operands, offsets, precision="fp8")
     with pytest.raises(ValueError, match=r"path triton of pixel_attention does not serve .* torch.float64"):
         _outcome(operands, offsets, path="triton")
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("tf32", 5e-3), ("fp16", 5e-3), ("bf16", 3e-2)])
+def test_on_a_device_nothing_waits_and_results_are_those_of_float64(precision, tolerance, monkeypatch):
+    monkeypatch.setenv("HYDRASPHERE_AUTOTUNE", "0")
+    counts = [300, 0, 1, 17, 3 * ITEM + 5, 64, 0, ITEM, 1000]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    operands = [x.detach() / 4 for x in _operands(counts, 64, 2, width=32, token=32)]
+    operands = [x.to(dtype) for x in operands]
+    rows = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0))
+    cells = torch.repeat_interleave(torch.tensor(counts))[rows]
+    exact = [x.double().requires_grad_() for x in operands]
+    exact[1] = exact[1].detach()[rows[sort_and_pack(cells, len(counts))[0]]].requires_grad_()
+    expected = _outcome(exact, _offsets(counts), path="reference")
+    given = [x.cuda() for x in operands]
+    cells, rows = cells.cuda(), rows.cuda()
+
+    def run():
+        order, offsets = sort_and_pack(cells, len(counts))
+        leaves = [x.detach() for x in given]
+        leaves[1] = leaves[1][rows[order]]
+        leaves = [x.requires_grad_() for x in leaves]
+        work = WorkList.of(offsets, sum(counts))
+        return _outcome(leaves, offsets, path="auto", occupied=work, precision=precision)
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first, second = run(), run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, one, found, again in zip(NAMES, expected, first, second, strict=True):
+        assert found.dtype == dtype and torch.equal(found, again), name
+        size = max(one.abs().max().item(), 1.0)
+        assert ((found.cpu() - one).abs() <= tolerance * size).all(), name
