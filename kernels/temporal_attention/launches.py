@@ -30,9 +30,9 @@ def tile(frames: int, width: int) -> dict[str, int]:
     return {"T": frames, "d": width, "R": 16 if frames <= 16 else 32, "CHUNK": CHUNK}
 
 
-def num_warps(rows: int) -> int:
-    """Products of 16 rows are one warp's; more warps would hold copies of the same operands."""
-    return rows // 16
+def num_warps(rows: int, bits: int) -> int:
+    """Products of 16 rows of 16 bits are one warp's: more warps would hold copies of the same operands."""
+    return rows // 16 if bits == 16 else rows // 4
 
 
 def _launch(kernel, tensors, qkv: Tensor, *, softmax: bool, causal: bool, window: int) -> None:
@@ -43,6 +43,6 @@ def _launch(kernel, tensors, qkv: Tensor, *, softmax: bool, causal: bool, window
         # Float32 products follow PyTorch's own switch.
         precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         options = {"SOFTMAX": softmax, "CAUSAL": causal, "WINDOW": window, "PRECISION": precision}
-        launch = {"num_warps": num_warps(shape["R"]), "num_stages": NUM_STAGES}
+        launch = {"num_warps": num_warps(shape["R"], 8 * qkv.element_size()), "num_stages": NUM_STAGES}
         with torch.cuda.device_of(qkv):
             kernel[(programs,)](*tensors, places, heads, width**-0.5, **shape, **options, **launch)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data.layout import ObservationLayout
-from data.observation_features import features
+from data.observation_features import described
 from data.observations import Observations
 from kernels.film_tokenizer import NORM_EPS, film_tokenizer
 from kernels.segments import plan
@@ -51,14 +51,11 @@ class ObservationTokenizer(nn.Module):
         self.project = nn.Linear(hidden_size, 2 * token_size)
 
     def forward(self, observations: Observations) -> Tensor:
-        given = observations.features
-        description = [features(observations, self.num_features) if given is None else given]
-        description += [self.type_table(observations.type), self.channel_table(observations.channel)]
-        if self.platform_table is not None:
-            description.append(self.platform_table(observations.platform))
+        columns = observations if observations.features is not None else described(observations, self.num_features)
+        tables = [self.type_table.weight, self.channel_table.weight]
+        tables.append(None if self.platform_table is None else self.platform_table.weight)
         layers = [(layer.weight, layer.bias) for layer in (self.expand, self.norm, self.project)]
-        description = torch.cat(description, dim=-1).to(self.expand.weight.dtype)
-        return film_tokenizer(observations.value, description, *layers)
+        return film_tokenizer(vars(columns), tables, *layers)
 
 
 def pack(

@@ -1,0 +1,241 @@
+"""Tokens from the numbers that observations come with: PyTorch's paths and Triton's, under its interpreter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from data.observations import Observations
+from kernels.film_tokenizer import LAYOUTS, features, film_tokenizer
+from tests.interpreter import interpreted, needs_triton, run_interpreted
+
+START = 1_700_000_000
+SIZES = (3, 9, 4)  # of the tables of types, channels and platforms
+MEASURED, SEEN = ("height", "pressure"), ("scan_angle", "satellite_zenith", "solar_zenith")
+
+
+def _rows(count: int, **changes) -> Observations:
+    """Half of them from satellites, half with a height, of two samples of three frames."""
+    random = torch.Generator().manual_seed(count)
+
+    def draw(low, high):
+        return low + (high - low) * torch.rand(count, generator=random)
+
+    def ids(size):
+        return torch.randint(0, size, (count,), generator=random)
+
+    times = START + 21_600 * torch.arange(6).view(2, 3)
+    batch, frame, satellite = ids(2), ids(3), torch.rand(count, generator=random) < 0.5
+    limits = {
+        "height": (-100, 70_000),
+        "pressure": (0, 1200),
+        "scan_angle": (-50, 50),
+        "satellite_zenith": (-60, 60),
+        "solar_zenith": (0, 180),
+    }
+    columns = {name: draw(*limit) for name, limit in limits.items()}
+    for name, column in columns.items():
+        column[satellite if name in MEASURED else ~satellite] = torch.nan
+    given = {
+        "value": torch.randn(count, generator=random),
+        "batch": batch,
+        "frame": frame,
+        "times": times,
+        "time": times[batch, frame] + ids(21_600) - 10_800,
+        "latitude": draw(-90, 90),
+        "longitude": draw(-180, 360),
+        **{name: ids(size) for name, size in zip(("type", "channel", "platform"), SIZES, strict=True)},
+        **columns,
+    }
+    return Observations(**{**given, **changes})
+
+
+def _operands(num_features: int, *, widths=(4, 16, 8), hidden=32, width=16, dtype=torch.float32) -> list:
+    """Tables and weights; a width of 0 stands for no platforms."""
+    random = torch.Generator().manual_seed(num_features)
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(shape, generator=random, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+
+    tables = [draw(size, width) if width else None for size, width in zip(SIZES, widths, strict=True)]
+    expand = draw(hidden, num_features + sum(widths), scale=0.3), draw(hidden)
+    return [tables, expand, (draw(hidden), draw(hidden)), (draw(2 * width, hidden, scale=0.3), draw(2 * width))]
+
+
+def _leaves(operands) -> list[torch.Tensor]:
+    tables, *layers = operands
+    return [part for group in (tables, *layers) for part in group if part is not None]
+
+
+def _outcome(rows, operands, **options) -> list[torch.Tensor]:
+    tokens = film_tokenizer(vars(rows), *operands, **options)
+    towards = torch.linspace(-1, 1, tokens.numel(), dtype=tokens.dtype).view_as(tokens).cos()
+    return [tokens.detach(), *torch.autograd.grad((tokens * towards).sum(), _leaves(operands))]
+
+
+def _compare(rows, operands, path, tolerance, **options):
+    tables, *layers = operands
+    wide = [[None if part is None else part.detach().double().requires_grad_() for part in tables]]
+    wide += [tuple(part.detach().double().requires_grad_() for part in layer) for layer in layers]
+    exact = _outcome(rows, wide, path="reference")
+    for expected, found in zip(exact, _outcome(rows, operands, path=path, **options), strict=True):
+        assert found.shape == expected.shape and found.isfinite().all()
+        size = expected.abs().max().item() if expected.numel() else 0.0
+        assert not found.numel() or (found.double() - expected).abs().max() <= tolerance * max(size, 1e-30)
+
+
+@pytest.mark.parametrize("num_features", LAYOUTS)
+@pytest.mark.parametrize("missing", ((), MEASURED, SEEN))
+def test_features_in_pieces_equal_their_definition(num_features, missing):
+    for count in (0, 5, features.FEW + 1, features.PIECE + 3):
+        columns = vars(_rows(count, **dict.fromkeys(missing)))
+        found = features.vectorised(columns, num_features)
+        assert found.dtype == torch.float32 and found.shape == (count, num_features)
+        torch.testing.assert_close(found, features.reference(columns, num_features), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_features", LAYOUTS)
+def test_the_vectorised_path_equals_the_reference(num_features):
+    _compare(_rows(70), _operands(num_features), "vectorised", 2e-5)
+
+
+def test_narrow_ids_and_given_features_are_read():
+    rows = _rows(70)
+    operands = _operands(30)
+    expected = film_tokenizer(vars(rows), *operands, path="vectorised")
+    narrow = {name: getattr(rows, name).to(torch.uint8) for name in ("type", "channel", "platform", "batch", "frame")}
+    assert torch.equal(film_tokenizer(vars(replace(rows, **narrow)), *operands, path="vectorised"), expected)
+    given = replace(rows, features=features.vectorised(vars(rows), 30), latitude=None, time=None)
+    assert torch.equal(film_tokenizer(vars(given), *operands, path="vectorised"), expected)
+
+
+def test_features_are_an_operator_of_any_number_of_rows():
+    columns = [getattr(_rows(9, scan_angle=None), name) for name in features.COLUMNS]
+    opcheck(torch.ops.hydrasphere.observation_features.default, (columns, 30))
+
+
+@needs_triton
+def test_under_the_interpreter():
+    run_interpreted(__file__)
+
+
+@interpreted
+@pytest.mark.parametrize("num_features", LAYOUTS)
+def test_triton_equals_float64(num_features):
+    _compare(_rows(210), _operands(num_features), "triton", 2e-5)
+
+
+@interpreted
+def test_triton_with_few_rows_odd_widths_and_missing_columns():
+    _compare(_rows(1), _operands(50), "triton", 2e-5)
+    odd = {"widths": (3, 5, 0), "hidden": 20, "width": 6}
+    for missing in (MEASURED, SEEN):
+        _compare(_rows(70, **dict.fromkeys(missing)), _operands(28, **odd), "triton", 2e-5)
+    tokens, *gradients = _outcome(_rows(0), _operands(50), path="triton")
+    assert tokens.shape == (0, 16) and not any(part.any() for part in gradients)
+
+
+@interpreted
+def test_triton_reads_given_features_narrow_ids_and_strided_columns():
+    rows = _rows(70)
+    narrow = {name: getattr(rows, name).to(torch.int16) for name in ("type", "channel", "platform", "batch", "frame")}
+    strided = {name: torch.stack([getattr(rows, name)] * 2, dim=1)[:, 0] for name in ("value", "height", "time")}
+    operands = _operands(50)
+    expected = _outcome(rows, operands, path="triton")
+    for found, wanted in zip(
+        _outcome(replace(rows, **narrow, **strided), operands, path="triton"), expected, strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    appended = replace(rows, features=torch.randn(70, 37), latitude=None, time=None)
+    _compare(appended, _operands(37), "triton", 2e-5)
+
+
+@interpreted
+def test_gradients_of_tables_without_atomics_are_the_same():
+    rows, operands = _rows(70), _operands(50)
+    usual = _outcome(rows, operands, path="triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [_outcome(rows, operands, path="triton") for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for wanted, found, again in zip(usual, *runs, strict=True):
+        assert torch.equal(found, again)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_every_number_is_written_and_no_other_is_read(monkeypatch):
+    plain = torch.Tensor.new_empty
+
+    def poisoned(*arguments, **options):
+        empty = plain(*arguments, **options)
+        return empty.fill_(torch.nan) if empty.is_floating_point() else empty
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    _compare(_rows(70), _operands(50), "triton", 2e-5)
+
+
+@interpreted
+def test_gradients_of_values_take_the_path_that_has_them():
+    rows = _rows(10)
+    value = rows.value.clone().requires_grad_()
+    film_tokenizer(vars(replace(rows, value=value)), *_operands(28)).sum().backward()
+    assert value.grad.abs().sum() > 0
+
+
+@interpreted
+def test_operators_are_registered_completely():
+    rows, operands = vars(_rows(9)), _operands(28)
+    columns = [rows[name] for name in ("value", "features", "type", "channel", "platform", *features.COLUMNS)]
+    tables, *layers = operands
+    arguments = (columns, *tables, *(part for layer in layers for part in layer), torch.float32)
+    opcheck(torch.ops.hydrasphere.film_tokenizer.default, arguments)
+    plain = [part.detach() if isinstance(part, torch.Tensor) else part for part in arguments]
+    opcheck(torch.ops.hydrasphere.film_tokenizer_backward.default, (torch.randn(9, 16), *plain))
+
+
+@interpreted
+def test_compiled_whole_for_any_number_of_rows():
+    operands, compilations = _operands(28), []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    names = ["value", "type", "channel", "platform", *features.COLUMNS]
+
+    def tokens(*columns):
+        return film_tokenizer({"features": None, **dict(zip(names, columns, strict=True))}, *operands)
+
+    compiled = torch.compile(tokens, fullgraph=True, dynamic=True, backend=backend)
+    for count in (70, 9, 33):
+        columns = [getattr(_rows(count), name) for name in names]
+        torch.testing.assert_close(compiled(*columns), tokens(*columns))
+    assert len(compilations) == 1
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("num_features", LAYOUTS)
+@pytest.mark.parametrize("factor", ("bfloat16", "float32"))
+def test_no_register_spills_on_hopper(num_features, factor):
+    import triton.language as tl
+
+    from kernels.film_tokenizer import device_code, launches
+    from tests.kernel_resources import resources
+
+    names = set(device_code.forward.arg_names) | set(device_code.backward.arg_names)
+    types = dict.fromkeys(names, "*fp32")
+    types |= dict.fromkeys(("type", "channel", "platform", "time", "times", "batch", "frame"), "*i64")
+    types |= dict.fromkeys(("copies", "num_types", "num_channels", "num_platforms"), "i32")
+    types |= {**dict.fromkeys(("rows", "num_frames", "hidden", "width"), "i32"), "eps": "fp32"}
+    shape = {**launches.tile(num_features, [4, 16, 8], 64, 32), "FACTOR": getattr(tl, factor), "given": None}
+    shape["PRECISION"] = "ieee" if factor == "bfloat16" else "tf32"
+    launch = {"num_warps": launches.NUM_WARPS, "num_stages": launches.NUM_STAGES}
+    forward = {**shape, "ROWS": launches.ROWS["forward"]}
+    assert resources(device_code.forward, types, forward, **launch)["stack"] == 0
+    for part in (0, 1):
+        backward = {**shape, "ROWS": launches.ROWS["backward"], "PART": part, "towards_rows": None}
+        assert resources(device_code.backward, types, backward, **launch)["stack"] == 0
