@@ -43,3 +43,8 @@ def resources(kernel, types: dict[str, str], constants: dict, *, num_warps: int,
         used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", used)[1]) for name in ("REG", "STACK"))
     return {"registers": registers, "stack": stack, "shared": result.metadata.shared}
+
+
+def offset_types(result, shape: str, number: str) -> list[str]:
+    """Types of the offsets that a compiled kernel adds to pointers to numbers (`bf16`) in tiles of a shape (`16x1`)."""
+    return re.findall(rf"tensor<{shape}x!tt.ptr<{number}>>, tensor<{shape}x(i\d+)>", result.asm["ttir"])

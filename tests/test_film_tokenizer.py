@@ -216,26 +216,48 @@ def test_compiled_whole_for_any_number_of_rows():
     assert len(compilations) == 1
 
 
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("num_features", LAYOUTS)
-@pytest.mark.parametrize("factor", ("bfloat16", "float32"))
-def test_no_register_spills_on_hopper(num_features, factor):
+def _compilation(num_features: int, factor: str) -> tuple[dict[str, str], dict]:
+    """Types of run-time arguments and values of compile-time ones, for the widths of HealDA."""
     import triton.language as tl
 
     from kernels.film_tokenizer import device_code, launches
-    from tests.kernel_resources import resources
 
-    names = set(device_code.forward.arg_names) | set(device_code.backward.arg_names)
+    names = {*device_code.forward.arg_names, *device_code.backward.arg_names}
     types = dict.fromkeys(names, "*fp32")
     types |= dict.fromkeys(("type", "channel", "platform", "time", "times", "batch", "frame"), "*i64")
     types |= dict.fromkeys(("copies", "num_types", "num_channels", "num_platforms"), "i32")
     types |= {**dict.fromkeys(("rows", "num_frames", "hidden", "width"), "i32"), "eps": "fp32"}
     shape = {**launches.tile(num_features, [4, 16, 8], 64, 32), "FACTOR": getattr(tl, factor), "given": None}
-    shape["PRECISION"] = "ieee" if factor == "bfloat16" else "tf32"
+    return types, {**shape, "PRECISION": "ieee" if factor == "bfloat16" else "tf32"}
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("num_features", LAYOUTS)
+@pytest.mark.parametrize("factor", ("bfloat16", "float32"))
+def test_no_register_spills_on_hopper(num_features, factor):
+    from kernels.film_tokenizer import device_code, launches
+    from tests.kernel_resources import resources
+
+    types, shape = _compilation(num_features, factor)
     launch = {"num_warps": launches.NUM_WARPS, "num_stages": launches.NUM_STAGES}
     forward = {**shape, "ROWS": launches.ROWS["forward"]}
     assert resources(device_code.forward, types, forward, **launch)["stack"] == 0
     for part in (0, 1):
         backward = {**shape, "ROWS": launches.ROWS["backward"], "PART": part, "towards_rows": None}
         assert resources(device_code.backward, types, backward, **launch)["stack"] == 0
+
+
+@needs_triton
+@pytest.mark.slow
+def test_offsets_of_rows_have_64_bits():
+    from kernels.film_tokenizer import device_code, launches
+    from tests.kernel_resources import compiled, offset_types
+
+    types, shape = _compilation(50, "bfloat16")
+    types |= {"value": "*fp16", "tokens": "*bf16", "gradient": "*bf16", "latitude": "*fp16", "longitude": "*fp16"}
+    backward = {"PART": 1, "towards_rows": None}
+    for kernel, options, read in ((device_code.forward, {}, 3), (device_code.backward, backward, 3)):
+        result = compiled(kernel, types, {**shape, **options, "ROWS": 16}, num_warps=launches.NUM_WARPS)
+        assert offset_types(result, "16", "f16") == ["i64"] * read
+        assert offset_types(result, "16x1", "bf16") == ["i64"]

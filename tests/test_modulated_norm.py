@@ -169,3 +169,18 @@ def test_no_register_spills_on_hopper(width, stream, branch):
     for name in ("norm_forward", "norm_backward", "gated_forward", "gated_backward"):
         kernel = getattr(device_code, name)
         assert resources(kernel, types, constants, num_warps=launches.NUM_WARPS)["stack"] == 0, name
+
+
+@needs_triton
+@pytest.mark.slow
+def test_offsets_of_rows_have_64_bits():
+    from kernels.modulated_norm import device_code, launches
+    from tests.kernel_resources import compiled, offset_types
+
+    types = dict.fromkeys(("rows", "programs", "steps", "shift_stride", "scale_stride", "gate_stride"), "i32")
+    types |= dict.fromkeys(("x", "y", "branch", "gradient", "towards_x", "towards_branch"), "*bf16")
+    types |= {**dict.fromkeys(("shift", "scale", "gate", "sums"), "*fp32"), "eps": "fp32"}
+    accesses = {"norm_forward": 2, "norm_backward": 3, "gated_forward": 3, "gated_backward": 3}
+    for name, count in accesses.items():
+        result = compiled(getattr(device_code, name), types, {"D": 64, **launches.tile(64)}, num_warps=8)
+        assert offset_types(result, "64x64", "bf16") == ["i64"] * count

@@ -8,7 +8,9 @@ from torch.library import opcheck
 
 from kernels.temporal_attention import temporal_attention
 from models.attention.self_attention import TemporalAttention
+from models.latents import LatentLayout
 from models.positions.rotary import FrameRotary
+from models.processors.video_dit import VideoDiT
 from tests.interpreter import interpreted, needs_triton, run_interpreted
 
 # (B, T, X, h, d): one frame, several places a tile and some left over, two tiles of rows, odd and wide heads.
@@ -131,6 +133,29 @@ def test_the_layer_computes_the_same_with_triton_eager_and_compiled():
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@interpreted
+def test_a_block_of_the_video_transformer_is_one_graph_of_our_operators():
+    described = LatentLayout(num_tokens=3, hidden_size=16, frames=4, condition_size=0)
+    torch.manual_seed(0)
+    model = VideoDiT(None, described, depth=1, num_heads=2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    block, x = model.blocks[0], torch.randn(2, 4, 3, 16)
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes if "hydrasphere" in str(node.target))
+        return graph.forward
+
+    outputs = [
+        function(x, None, None, None, None)
+        for function in (block, torch.compile(block, fullgraph=True, backend=backend))
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    kinds = ("modulated_norm", "gated", "temporal_attention")
+    assert [sum(kind in name for name in called) for kind in kinds] == [3, 3, 1]
+
+
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("frames, width", ((8, 96), (8, 128), (16, 64), (32, 128)))
@@ -150,3 +175,17 @@ def test_no_register_spills_on_hopper(frames, width, dtype, precision):
         constants = {**tile, "SOFTMAX": softmax, "CAUSAL": True, "WINDOW": frames, "PRECISION": precision}
         for kernel in (device_code.forward, device_code.backward):
             assert resources(kernel, types, constants, **launch)["stack"] == 0
+
+
+@needs_triton
+@pytest.mark.slow
+def test_offsets_of_rows_have_64_bits():
+    from kernels.temporal_attention import device_code, launches
+    from tests.kernel_resources import compiled, offset_types
+
+    types = dict.fromkeys(("qkv", "output", "gradient", "towards"), "*bf16")
+    types |= {"cos": "*fp32", "sin": "*fp32", "places": "i32", "heads": "i32", "scale": "fp32"}
+    options = {"SOFTMAX": False, "CAUSAL": True, "WINDOW": 8, "PRECISION": "ieee"}
+    for kernel, accesses in ((device_code.forward, 4), (device_code.backward, 10)):
+        result = compiled(kernel, types, {**launches.tile(8, 96), **options}, num_warps=1)
+        assert offset_types(result, "16x1", "bf16") == ["i64"] * accesses

@@ -36,20 +36,23 @@ SATELLITE = (("scan_angle", WIDEST_SCAN, 3), ("satellite_zenith", 90.0, 4), ("so
 
 def vectorised(columns: dict[str, Tensor | None], num_features: int) -> Tensor:
     """(n, num_features) float32."""
+    if not torch.compiler.is_compiling() and len(columns["longitude"]) <= FEW:
+        return reference(columns, num_features)
     return torch.ops.hydrasphere.observation_features([columns[name] for name in COLUMNS], num_features)
 
 
 def reference(columns: dict[str, Tensor | None], num_features: int) -> Tensor:
     """(n, num_features) float32, computed in float64."""
     known = _Rows(columns)
-    parts = [_fourier(known.solar_time(), 2), known.days()[:, None], known.days()[:, None].square()]
+    days = known.days()[:, None]
+    parts = [_fourier(known.solar_time(), 2), days, days.square()]
     height, pressure = known.vertical()
     if num_features == 28:
         scan, view, sun = (part[:, None] for part in known.compact_angles())
         parts += [_fourier(height, 4), _fourier(pressure, 4), scan, scan.square(), view.cos(), view.cos().square()]
         parts += [sun.cos(), sun.sin()]
     else:
-        days, latitude = known.days()[:, None], known.latitude()[:, None]
+        latitude = known.latitude()[:, None]
         parts += [days.sin(), days.cos(), latitude.sin(), latitude.cos()]
         seen = torch.cat([_fourier(known(name) / unit, order) for name, unit, order in SATELLITE], dim=-1)
         measured = torch.cat([_fourier(height, 5), _fourier(pressure, 5)], dim=-1)
@@ -157,8 +160,6 @@ def _piece(columns: dict[str, Tensor | None], num_features: int) -> Tensor:
 def _vectorised(columns: Sequence[Tensor | None], num_features: int) -> Tensor:
     named = dict(zip(COLUMNS, columns, strict=True))
     rows = len(named["longitude"])
-    if rows <= FEW:
-        return reference(named, num_features)
     result = named["longitude"].new_empty(rows, num_features, dtype=torch.float32)
     step = PIECE if result.device.type == "cpu" else max(rows, 1)
     for first in range(0, rows, step):
