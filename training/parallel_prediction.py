@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,8 +17,6 @@ from data.batch import Batch
 from models.heads import Prediction
 from training.ranks import Ranks
 
-PATIENCE = timedelta(days=30)  # between two batches the first rank may fit and score baselines
-
 
 class PredictionOnRanks(nn.Module):
     """model: on this rank's device, resharded. ranks: more than one."""
@@ -27,7 +24,7 @@ class PredictionOnRanks(nn.Module):
     def __init__(self, model: nn.Module, ranks: Ranks):
         super().__init__()
         self.model, self.ranks = model, ranks
-        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.group = ranks.patient  # between two batches the first rank may fit and score baselines
 
     def predict(self, batch: Batch) -> dict[str, Prediction]:
         """On the first rank only: what `EncodeProcessDecode.predict` of the whole batch gives."""

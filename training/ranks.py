@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+PATIENCE = timedelta(days=30)  # for what one rank does alone: statistics, baselines, scores
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -34,8 +36,8 @@ class Mesh:
 class Ranks:
     """This process among the ranks of a run.
 
-    mesh: how many there are. rank: which of them this is. timeout: seconds after which waiting for others is an error.
-    With more than one, the process group exists already (`training/launch.py`).
+    mesh: how many there are. rank: which of them this is. With more than one, the process group exists already
+    (`training/launch.py`). patient: a group whose members wait for what one of them does alone.
     """
 
     def __init__(self, mesh: Mesh | None = None, rank: int = 0):
@@ -43,8 +45,9 @@ class Ranks:
         self.rank, self.world = rank, self.mesh.world
         self.sample_part, self.frame_part = divmod(rank, self.mesh.cp)
         self.is_first = rank == 0
-        self.devices = None
+        self.devices = self.patient = None
         if self.world > 1:
+            self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
             kind = "cuda" if torch.cuda.is_available() and dist.get_backend_config().find("nccl") >= 0 else "cpu"
             shape = (self.mesh.dp, self.mesh.cp)
             self.devices = dist.device_mesh.init_device_mesh(kind, shape, mesh_dim_names=("dp", "cp"))
@@ -65,10 +68,10 @@ class Ranks:
         return {name: part.view_as(tensor) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What the first rank makes, on every rank; it is pickled on the way."""
+        """What the first rank makes, however long it takes, on every rank; it is pickled on the way."""
         box = [make() if self.is_first else None]
         if self.world > 1:
-            dist.broadcast_object_list(box)
+            dist.broadcast_object_list(box, group=self.patient)
         return box[0]
 
     def wait_for_all(self) -> None:
