@@ -241,10 +241,15 @@ def test_no_register_spills_on_hopper(num_features, factor):
 
     types, shape = _compilation(num_features, factor)
     launch = {"num_warps": launches.NUM_WARPS, "num_stages": launches.NUM_STAGES}
-    forward = {**shape, "ROWS": launches.ROWS["forward"]}
+    forward = {**shape, "ROWS": launches.rows("forward", exact=False)}
     assert resources(device_code.forward, types, forward, **launch)["stack"] == 0
     for part in (0, 1):
-        backward = {**shape, "ROWS": launches.ROWS["backward"], "PART": part, "towards_rows": None}
+        backward = {
+            **shape,
+            "ROWS": launches.rows("backward", exact=False),
+            "PART": part,
+            "towards_rows": None,
+        }
         assert resources(device_code.backward, types, backward, **launch)["stack"] == 0
 
 

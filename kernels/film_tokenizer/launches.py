@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kernels.film_tokenizer import device_code
 
-ROWS = {"forward": 64, "backward": 16}  # of a tile: as many as registers hold
 NUM_WARPS = 8
 NUM_STAGES = 1
 PROGRAMS_PER_MULTIPROCESSOR = 1  # that stay: as many as fit at once
@@ -59,24 +58,24 @@ class _Call:
         self.embedded = [0 if table is None else table.shape[1] for table in tables]
         self.layout = weights[0].shape[1] - sum(self.embedded)
         self.shape = tile(self.layout, self.embedded, self.hidden, self.width)
+        # Float32 products follow PyTorch's own switch.
+        self.exact = precision == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
     def programs(self, kind: str) -> int:
         device = self.columns[0].device
         most = INTERPRETED_PROGRAMS
         if device.type == "cuda":
             most = torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
-        return max(1, min(most, triton.cdiv(self.rows, ROWS[kind])))
+        return max(1, min(most, triton.cdiv(self.rows, rows(kind, exact=self.exact))))
 
     def __call__(self, kernel, kind: str, before: tuple, after: tuple, **constants) -> None:
         if self.rows == 0:
             return
-        # Float32 products follow PyTorch's own switch.
-        exact = self.precision != torch.float32 or torch.get_float32_matmul_precision() == "highest"
         constants |= {
             **self.shape,
-            "ROWS": ROWS[kind],
+            "ROWS": rows(kind, exact=self.exact),
             "FACTOR": FACTORS[self.precision],
-            "PRECISION": "ieee" if exact else "tf32",
+            "PRECISION": "tf32" if self.precision == torch.float32 and not self.exact else "ieee",
         }
         times = self.columns[8]
         numbers = (self.rows, 1 if times is None else times.shape[1], self.hidden, self.width, self.eps)
@@ -109,6 +108,11 @@ class _Call:
                 found.append(towards.index_put_((ids.long(),), by_row[:, first : first + size], accumulate=True))
                 first += size
         return found
+
+
+def rows(kind: str, *, exact: bool) -> int:
+    """Of a tile: as many as registers hold. exact: whether products of float32 are float32 throughout."""
+    return 16 if kind == "backward" else 32 if exact else 64
 
 
 def tile(layout: int, embedded: list[int], hidden: int, width: int) -> dict[str, int]:
