@@ -130,7 +130,7 @@ def test_paths_globs_and_lists_are_located(tmp_path):
         (tmp_path / name).touch()
     assert locate(str(tmp_path / "*.nc")) == [tmp_path / "a.nc", tmp_path / "b.nc"]
     assert locate([str(tmp_path / "b.nc"), str(tmp_path / "a.nc")]) == [tmp_path / "b.nc", tmp_path / "a.nc"]
-    with pytest.raises(OSError, match="does not exist; give a NetCDF file"):
+    with pytest.raises(OSError, match="does not exist; give a file, a Zarr store"):
         locate(str(tmp_path / "c.nc"))
     with pytest.raises(OSError, match="no file matches"):
         locate(str(tmp_path / "*.zarr"))
