@@ -156,11 +156,11 @@ def _flex(query, key, value, *, scale, key_mask, bias, dropout):
         return logit if key_mask is None else torch.where(key_mask[batch, column], logit, -torch.inf)
 
     modifier = None if bias is None and key_mask is None else score
-    return _compiled_flex()(query, key, value, score_mod=modifier, scale=scale)
+    return compiled_flex()(query, key, value, score_mod=modifier, scale=scale)
 
 
 @cache
-def _compiled_flex():
+def compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

@@ -22,7 +22,7 @@ def blockwise_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: flo
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, scale, key_mask):
-        query, working = query * scale, _working(query)
+        query, working = query * scale, working_dtype(query)
         shape = (*query.shape[:3], 1)
         largest = query.new_full(shape, 2 * _MASKED, dtype=working)
         total = query.new_zeros(shape, dtype=working)
@@ -42,7 +42,7 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         query, key, value, attended, log_total = ctx.saved_tensors
-        gradient, working = gradient.to(value.dtype), _working(query)
+        gradient, working = gradient.to(value.dtype), working_dtype(query)
         inner = (gradient * attended).sum(dim=-1, keepdim=True, dtype=working)
         query_gradient = torch.zeros_like(query, dtype=working)
         # Absorbed projections attend to the input itself, which often needs no gradient.
@@ -59,7 +59,7 @@ class _Blockwise(torch.autograd.Function):
         return query_gradient.mul_(ctx.scale).to(query.dtype), key_gradient, value_gradient, None, None
 
 
-def _working(query: Tensor) -> torch.dtype:
+def working_dtype(query: Tensor) -> torch.dtype:
     """What softmax and sums are computed in: float32, or float64 throughout."""
     return torch.promote_types(query.dtype, torch.float32)
 
@@ -71,5 +71,5 @@ def _blocks(query: Tensor, key: Tensor) -> list[slice]:
 
 
 def _logits(query: Tensor, key: Tensor, keys: slice, key_mask: Tensor | None) -> Tensor:
-    logits = (query @ key[:, :, keys].mT).to(_working(query))
+    logits = (query @ key[:, :, keys].mT).to(working_dtype(query))
     return logits if key_mask is None else logits.masked_fill_(~key_mask[:, None, None, keys], _MASKED)

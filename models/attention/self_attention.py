@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels.temporal_attention import temporal_attention
 from models.attention.backends import BACKENDS, attend
+from models.attention.disk import Disk
 from models.initialisation import xavier_
 from models.positions.rotary import FrameRotary
 from models.resharding import Resharding
@@ -68,7 +69,10 @@ class _Projections(nn.Module):
 
 
 class SpatialAttention(_Projections):
-    """Softmax attention among the tokens of each frame: (B, T, X, D) -> (B, T, X, D)."""
+    """Softmax attention among the tokens of each frame: (B, T, X, D) -> (B, T, X, D).
+
+    disk: which tokens a token reads, shared by the layers of a model; None: all of its frame.
+    """
 
     def __init__(
         self,
@@ -77,19 +81,21 @@ class SpatialAttention(_Projections):
         num_heads: int,
         qk_norm: str = "rms",
         qk_norm_affine: bool = False,
+        disk: Disk | None = None,
         backend: str = "auto",
     ):
         super().__init__(hidden_size, num_heads=num_heads, qk_norm=qk_norm, qk_norm_affine=qk_norm_affine)
         if backend not in BACKENDS:
             raise ValueError(f"unknown attention backend {backend!r}; use model.attention={'|'.join(BACKENDS)}")
-        self.backend = backend
+        self.disk, self.backend = disk, backend
 
     def forward(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:
         """valid: (B, T, X) bool, True = attend to it; masked tokens must be finite."""
         frames = x.shape[1]
         heads = [rearrange(part, "b t x h d -> (b t) h x d") for part in self.heads(x)]
         mask = None if valid is None else rearrange(valid, "b t x -> (b t) x")
-        mixed = attend(*heads, scale=self.head_width**-0.5, key_mask=mask, backend=self.backend)
+        among = attend if self.disk is None else self.disk.attend
+        mixed = among(*heads, scale=self.head_width**-0.5, key_mask=mask, backend=self.backend)
         return self.output(rearrange(mixed, "(b t) h x d -> b t x (h d)", t=frames))
 
 

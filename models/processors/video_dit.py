@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.layout import Layout
 from kernels.modulated_norm import gated, modulated_norm
+from models.attention.disk import Disk
 from models.attention.layer import MLP
 from models.attention.pixel import PixelCrossAttention
 from models.attention.self_attention import SpatialAttention, TemporalAttention
@@ -32,6 +33,7 @@ class VideoDiT(nn.Module):
     temporal: whether frames attend to each other; softmax: by softmax, or by the scaled products themselves (HealDA);
     causal, window: which frames a frame reads (`TemporalAttention`); rotary_base: of the rotation by frame index, None
     for none.
+    radius: degrees (great circle) within which a token reads others of its frame (`Disk`), None for everywhere.
     qk_norm: of queries and keys in spatial attention, rms, layer or none; qk_norm_affine: with learned scale.
     observation_heads, observation_kv_heads, observation_head_dim, projection_bias: of the attention to observations.
     drop_path: chance that a sample skips a branch in training; the first drop_path_from blocks never do.
@@ -56,6 +58,7 @@ class VideoDiT(nn.Module):
         causal: bool = True,
         window: int | None = None,
         rotary_base: float | None = 100.0,
+        radius: float | None = None,
         qk_norm: str = "rms",
         qk_norm_affine: bool = False,
         observation_heads: int = 64,
@@ -76,6 +79,7 @@ class VideoDiT(nn.Module):
             raise ValueError(f"model.processor.dropout={dropout} must be at least 0 and below 1")
         self.drop_path, self.drop_path_from, self.dropout = drop_path, drop_path_from, dropout
         self.recomputed = _recomputed(checkpoint, depth)
+        disk = None if radius is None else Disk(latent_layout.coordinates, radius)  # one for all blocks
         hidden, observed = latent_layout.hidden_size, latent_layout.observation_size
 
         def temporal_attention() -> TemporalAttention:
@@ -104,7 +108,12 @@ class VideoDiT(nn.Module):
                 hidden,
                 latent_layout.condition_size,
                 spatial=SpatialAttention(
-                    hidden, num_heads=num_heads, qk_norm=qk_norm, qk_norm_affine=qk_norm_affine, backend=attention
+                    hidden,
+                    num_heads=num_heads,
+                    qk_norm=qk_norm,
+                    qk_norm_affine=qk_norm_affine,
+                    disk=disk,
+                    backend=attention,
                 ),
                 observations=observation_attention() if observed else None,
                 temporal=temporal_attention() if temporal else None,
