@@ -33,6 +33,11 @@ def _has_grid(layout: Layout) -> bool:
     return any(isinstance(item.grid, LatLonGrid) for item in described)
 
 
+def _has_cells(layout: Layout) -> bool:
+    described = [*layout.inputs.values(), *layout.targets.values()]
+    return any(isinstance(item.grid, LatLonGrid | HEALPixGrid) for item in described)
+
+
 REFUSALS = (
     Refusal(
         lambda model, layout: (
@@ -101,9 +106,10 @@ REFUSALS = (
         lambda model, layout: (
             _is(model, "decoder", "PerceiverIODecoder")
             and "local" in (model["decoder"].get("scope"), model["decoder"].get("queries"))
-            and not _has_grid(layout)
+            and not _has_cells(layout)
         ),
-        "local queries need a latitude-longitude grid, and no input or target has one; use model.decoder.scope=global",
+        "local queries need a latitude-longitude or HEALPix grid, and no input or target has one; "
+        "use model.decoder.scope=global",
     ),
 )
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from data.healpix import angles_to_cell
 from models.attention.backends import attend, compiled_flex, require_backend
 from models.attention.gathered import Groups, gathered_attention
+from models.positions.fourier import unit_sphere
 from models.positions.tables import Tables
 
 _FINEST = 29  # HEALPix level whose cells order the tokens
@@ -42,7 +43,7 @@ class Disk(Tables):
         super().__init__()
         if not 0 < radius < math.inf:
             raise ValueError(
-                f"model.processor.radius={radius} must be a distance above 0 in degrees, or null for attention everywhere"
+                f"model.processor.radius={radius} must be a distance above 0 in degrees, or null for everywhere"
             )
         if coordinates is None:
             raise ValueError(
@@ -50,9 +51,9 @@ class Disk(Tables):
                 "use model/encoder=video_patch or model.processor.radius=null"
             )
         with torch.device("cpu"):  # tables hold numbers even where the model is made on the meta device
-            latitude, longitude = coordinates.detach().double().cpu().unbind(dim=-1)
-            order = torch.argsort(angles_to_cell(latitude, longitude, _FINEST, "nest"), stable=True)
-            vectors = _unit_vectors(latitude[order], longitude[order])
+            places = coordinates.detach().double().cpu()
+            order = torch.argsort(angles_to_cell(*places.unbind(dim=-1), _FINEST, "nest"), stable=True)
+            vectors = unit_sphere(places[order])
             self.angle = math.radians(min(radius, 180.0))
             self.cosine = math.cos(min(self.angle * (1 + _SLACK), math.pi)) - 1e-15  # of a place and itself: 1 - 4e-16
             lists, pairs = self._neighbours(vectors)
@@ -159,12 +160,6 @@ class Disk(Tables):
         seen = reads.any(dim=-1, keepdim=True)
         bias = rearrange(torch.where(reads | ~seen, 0.0, -torch.inf), "b n m -> b 1 n m")
         return torch.where(seen[:, None], attend(query, key, value, scale=scale, bias=bias, backend=backend), 0.0)
-
-
-def _unit_vectors(latitude: Tensor, longitude: Tensor) -> Tensor:
-    """Degrees -> (..., 3)."""
-    phi, theta = torch.deg2rad(latitude), torch.deg2rad(longitude)
-    return torch.stack([phi.cos() * theta.cos(), phi.cos() * theta.sin(), phi.sin()], dim=-1)
 
 
 def _angle(cosine: Tensor) -> Tensor:

@@ -58,9 +58,11 @@ class _Gathered(torch.autograd.Function):
                 reads = reads & key_mask[:, None, keys]  # (B, r, m)
                 seen[:, rows] = reads.any(dim=-1)
             logits = _logits(query[:, :, rows], key[:, :, keys], reads)
-            log_total[:, :, rows] = logits.logsumexp(dim=-1, keepdim=True)
-            weights = logits.sub_(log_total[:, :, rows]).exp_().to(value.dtype)
-            attended[:, :, rows] = weights @ value[:, :, keys]
+            largest = logits.amax(dim=-1, keepdim=True)
+            weights = logits.sub_(largest).exp_()
+            total = weights.sum(dim=-1, keepdim=True)
+            attended[:, :, rows] = (weights.to(value.dtype) @ value[:, :, keys]).div_(total)
+            log_total[:, :, rows] = largest.add_(total.log_())
         ctx.save_for_backward(query, key, value, attended, log_total)
         ctx.groups, ctx.scale, ctx.key_mask = groups, scale, key_mask
         ctx.mark_non_differentiable(seen)

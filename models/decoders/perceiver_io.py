@@ -22,7 +22,7 @@ from models.conditioning.moment import Moment
 from models.decoders.windows import Windows
 from models.initialisation import linear_, table_, zeros_
 from models.latents import LatentLayout, Latents
-from models.patches import Patches, neighbourhoods
+from models.patches import neighbourhoods, patches_of
 from models.positions.fourier import fourier_features, frequencies, geographic_features
 
 QUERIES = ("coordinates", "trainable", "local")
@@ -36,7 +36,8 @@ class PerceiverIODecoder(nn.Module):
         where a place lies in its latent cell and the input around it; needs local windows).
     features: side (odd number of cells) of the neighbourhood of input values that joins each query where an input
         shares the target's grid; 0: none. The input itself as the query, as the paper does for optical flow.
-    scope: global, local (the `window` x `window` latent cells around each place) or auto (local on gridded latents).
+    scope: global, local (the `window` x `window` latent cells around each place, on HEALPix too) or auto (local on
+        latents in rows and columns).
     query_residual: whether the query is added to what it read. moment: whether queries and norms know the calendar and
         the lead time; without it all lead times are decoded alike. calendar: what is known of the target's date
         (season_and_hour, hour, none). output_norm: a norm before the head.
@@ -80,12 +81,12 @@ class PerceiverIODecoder(nn.Module):
         described = layout.targets[target]
         self.grid, self.zero_head = described.grid, zero_head
         self.chunk_size = chunk_size or described.grid.num_points
-        gridded = latent_layout.grid_shape is not None  # of rows and columns: windows are cut from them
+        gridded = latent_layout.grid_shape is not None  # of rows and columns
         self.windows = None
         if scope == "global" and queries == "local":
             raise ValueError("model.decoder.queries=local needs windows; use model.decoder.scope=local")
         if scope == "local" or (scope == "auto" and gridded):
-            patches = Patches.of(latent_layout.grid, latent_layout.patch_size)
+            patches = patches_of(latent_layout.grid, latent_layout.patch_size)
             windows = Windows.of(patches, described.grid.coordinates, window)
             self.windows = _Buffers(windows, latent_layout.frames, latent_layout.num_tokens)
             self.window_bias = nn.Sequential(nn.Linear(2, 32), nn.GELU(), nn.Linear(32, num_heads))
@@ -122,6 +123,8 @@ class PerceiverIODecoder(nn.Module):
         self.norm = nn.LayerNorm(hidden_size) if output_norm else None
         self.head = nn.Linear(hidden_size, len(described.variables) * outputs_per_variable)
         self.initialise()
+
+    requires_rows = False
 
     @staticmethod
     def _check(*, queries: str, features: int, scope: str, chunk_size: int | None, kv_mode: str) -> None:
@@ -218,14 +221,17 @@ class PerceiverIODecoder(nn.Module):
         self, places: Tensor, moment: Tensor, modulation: Modulation | None, context: Context, tables: dict[str, Tensor]
     ) -> Tensor:
         windows, leads = self.windows, moment.shape[1]
-        bias = rearrange(self.window_bias(windows.offsets), "u s m h -> u h s m")
+        # Few patterns are looked up; where every group has its own they are made with the group, to save memory.
+        shared = windows.offsets.shape[0] < windows.points.shape[0]
+        biases = self._bias(windows.offsets) if shared else None
         decoded = []
         groups = max(1, self.chunk_size // windows.points.shape[1])
         split = (tables[name].split(groups) for name in ("points", "pattern", "tokens", "inside"))
         for points, pattern, tokens, inside in zip(*split, strict=True):
             queries = places[:, points][:, :, None] + moment[:, None, :, None]  # (B, G, L, s, D)
             repeats = {"b": moment.shape[0], "g": points.shape[0]}
-            near = torch.where(inside[:, None, None], windows.tiled(bias[pattern]), -torch.inf)  # (G, h, s, m)
+            bias = biases[pattern] if shared else self._bias(windows.offsets[pattern])
+            near = torch.where(inside[:, None, None], windows.tiled(bias), -torch.inf)  # (G, h, s, m)
             read = self._read(
                 rearrange(queries, "b g l s d -> (b g) (l s) d"),
                 _windowed(context, tokens, inside),
@@ -234,6 +240,10 @@ class PerceiverIODecoder(nn.Module):
             )
             decoded.append(rearrange(read, "(b g) (l s) k -> b l (g s) k", l=leads, **repeats))
         return torch.cat(decoded, dim=2)[:, :, tables["slot"]]
+
+    def _bias(self, offsets: Tensor) -> Tensor:
+        """(u, s, m, 2) -> (u, h, s, m)."""
+        return rearrange(self.window_bias(offsets), "u s m h -> u h s m")
 
 
 def _windowed(context: Context, tokens: Tensor, inside: Tensor) -> Context:
