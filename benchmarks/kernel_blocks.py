@@ -1,0 +1,209 @@
+"""Cases of `python -m benchmarks kernels` that are larger than a kernel: a block of HealDA v2, and training steps.
+
+Letters: T frames, X places of a frame, N = T X, C hidden, n observations, q query heads, d head width, c token width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks import kernel_peer as peer
+from benchmarks.kernel_cases import BOTH, FORWARD, OURS, Parts, Prepared, Setting, counted_offsets, differentiable
+from benchmarks.roofline import largest_error, poisoned
+from kernels.segments import plan
+from models.latents import Latents, ObservationContext
+from models.positions.rotary import FrameRotary
+from models.processors.video_dit import VideoDiT
+
+CONDITION, TOKEN, HEAD, KV_HEADS = 128, 32, 32, 2
+CHECKED_PLACES = 48  # of a frame in the comparison with float64: the same weights, fewer tokens
+
+
+def processor(setting: Setting, depth: int, frames: int, hidden: int, heads: int, queries: int) -> VideoDiT:
+    """With weights that show every part in the output, gates included."""
+    latents = SimpleNamespace(
+        hidden_size=hidden, observation_size=TOKEN, frames=frames, condition_size=CONDITION, num_tokens=None
+    )
+    with setting.device:
+        made = VideoDiT(
+            None, latents, depth=depth, num_heads=heads, observation_heads=queries, checkpoint="all"
+        ).train()
+    for parameter in made.parameters():
+        fan_in = parameter.numel() / parameter.shape[0]
+        drawn = setting.normal(*parameter.shape, dtype=torch.float32)
+        parameter.data = drawn * (0.5 * fan_in**-0.5 if parameter.ndim > 1 else 0.1)
+    return made
+
+
+def their_block(ours: nn.Module, hidden: int, heads: int, queries: int) -> nn.Module:
+    cross = {"token_dim": TOKEN, "n_q_heads": queries, "n_kv_heads": KV_HEADS, "d_head": HEAD}
+    made = peer.block(ours, hidden=hidden, heads=heads, condition=CONDITION, cross=cross)
+    return made.to(next(ours.parameters()).device)
+
+
+def inputs(setting: Setting, frames: int, places: int, hidden: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, condition, tokens and offsets."""
+    x, condition = setting.normal(1, frames, places, hidden), setting.normal(1, CONDITION, dtype=torch.float32)
+    return x, condition, setting.normal(rows, TOKEN), counted_offsets(setting, frames * places, rows, "uniform")
+
+
+def context_of(tokens: Tensor, offsets: Tensor) -> ObservationContext:
+    return ObservationContext(tokens, offsets, plan(offsets, len(tokens)))
+
+
+def their_arguments(tokens: Tensor, offsets: Tensor, rotary: FrameRotary) -> dict[str, dict]:
+    packed = peer.packing(offsets)
+    return {
+        "cross_attn_kwargs": {"tokens": tokens, **vars(packed)},
+        "temporal_attn_kwargs": {"rope_cos": rotary.cos, "rope_sin": rotary.sin},
+    }
+
+
+def block_case(
+    setting: Setting, *, frames: int, places: int, hidden: int, heads: int, queries: int, rows: int, compiled: str
+) -> Prepared:
+    ours = processor(setting, 1, frames, hidden, heads, queries).blocks[0]
+    modules: dict[str, nn.Module] = {OURS: ours}
+    if setting.theirs:
+        modules[peer.NAME] = their_block(ours, hidden, heads, queries)
+    rotary = FrameRotary(frames, hidden // heads, 100.0).to(setting.device)
+
+    def run(name: str, module: Callable, x: Tensor, condition: Tensor, tokens: Tensor, offsets: Tensor) -> Callable:
+        if name == OURS:
+            context = context_of(tokens, offsets)
+            return setting.autocast()(lambda: module(x, condition, None, context, None))
+        arguments = their_arguments(tokens, offsets, rotary)
+        return setting.autocast()(lambda: module(x, condition, **arguments))
+
+    errors = _block_errors(setting, modules, run, frames, hidden, max(rows // max(places // CHECKED_PLACES, 1), 1))
+    if compiled == "compiled":
+        modules = {name: torch.compile(module) for name, module in modules.items()}
+    x, condition, tokens, offsets = inputs(setting, frames, places, hidden, rows)
+    x.requires_grad_(), tokens.requires_grad_()
+    runs = {name: run(name, module, x, condition, tokens, offsets) for name, module in modules.items()}
+    gradient = setting.normal(*x.shape)
+    found = {}
+    for name, whole in runs.items():
+        with poisoned(setting.device), torch.no_grad():
+            found[name] = whole()
+        if not found[name].isfinite().all():
+            errors[name] = float("nan")
+    if len(found) == 2:  # at full size there is no float64 to compare with: with each other
+        difference = largest_error([found[OURS]], [found[peer.NAME]])
+        errors[OURS] = max(errors[OURS], difference)
+    del found
+    steps = {}
+    for mode in (FORWARD, BOTH):
+        steps[mode] = {}
+    for name, whole in runs.items():
+        leaves = [x, tokens, *modules[name].parameters()]
+        for mode, step in differentiable({name: whole}, leaves, gradient).items():
+            steps[mode] |= step
+    return Prepared(errors, steps, floors(setting, frames, places, hidden, queries, rows))
+
+
+def _block_errors(
+    setting: Setting, modules: dict[str, nn.Module], run: Callable, frames: int, hidden: int, rows: int
+) -> dict[str, float]:
+    """Outputs and gradients of input, tokens and weights against our block in float64, on fewer places."""
+    import copy
+
+    x, condition, tokens, offsets = inputs(setting, frames, CHECKED_PLACES, hidden, rows)
+    gradient = setting.normal(*x.shape)
+    exact = copy.deepcopy(modules[OURS]).double()
+    wide = [part.double().requires_grad_() for part in (x, tokens)]
+    output = exact(wide[0], condition.double(), None, context_of(wide[1], offsets), None)
+    names = [name for name, _ in exact.named_parameters()]
+    expected = [output, *torch.autograd.grad(output, [*wide, *exact.parameters()], gradient.double())]
+    x.requires_grad_(), tokens.requires_grad_()
+    errors = {}
+    for name, module in modules.items():
+        leaves = [x, tokens, *module.parameters()]
+        with poisoned(setting.device):
+            output = run(name, module, x, condition, tokens, offsets)()
+            gradients = list(torch.autograd.grad(output, leaves, gradient.to(output.dtype)))
+        wanted = expected
+        if name != OURS:  # its weights come in another order: output, input and tokens
+            gradients, wanted = gradients[:2], expected[:3]
+        assert len(wanted) in (3, 3 + len(names))
+        errors[name] = largest_error([output, *gradients], wanted)
+    return errors
+
+
+def floors(setting: Setting, frames: int, places: int, hidden: int, queries: int, rows: int) -> dict[str, Parts]:
+    """Each sub-layer ideally fused: a row of (activations read and written forward, backward, products forward)."""
+    cells, size = frames * places, setting.size
+    one = cells * hidden * size
+    wide = queries * HEAD / hidden  # of the projected queries, in activations
+    product = 2 * cells * hidden * hidden
+    parts = [
+        (20, 24, 0),  # four norms with shift and scale, four gated residuals
+        (4, 8, 3 * product),  # query, key and value of a frame
+        (4, 6, 0),  # their norms
+        (4, 8, 4 * cells * places * hidden),
+        (2, 4, product),
+        (1 + wide, 2 + 2 * wide, wide * product),
+        (1 + wide, 2 + 2 * wide, wide * product),
+        (4, 8, 3 * product),  # query, key and value of a place
+        (4, 7, 4 * cells * frames * hidden),
+        (2, 4, product),
+        (5, 14, 4 * product),
+        (5, 10, 4 * product),
+    ]
+    forward = [(moved * one, operations) for moved, _, operations in parts]
+    backward = [(moved * one, 2 * operations) for _, moved, operations in parts]
+    backward[3] = (backward[3][0], 2.5 * parts[3][2])  # the logits again
+    long, per_row = rows * TOKEN * size, 2 * rows * queries * TOKEN
+    forward.append((2 * wide * one + long, 2 * per_row))
+    backward.append((4 * wide * one + 2 * long, 5 * per_row))
+    return {FORWARD: forward, BOTH: forward + backward}
+
+
+def step_case(
+    setting: Setting, *, frames: int, places: int, hidden: int, heads: int, queries: int, rows: int, layers: int
+) -> Prepared:
+    """All blocks, each computed again in the backward pass, loss and AdamW: a training step of HealDA v2 without the
+    tokenizers and the read-out, which together are less than a block."""
+    ours = processor(setting, layers, frames, hidden, heads, queries)
+    x, condition, tokens, offsets = inputs(setting, frames, places, hidden, rows)
+    times = torch.arange(frames, device=setting.device)[None] * 21_600
+    latents = Latents(x, times, condition=condition, context=context_of(tokens, offsets))
+    runs = {OURS: (ours, lambda: ours(latents).tokens)}
+    if setting.theirs:
+        theirs = nn.ModuleList(their_block(block, hidden, heads, queries) for block in ours.blocks)
+        rotary = FrameRotary(frames, hidden // heads, 100.0).to(setting.device)
+        arguments = their_arguments(tokens, offsets, rotary)
+
+        def through_theirs() -> Tensor:
+            hidden_states = x
+            for block in theirs:
+                hidden_states = checkpoint(block, hidden_states, condition, **arguments, use_reentrant=False)
+            return hidden_states
+
+        runs[peer.NAME] = (theirs, through_theirs)
+    found, steps = {}, {}
+    for name, (module, run) in runs.items():
+        run = setting.autocast()(run)
+        with poisoned(setting.device), torch.no_grad():
+            found[name] = run().float()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=setting.device.type == "cuda")
+        steps[name] = _training_step(run, optimizer)
+    errors = {name: 0.0 if output.isfinite().all() else float("nan") for name, output in found.items()}
+    if len(found) == 2:  # blocks alone were compared with float64
+        errors[OURS] = largest_error([found[OURS]], [found[peer.NAME]])
+    parts = floors(setting, frames, places, hidden, queries, rows)
+    return Prepared(errors, {BOTH: steps}, {BOTH: layers * (parts[FORWARD] + parts[BOTH])}, notes={"layers": layers})
+
+
+def _training_step(run: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    def step() -> None:
+        run().float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step

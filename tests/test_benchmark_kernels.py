@@ -1,0 +1,143 @@
+"""The benchmark of kernels: needs little, refuses wrong numbers before it times anything, and says what it left out."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import kernel_cases, kernel_peer, kernels, measure
+from benchmarks.kernel_blocks import block_case, floors, step_case
+from benchmarks.kernel_cases import BOTH, FORWARD, OURS, Case, Setting
+from benchmarks.roofline import Rates, largest_error, poisoned
+
+ROOT = measure.ROOT
+CPU = torch.device("cpu")
+RATES = Rates(copy=1e10, matrix=1e11)
+ABSENT = [
+    "hydra",
+    "omegaconf",
+    "xarray",
+    "pandas",
+    "scipy",
+    "yaml",
+    "mlflow",
+    "netCDF4",
+    "zarr",
+    "matplotlib",
+    "sklearn",
+]
+ABSENT += ["safetensors", "jaxtyping", "timm", "warp", "earth2grid", "torchvision", "packaging", "requests"]
+GRID = {"frames": 2, "places": 12}
+BLOCK = {**GRID, "hidden": 32, "heads": 2, "queries": 32, "rows": 40}
+TINY = [
+    Case(
+        "pixels", {"cells": 9, "rows": 50, "heads": 4, "groups": 2, "counts": "heavy-tailed"}, kernel_cases.pixel_case
+    ),
+    Case("film", {"rows": 60, "features": 30}, kernel_cases.film_case),
+    Case("film", {"rows": 60, "features": 50}, kernel_cases.film_case),
+    Case("sort", {"cells": 7, "rows": 100}, kernel_cases.sort_case),
+    Case("norm", {**GRID, "hidden": 8, "kernel": "modulated_norm"}, kernel_cases.norm_case),
+    Case("gated", {**GRID, "hidden": 8, "kernel": "gated"}, kernel_cases.norm_case),
+    Case("temporal", {**GRID, "heads": 2, "width": 4}, kernel_cases.temporal_case),
+    Case("block", {**BLOCK, "compiled": "eager"}, block_case),
+    Case("step", {**BLOCK, "layers": 2}, step_case),
+]
+
+
+@pytest.fixture
+def setting():
+    return Setting(CPU, torch.float32, torch.Generator().manual_seed(0), theirs=False, loops=True)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: f"{case.what}-{case.shape.get('features', '')}")
+def test_a_case_compares_with_float64_and_times_every_mode(case, setting):
+    rows = kernels.rows_of(case, setting, RATES, 1, "no peer")
+    assert [row["mode"] for row in rows] == {"sort": [FORWARD], "step": [BOTH]}.get(case.what, [FORWARD, BOTH])
+    for row in rows:
+        assert OURS in row["seconds"] and row["absent"]
+        assert all(0 <= error <= 1e-5 for error in row["errors"].values())
+        assert row["floor_s"] > 0 and row["bytes"] > 0
+        assert "no peer" in kernels.table([row]) or "computes no 50" in kernels.table([row])
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda result: result * 1.01, lambda result: result.masked_fill(result > 3, math.nan)]
+)
+def test_wrong_numbers_are_not_timed(harm, setting, monkeypatch):
+    exact = kernel_cases.modulated_norm
+    harmed = lambda *parts, path="auto": exact(*parts, path=path) if path == "reference" else harm(exact(*parts))  # noqa: E731
+    monkeypatch.setattr(kernel_cases, "modulated_norm", harmed)
+    monkeypatch.setattr(kernels, "paired_seconds", lambda *_, **__: pytest.fail("timed"))
+    case = replace(TINY[4], shape={"frames": 2, "places": 400, "hidden": 8, "kernel": "modulated_norm"})
+    (row,) = kernels.rows_of(case, setting, RATES, 1, "")
+    assert row["skipped"].startswith("wrong: error") and "seconds" not in row
+    assert row["skipped"] in kernels.table([row])
+
+
+def test_wrong_rows_of_a_sort_are_seen(setting, monkeypatch):
+    exact = kernel_cases.sort_and_pack
+
+    def swapped(cell, cells, path="auto"):
+        order, offsets = exact(cell, cells, path=path)
+        return (order if path == "reference" else order.flip(0)), offsets
+
+    monkeypatch.setattr(kernel_cases, "sort_and_pack", swapped)
+    assert kernel_cases.sort_case(setting, cells=7, rows=100).errors[OURS] == math.inf
+
+
+def test_a_case_that_does_not_fit_says_what_it_needs(setting):
+    (row,) = kernels.rows_of(replace(TINY[3], needs=2.0**60), setting, RATES, 1, "")
+    assert row["skipped"].startswith("needs 1073741824 GiB, ")
+
+
+def test_unwritten_memory_is_poisoned():
+    with poisoned(CPU):
+        assert torch.empty(1000).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert math.isnan(largest_error([torch.tensor([1.0, math.nan])], [torch.ones(2)]))
+
+
+def test_production_floors_are_those_of_the_arithmetic():
+    """A block in bfloat16 at an H200's 4.3 TB/s and 790 TFLOP/s: 23 ms forward, 76 ms with backward."""
+    setting = Setting(CPU, torch.bfloat16, torch.Generator(), theirs=False, loops=False)
+    rates = Rates(copy=4.3e12, matrix=790e12)
+    parts = floors(setting, 8, 12_288, 1536, 64, 31_000_000)
+    assert rates.floor(parts[FORWARD]) == pytest.approx(22.97e-3, rel=0.02)
+    assert rates.floor(parts[BOTH]) == pytest.approx(72.3e-3, rel=0.02)  # 4.15 ms below 76: projections absorbed
+
+
+def test_it_needs_torch_triton_einops_and_numpy_only(tmp_path):
+    code = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); from benchmarks.__main__ import main\n"
+    output = tmp_path / "found.json"
+    options = ["kernels", "--only", "gated", "--rounds", "1", "--device", "cpu", "--output", str(output)]
+    code += f"sys.exit(main({options!r}))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    rows = json.loads(output.read_text())["cpu"]["rows"]
+    assert [row["mode"] for row in rows] == [FORWARD, BOTH]
+
+
+def test_what_another_machine_measured_is_published_beside_the_rest(tmp_path, monkeypatch):
+    page, results = tmp_path / "page.md", tmp_path / "results"
+    page.write_text("before\n<!-- kernels -->\n<!-- end kernels -->\nafter\n")
+    monkeypatch.setattr(measure, "PAGE", page)
+    monkeypatch.setattr(measure, "RESULTS", results)
+    row = {"what": "gated", "shape": "1 row", "mode": FORWARD, "skipped": "needs 9 GiB, 1 GiB are free"}
+    result = {"device": "one CPU", "date": "2026-11-22", "command": "made", "threads": 1, "copy_rate": 1e9}
+    result |= {"matrix_rate": 1e12, "rows": [row]}
+    kernels.publish({"cpu": result})
+    assert page.read_text().count(kernels.NOT_MEASURED) == len(kernels.production())
+    assert "needs 9 GiB" in page.read_text() and page.read_text().endswith("after\n")
+    kernels.publish({"cuda": result | {"device": "one GPU"}})
+    assert "one GPU" in page.read_text() and "one CPU" in page.read_text()
+    assert kernels.NOT_MEASURED not in page.read_text()
+    assert sorted(json.loads((results / "kernels.json").read_text())) == ["cpu", "cuda"]
+
+
+def test_a_missing_peer_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv(kernel_peer.VARIABLE, str(tmp_path))
+    assert kernel_peer.VARIABLE in kernel_peer.absent()
