@@ -53,5 +53,8 @@ def land_fraction(data) -> Tensor | None:
     for channel, variable in enumerate(data.static_variables):
         if variable.name.lower() in LAND_NAMES:
             values = data.static[channel].nan_to_num(0.0)
+            grid = getattr(data, "static_grid", data.grid)
+            if grid != data.grid:  # each place is in a cell of the fixed fields' own grid
+                values = values.flatten()[grid.cell_of(data.grid.coordinates)].unflatten(0, data.grid.shape)
             return values / 100 if values.max() > 1.5 else values
     return None

@@ -137,12 +137,13 @@ class AssimilationDataset:
         times = base_time[:, None]
         second_of_day, day_of_year = clock(times, self.data.calendar)
         statistics = self.normalisation.static
-        mean, scale = self._spread(statistics.mean), self._spread(statistics.scale)
+        grid = self.data.static_grid
+        mean, scale = (item.view(-1, *[1] * len(grid.shape)) for item in (statistics.mean, statistics.scale))
         values = ((self.data.static - mean) / scale).nan_to_num(0.0)
         return Field(
             values.expand(times.shape[0], 1, *values.shape),
             self.data.static_variables,
-            self.data.grid,
+            grid,
             times,
             scale=scale,
             offset=mean,

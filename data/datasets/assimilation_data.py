@@ -59,6 +59,11 @@ class AssimilationData(ABC):
     split: Mapping  # see `data/datasets/splits.py`
 
     @property
+    def static_grid(self) -> Grid:
+        """Of the fixed fields, that of the truth unless a subclass has them on another one."""
+        return self.grid
+
+    @property
     @abstractmethod
     def times(self) -> np.ndarray:
         """(N,) int64 seconds since 1970 UTC, strictly increasing."""
@@ -89,7 +94,7 @@ class AssimilationData(ABC):
     @property
     @abstractmethod
     def static(self) -> Tensor | None:
-        """(S, *grid.shape) float32, physical, or None."""
+        """(S, *static_grid.shape) float32, physical, or None."""
 
     @property
     @abstractmethod
@@ -144,7 +149,7 @@ class AssimilationData(ABC):
         """Static fields and observations in, an analysis of every frame out; the last frame has lead time 0."""
         step = frame_steps * self.step
         return Layout(
-            inputs={"static": InputLayout(self.static_variables, self.grid, frames=1, step=step)},
+            inputs={"static": InputLayout(self.static_variables, self.static_grid, frames=1, step=step)},
             targets={
                 "analysis": TargetLayout(self.variables, self.grid, tuple(step * k for k in range(1 - frames, 1)))
             },

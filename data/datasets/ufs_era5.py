@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from data.datasets.assimilation_data import AssimilationData, FieldStatistics, evenly_spread, merged, statistics_of
-from data.healpix import ORDERS, HEALPixGrid, convert
+from data.grids import LatLonGrid
+from data.healpix import ORDERS, HEALPixGrid, bilinear, convert
 from data.layout import Variable
 from data.quality_control import QualityControl, QualityReport
 from data.sources.healpix_store import HEALPixStore
@@ -68,7 +69,9 @@ class UfsEra5(AssimilationData):
     observations: the archive's folder (`data/sources/observations/ufs_parquet.py`). fields: a Zarr store of ERA5 on
         HEALPix (`data/sources/healpix_store.py`) with orography and land_fraction. statistics: a CSV file with the
         columns name (T850), mean and std, or variable, level, mean and std; None: computed once from training frames.
-    level: of the grid. order: of the pixels in the store (nest, ring or padxy); fields come in pad-XY order.
+    level: of the store's grid. order: of its pixels (nest, ring or padxy); fields come in pad-XY order.
+    latlon: (rows, columns) of a global latitude-longitude grid with both poles, to which the truth is interpolated
+        (bilinear among the cells; the fixed fields stay on theirs); None: the cells of the store.
     variables: names like T850 or tas, None: all 74. sensors: folders of the archive, None: all.
     step_hours: between frames. window_by: which time of an observation a frame's window counts, its own (time) or that
         of its 3-hour bin (bin), as the published weights were trained.
@@ -91,6 +94,7 @@ class UfsEra5(AssimilationData):
         statistics: str | None = None,
         level: int = 6,
         order: str = "nest",
+        latlon: Sequence[int] | None = None,
         variables: Sequence[str] | None = None,
         sensors: Sequence[str] | None = None,
         step_hours: int = 6,
@@ -118,7 +122,13 @@ class UfsEra5(AssimilationData):
         if step_hours < 1:
             raise ValueError(f"data.step_hours={step_hours} must be at least 1")
         self.observations_path, self.fields_path, self.statistics_path = observations, fields, statistics
-        self.grid, self.order, self.step = HEALPixGrid(level, "padxy"), order, 3600 * step_hours
+        if latlon is not None and (len(latlon) != 2 or min(latlon) < 2):
+            raise ValueError(
+                f"data.latlon={list(latlon)} must be two numbers of at least 2, rows and columns, like "
+                "data.latlon=[721,1440]"
+            )
+        self.cells, self.order, self.step = HEALPixGrid(level, "padxy"), order, 3600 * step_hours
+        self.grid = self.cells if latlon is None else _with_poles(*latlon)
         self.variables, self.over_land = _chosen(era5_variables(), variables), over_land
         if over_land == "filled":
             self.variables = tuple(replace(variable, domain="all") for variable in self.variables)
@@ -139,9 +149,13 @@ class UfsEra5(AssimilationData):
 
     # Fields
 
+    @property
+    def static_grid(self) -> HEALPixGrid:
+        return self.cells
+
     @cached_property
     def _store(self) -> HEALPixStore:
-        return HEALPixStore(self._given("fields", self.fields_path), pixels=self.grid.num_points)
+        return HEALPixStore(self._given("fields", self.fields_path), pixels=self.cells.num_points)
 
     @cached_property
     def _places(self):
@@ -150,8 +164,8 @@ class UfsEra5(AssimilationData):
     @cached_property
     def _from_store(self) -> np.ndarray:
         """(X,) the place in the store of every pixel in pad-XY order."""
-        cells = torch.arange(self.grid.num_points)
-        return convert(cells, self.grid.level, source="padxy", target=self.order).numpy()
+        cells = torch.arange(self.cells.num_points)
+        return convert(cells, self.cells.level, source="padxy", target=self.order).numpy()
 
     @cached_property
     def _frames(self) -> np.ndarray:
@@ -167,14 +181,26 @@ class UfsEra5(AssimilationData):
         return self._store.times()[self._frames]
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """(n, C, X) float32, physical, NaN where missing (sst and sic over land, unless they are filled there)."""
+        """(n, C, *grid.shape) float32, physical, NaN where missing (sst and sic over land, unless filled there)."""
         values = self._store.read(self._places, self._frames[np.asarray(indices, dtype=np.int64)])
         values = torch.from_numpy(values[..., self._from_store])
         if self.over_land == "filled":
             for channel, variable in enumerate(self.variables):
                 if variable.name in _AT_SEA:
                     values[:, channel].nan_to_num_(_AT_SEA[variable.name])
-        return values
+        return values if self.grid is self.cells else self._interpolated(values)
+
+    @cached_property
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """The four cells around every point of the grid, (P, 4) int64, and their shares, float32."""
+        cells, weights = bilinear(*self.grid.coordinates.unbind(dim=-1), self.cells.level, self.cells.order)
+        return cells, weights.float()
+
+    def _interpolated(self, values: Tensor) -> Tensor:
+        """(n, C, X) -> (n, C, H, W); NaN where any of the four cells is missing."""
+        cells, weights = self._weights
+        found = sum(values[..., cells[:, corner]] * weights[:, corner] for corner in range(4))
+        return found.unflatten(-1, self.grid.shape)
 
     @cached_property
     def static(self) -> Tensor:
@@ -246,7 +272,8 @@ class UfsEra5(AssimilationData):
         lines = [
             f"fields        {self.fields_path}",
             f"observations  {self.observations_path}",
-            f"grid          HEALPix level {self.grid.level}, {self.grid.num_points} cells",
+            f"grid          HEALPix level {self.cells.level}, {self.cells.num_points} cells"
+            + ("" if self.grid is self.cells else f", truth on {' x '.join(map(str, self.grid.shape))} points"),
             *self.describe_times(),
             f"variables     {len(self.variables)}: {', '.join(store_name(item) for item in self.variables)}",
             f"static        {', '.join(item.name for item in self.static_variables)}",
@@ -270,7 +297,7 @@ class UfsEra5(AssimilationData):
             str(Path(self.fields_path).resolve()),
             str(self.observations_path and Path(self.observations_path).resolve()),
             [store_name(variable) for variable in self.variables],
-            self.grid.level,
+            (self.cells.level, *self.grid.shape),
             self.order,
             self.over_land,
             sorted(self.quality.items()),
@@ -283,6 +310,10 @@ class UfsEra5(AssimilationData):
         )
         digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
         return cache_folder("statistics") / f"{what}_{digest}.{suffix}"
+
+
+def _with_poles(rows: int, columns: int) -> LatLonGrid:
+    return LatLonGrid(np.linspace(90, -90, rows), np.arange(columns) * (360 / columns))
 
 
 def read_statistics(path: Path, variables: Sequence[Variable]) -> FieldStatistics:
