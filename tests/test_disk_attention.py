@@ -53,6 +53,7 @@ def keys_kept(places, batch=2):
     return kept
 
 
+# Uncompiled, flex attention warns that it holds the whole matrix.
 @pytest.fixture
 def eager_flex(monkeypatch):
     """Flex attention without a compiler, on any device: it evaluates the mask of every pair."""
