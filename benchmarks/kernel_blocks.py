@@ -1,27 +1,73 @@
-"""Cases of `python -m benchmarks kernels` that are larger than a kernel: a block of HealDA v2, and training steps.
+"""Cases of `python -m benchmarks kernels` that are larger than a kernel: attention within a disk, a block, a step.
 
 Letters: T frames, X places of a frame, N = T X, C hidden, n observations, q query heads, d head width, c token width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import kernel_peer as peer
-from benchmarks.kernel_cases import BOTH, FORWARD, OURS, Parts, Prepared, Setting, counted_offsets, differentiable
+from benchmarks.kernel_cases import (
+    BOTH,
+    FORWARD,
+    OURS,
+    Parts,
+    Prepared,
+    Setting,
+    checked,
+    counted_offsets,
+    differentiable,
+)
 from benchmarks.roofline import largest_error, poisoned
+from data.healpix import cell_to_angles, num_cells
 from kernels.segments import plan
+from models.attention.disk import Disk
 from models.latents import Latents, ObservationContext
+from models.positions.fourier import unit_sphere
 from models.positions.rotary import FrameRotary
 from models.processors.video_dit import VideoDiT
 
+DENSE = "dense"  # attention among all places
+RADIUS = 10.46  # degrees
 CONDITION, TOKEN, HEAD, KV_HEADS = 128, 32, 32, 2
 CHECKED_PLACES = 48  # of a frame in the comparison with float64: the same weights, fewer tokens
+
+
+def disk_case(setting: Setting, *, frames: int, level: int, heads: int, width: int) -> Prepared:
+    """Beside attention among all places, dense and without a mask, of the same tensors."""
+    coordinates = torch.stack(cell_to_angles(torch.arange(num_cells(level)), level, "padxy"), dim=-1)
+    disk, scale = Disk(coordinates, RADIUS).to(setting.device), width**-0.5
+    places = len(coordinates)
+    leaves = [setting.normal(frames, heads, places, width).requires_grad_() for _ in range(3)]
+    runs = {OURS: lambda: disk.attend(*leaves, scale=scale)}
+    chosen = setting.integers(places, 24).unique()
+    gradient = torch.zeros_like(leaves[0], requires_grad=False)
+    gradient[:1, :, chosen] = setting.normal(1, heads, len(chosen), width)
+    few = [part[:1].detach().double().requires_grad_() for part in leaves]
+    vectors = unit_sphere(coordinates.to(setting.device))
+    inside = vectors[chosen] @ vectors.mT >= disk.cosine
+    logits = (few[0][:, :, chosen] @ few[1].mT * scale).masked_fill(~inside, -torch.inf)
+    output = logits.softmax(dim=-1) @ few[2]
+    wanted = torch.autograd.grad(output, few, gradient[:1, :, chosen].double())
+
+    def sampled(found: Tensor, gradients: Sequence[Tensor]) -> list[Tensor]:
+        return [found[:1, :, chosen], *(part[:1] for part in gradients)]
+
+    errors = checked(setting, runs, leaves, gradient, sampled, [output.detach(), *wanted])
+    runs[DENSE] = lambda: F.scaled_dot_product_attention(*leaves, scale=scale)
+    one = frames * heads * places * width * setting.size
+    products = 4 * frames * heads * places**2 * width * float(inside.double().mean())  # of pairs within the disk
+    floor = [(4 * one, products), (8 * one, 2.5 * products)]
+    steps = differentiable(runs, leaves, setting.normal(*leaves[0].shape))
+    return Prepared(errors, steps, {FORWARD: floor[:1], BOTH: floor}, notes={"places": places})
 
 
 def processor(setting: Setting, depth: int, frames: int, hidden: int, heads: int, queries: int) -> VideoDiT:
@@ -111,8 +157,6 @@ def _block_errors(
     setting: Setting, modules: dict[str, nn.Module], run: Callable, frames: int, hidden: int, rows: int
 ) -> dict[str, float]:
     """Outputs and gradients of input, tokens and weights against our block in float64, on fewer places."""
-    import copy
-
     x, condition, tokens, offsets = inputs(setting, frames, CHECKED_PLACES, hidden, rows)
     gradient = setting.normal(*x.shape)
     exact = copy.deepcopy(modules[OURS]).double()

@@ -56,12 +56,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """what: its row. shape: numbers that `prepare` takes. needs: bytes of memory."""
+    """what: its row. shape: numbers that `prepare` takes. needs: bytes of memory. takes: seconds on a GPU that it may
+    need, compiling included; allowances, not measurements."""
 
     what: str
     shape: dict[str, int | str]
     prepare: Callable[..., Prepared]
     needs: float = 0.0
+    takes: float = 20.0
 
 
 @dataclass(frozen=True)

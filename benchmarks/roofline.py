@@ -15,6 +15,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+BURST = 0.02  # seconds of calls in a row that one time is taken of
 POISON_SHARE = 0.25  # of a GPU's free memory
 
 
@@ -30,35 +31,41 @@ class Rates:
         return sum(max(moved / self.copy, operations / self.matrix) for moved, operations in parts)
 
 
-def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
+def timed(step: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Seconds of one of several calls in a row: a GPU then works while the next call is prepared."""
     if device.type != "cuda":
         start = time.process_time()
-        step()
-        return time.process_time() - start
+        for _ in range(repeats):
+            step()
+        return (time.process_time() - start) / repeats
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    step()
+    for _ in range(repeats):
+        step()
     end.record()
     torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) / 1000
+    return begin.elapsed_time(end) / 1000 / repeats
 
 
 def paired_seconds(
     steps: dict[str, Callable[[], object]], device: torch.device, *, rounds: int, longest: float
 ) -> dict[str, float]:
-    """Median seconds of each step after a warm-up of each. A step whose warm-up takes more than `longest` seconds is
-    not repeated: its warm-up counts, which on a CPU compiles nothing."""
-    seconds: dict[str, list[float]] = {}
-    slow = set()
+    """Median seconds of each step after a warm-up of each, in as many rounds as take about `longest` seconds.
+
+    A step that alone takes longer than that runs once: on a CPU its warm-up counts, which compiles nothing there.
+    """
+    first, seconds = {}, {}
     for name, step in steps.items():
-        first = timed(step, device)
-        seconds[name] = [first] if device.type != "cuda" and first > longest else []
-        slow |= {name} if seconds[name] else set()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            if name not in slow:
-                seconds[name].append(timed(step, device))
+        first[name] = timed(step, device)
+        if device.type == "cuda":
+            first[name] = timed(step, device)
+        seconds[name] = [first[name]] if first[name] > longest else []
+    again = {name: step for name, step in steps.items() if not seconds[name]}
+    repeats = {name: max(1, min(50, int(BURST / max(first[name], 1e-6)))) for name in again}
+    one_round = sum(first[name] * repeats[name] for name in again)
+    for _ in range(max(1, min(rounds, int(longest / one_round))) if again else 0):
+        for name, step in again.items():
+            seconds[name].append(timed(step, device, repeats[name]))
     return {name: median(values) for name, values in seconds.items()}
 
 
