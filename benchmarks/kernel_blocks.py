@@ -36,6 +36,7 @@ from models.positions.rotary import FrameRotary
 from models.processors.video_dit import VideoDiT
 
 DENSE = "dense"  # attention among all places
+DIFFERENCE = 0.1  # of ours and the peer's outputs: two roundings to 16 bits in every layer
 RADIUS = 10.46  # degrees
 CONDITION, TOKEN, HEAD, KV_HEADS = 128, 32, 32, 2
 CHECKED_PLACES = 48  # of a frame in the comparison with float64: the same weights, fewer tokens
@@ -137,20 +138,25 @@ def block_case(
     for name, whole in runs.items():
         with poisoned(setting.device), torch.no_grad():
             found[name] = whole()
-        if not found[name].isfinite().all():
-            errors[name] = float("nan")
-    if len(found) == 2:  # at full size there is no float64 to compare with: with each other
-        difference = largest_error([found[OURS]], [found[peer.NAME]])
-        errors[OURS] = max(errors[OURS], difference)
-    del found
-    steps = {}
-    for mode in (FORWARD, BOTH):
-        steps[mode] = {}
+    notes = _difference(found, errors)
+    steps = {FORWARD: {}, BOTH: {}}
     for name, whole in runs.items():
         leaves = [x, tokens, *modules[name].parameters()]
         for mode, step in differentiable({name: whole}, leaves, gradient).items():
             steps[mode] |= step
-    return Prepared(errors, steps, floors(setting, frames, places, hidden, queries, rows))
+    return Prepared(errors, steps, floors(setting, frames, places, hidden, queries, rows), notes=notes)
+
+
+def _difference(found: dict[str, Tensor], errors: dict[str, float]) -> dict[str, float]:
+    """At full size no float64 is at hand: ours and the peer's output are compared with each other, and no number may be
+    NaN. Adds to the errors where that is not so."""
+    errors |= {name: float("nan") for name, output in found.items() if not output.isfinite().all()}
+    if len(found) < 2:
+        return {}
+    difference = largest_error([found[OURS]], [found[peer.NAME]])
+    if not difference <= DIFFERENCE:
+        errors[OURS] = difference
+    return {"difference": difference}
 
 
 def _block_errors(
@@ -167,15 +173,11 @@ def _block_errors(
     x.requires_grad_(), tokens.requires_grad_()
     errors = {}
     for name, module in modules.items():
-        leaves = [x, tokens, *module.parameters()]
+        weights = [module.get_parameter(one if name == OURS else peer.their_name(one)) for one in names]
         with poisoned(setting.device):
             output = run(name, module, x, condition, tokens, offsets)()
-            gradients = list(torch.autograd.grad(output, leaves, gradient.to(output.dtype)))
-        wanted = expected
-        if name != OURS:  # its weights come in another order: output, input and tokens
-            gradients, wanted = gradients[:2], expected[:3]
-        assert len(wanted) in (3, 3 + len(names))
-        errors[name] = largest_error([output, *gradients], wanted)
+            gradients = torch.autograd.grad(output, [x, tokens, *weights], gradient.to(output.dtype))
+        errors[name] = largest_error([output, *gradients], expected)
     return errors
 
 
@@ -237,11 +239,10 @@ def step_case(
             found[name] = run().float()
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=setting.device.type == "cuda")
         steps[name] = _training_step(run, optimizer)
-    errors = {name: 0.0 if output.isfinite().all() else float("nan") for name, output in found.items()}
-    if len(found) == 2:  # blocks alone were compared with float64
-        errors[OURS] = largest_error([found[OURS]], [found[peer.NAME]])
+    errors: dict[str, float] = {}  # the blocks alone were compared with float64
+    notes = {"layers": layers, **_difference(found, errors)}
     parts = floors(setting, frames, places, hidden, queries, rows)
-    return Prepared(errors, {BOTH: steps}, {BOTH: layers * (parts[FORWARD] + parts[BOTH])}, notes={"layers": layers})
+    return Prepared(errors, {BOTH: steps}, {BOTH: layers * (parts[FORWARD] + parts[BOTH])}, notes=notes)
 
 
 def _training_step(run: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:

@@ -75,7 +75,7 @@ class Prepared:
     steps: dict[str, dict[str, Callable[[], object]]]
     floors: dict[str, Parts]
     absent: str = ""
-    notes: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
 
 
 def counted_offsets(setting: Setting, cells: int, rows: int, counts: str) -> Tensor:

@@ -221,6 +221,29 @@ def temporal_attention(rotation: tuple[Tensor, Tensor], *, heads: int, width: in
     return partial(layer, rope_cos=rotation[0], rope_sin=rotation[1])
 
 
+BLOCK = {
+    "spatial.qkv": "attention.attn_op.qkv",
+    "spatial.output": "attention.attn_op.proj",
+    "norm.linear": "norm1_modulation.modulation.1",
+    "observations_norm.linear": "cross_attn_modulation.modulation.1",
+    "observations.query": "cross_attention.q_proj",
+    "observations.key": "cross_attention.k_proj",
+    "observations.value": "cross_attention.v_proj",
+    "observations.output": "cross_attention.out_proj",
+    "temporal_norm.linear": "temporal_attn_modulation.modulation.1",
+    "temporal.qkv": "temporal_attention.qkv",
+    "temporal.output": "temporal_attention.proj",
+    "mlp.up": "linear.layers.0",
+    "mlp.down": "linear.layers.2",
+}  # our parts of a block and theirs
+
+
+def their_name(name: str) -> str:
+    """Of a parameter of our block."""
+    part, kind = name.rsplit(".", 1)
+    return f"{BLOCK[part]}.{kind}"
+
+
 def block(ours: nn.Module, *, hidden: int, heads: int, condition: int, cross: dict[str, int]) -> nn.Module:
     """Its `VideoDiTBlock` with the weights of our block."""
     cross_attention = module("attention_layers").PixelCrossAttention
@@ -232,25 +255,5 @@ def block(ours: nn.Module, *, hidden: int, heads: int, condition: int, cross: di
         is_causal=True,
         cross_attention=lambda: cross_attention(hidden, use_proj_bias=True, **cross),
     )
-    names = {
-        "spatial.qkv": "attention.attn_op.qkv",
-        "spatial.output": "attention.attn_op.proj",
-        "norm.linear": "norm1_modulation.modulation.1",
-        "observations_norm.linear": "cross_attn_modulation.modulation.1",
-        "observations.query": "cross_attention.q_proj",
-        "observations.key": "cross_attention.k_proj",
-        "observations.value": "cross_attention.v_proj",
-        "observations.output": "cross_attention.out_proj",
-        "temporal_norm.linear": "temporal_attn_modulation.modulation.1",
-        "temporal.qkv": "temporal_attention.qkv",
-        "temporal.output": "temporal_attention.proj",
-        "mlp.up": "linear.layers.0",
-        "mlp.down": "linear.layers.2",
-    }
-    weights = {}
-    for name, value in ours.state_dict().items():
-        part, kind = name.rsplit(".", 1)
-        if part in names:
-            weights[f"{names[part]}.{kind}"] = value
-    theirs.load_state_dict(weights)
+    theirs.load_state_dict({their_name(name): value for name, value in ours.named_parameters()})
     return theirs

@@ -80,6 +80,19 @@ def test_wrong_numbers_are_not_timed(harm, setting, monkeypatch):
     assert row["skipped"] in kernels.table([row])
 
 
+def test_a_peer_that_fails_costs_no_numbers_of_ours(setting, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(kernel_peer, "gated", refuse)
+    rows = kernels.rows_of(TINY[5], replace(setting, theirs=True), RATES, 1, "")
+    assert [list(row["seconds"]) for row in rows] == [[OURS, kernel_cases.LOOP]] * 2
+    assert rows[0]["absent"] == "failed beside physicsnemo: RuntimeError: no such kernel"
+    monkeypatch.setattr(kernel_cases, "gated", refuse)
+    (row,) = kernels.rows_of(TINY[5], setting, RATES, 1, "")
+    assert row["skipped"] == "failed: RuntimeError: no such kernel"
+
+
 def test_wrong_rows_of_a_sort_are_seen(setting, monkeypatch):
     exact = kernel_cases.sort_and_pack
 
