@@ -124,6 +124,11 @@ class LatLonGrid(Grid):
         if self.longitude[-1] - self.longitude[0] >= 360 - 1e-6:
             raise ValueError("longitude covers more than one turn; drop the repeated columns")
 
+    @classmethod
+    def with_poles(cls, rows: int, columns: int) -> LatLonGrid:
+        """Global points from the north pole to the south, eastwards from Greenwich: (721, 1440) is 0.25 degrees."""
+        return cls(np.linspace(90, -90, rows), np.arange(columns) * (360 / columns))
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.latitude.size, self.longitude.size

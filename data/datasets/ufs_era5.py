@@ -19,9 +19,10 @@ from torch import Tensor
 
 from data.datasets.assimilation_data import AssimilationData, FieldStatistics, evenly_spread, merged, statistics_of
 from data.grids import LatLonGrid
-from data.healpix import ORDERS, HEALPixGrid, bilinear, convert
+from data.healpix import ORDERS, HEALPixGrid, convert
 from data.layout import Variable
 from data.quality_control import QualityControl, QualityReport
+from data.regridding import Regridder
 from data.sources.healpix_store import HEALPixStore
 from data.sources.location import cache_folder
 from data.sources.observations import ufs_parquet
@@ -128,7 +129,7 @@ class UfsEra5(AssimilationData):
                 "data.latlon=[721,1440]"
             )
         self.cells, self.order, self.step = HEALPixGrid(level, "padxy"), order, 3600 * step_hours
-        self.grid = self.cells if latlon is None else _with_poles(*latlon)
+        self.grid = self.cells if latlon is None else LatLonGrid.with_poles(*latlon)
         self.variables, self.over_land = _chosen(era5_variables(), variables), over_land
         if over_land == "filled":
             self.variables = tuple(replace(variable, domain="all") for variable in self.variables)
@@ -188,19 +189,11 @@ class UfsEra5(AssimilationData):
             for channel, variable in enumerate(self.variables):
                 if variable.name in _AT_SEA:
                     values[:, channel].nan_to_num_(_AT_SEA[variable.name])
-        return values if self.grid is self.cells else self._interpolated(values)
+        return values if self.grid is self.cells else self._regridder(values)
 
     @cached_property
-    def _weights(self) -> tuple[Tensor, Tensor]:
-        """The four cells around every point of the grid, (P, 4) int64, and their shares, float32."""
-        cells, weights = bilinear(*self.grid.coordinates.unbind(dim=-1), self.cells.level, self.cells.order)
-        return cells, weights.float()
-
-    def _interpolated(self, values: Tensor) -> Tensor:
-        """(n, C, X) -> (n, C, H, W); NaN where any of the four cells is missing."""
-        cells, weights = self._weights
-        found = sum(values[..., cells[:, corner]] * weights[:, corner] for corner in range(4))
-        return found.unflatten(-1, self.grid.shape)
+    def _regridder(self) -> Regridder:
+        return Regridder(self.cells, self.grid)
 
     @cached_property
     def static(self) -> Tensor:
@@ -310,10 +303,6 @@ class UfsEra5(AssimilationData):
         )
         digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
         return cache_folder("statistics") / f"{what}_{digest}.{suffix}"
-
-
-def _with_poles(rows: int, columns: int) -> LatLonGrid:
-    return LatLonGrid(np.linspace(90, -90, rows), np.arange(columns) * (360 / columns))
 
 
 def read_statistics(path: Path, variables: Sequence[Variable]) -> FieldStatistics:

@@ -133,7 +133,7 @@ class Disk(Tables):
         """The disk as flex_attention's `BlockMask`. key_mask: (B, N), of sorted tokens."""
         from torch.nn.attention.flex_attention import BlockMask
 
-        x, y, z = self.vectors.unbind(dim=-1)
+        x, y, z = self.vectors.mT.contiguous()
         cosine = self.cosine
 
         def within(batch, head, row, column):
