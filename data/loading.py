@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.batch import Batch
-from data.started_processes import end_with_parent
+from data.started_processes import serve_until_parent_ends
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class BatchLoader:
                 collate_fn=_unchanged,
                 num_workers=self.num_workers,
                 multiprocessing_context=processes,
-                worker_init_fn=end_with_parent,
+                worker_init_fn=serve_until_parent_ends,
                 persistent_workers=True,
                 pin_memory=self.pin,
                 # Its own generator: drawing worker seeds must not disturb the model's random numbers.
