@@ -132,7 +132,9 @@ def test_it_needs_torch_triton_einops_and_numpy_only(tmp_path):
     code += f"sys.exit(main({options!r}))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    rows = json.loads(output.read_text())["cpu"]["rows"]
+    found = json.loads(output.read_text())["cpu"]
+    rows = found["rows"]
+    assert found["command"] == "python -m benchmarks kernels --only gated --rounds 1 --device cpu"
     assert [row["mode"] for row in rows] == [FORWARD, BOTH]
 
 
@@ -141,12 +143,20 @@ def test_what_another_machine_measured_is_published_beside_the_rest(tmp_path, mo
     page.write_text("before\n<!-- kernels -->\n<!-- end kernels -->\nafter\n")
     monkeypatch.setattr(measure, "PAGE", page)
     monkeypatch.setattr(measure, "RESULTS", results)
-    row = {"what": "gated", "shape": "1 row", "mode": FORWARD, "skipped": "needs 9 GiB, 1 GiB are free"}
+    row = {
+        "what": "gated",
+        "shape": "1 row",
+        "mode": FORWARD,
+        "skipped": "needs 9 GiB, 1 GiB are free",
+        "command": "made",
+    }
     result = {"device": "one CPU", "date": "2026-11-22", "command": "made", "threads": 1, "copy_rate": 1e9}
-    result |= {"matrix_rate": 1e12, "rows": [row]}
+    result |= {"matrix_rate": 1e12, "versions": {}, "rows": [row]}
     kernels.publish({"cpu": result})
     assert page.read_text().count(kernels.NOT_MEASURED) == len(kernels.production())
     assert "needs 9 GiB" in page.read_text() and page.read_text().endswith("after\n")
+    kernels.publish({"cpu": result | {"rows": [row | {"what": "sort", "command": "made again"}]}})
+    assert page.read_text().count("needs 9 GiB") == 2 and "`made`, `made again`" in page.read_text()
     kernels.publish({"cuda": result | {"device": "one GPU"}})
     assert "one GPU" in page.read_text() and "one CPU" in page.read_text()
     assert kernels.NOT_MEASURED not in page.read_text()
