@@ -1,6 +1,10 @@
 """The order of batches: seeded, resumable, the same with and without worker processes and split over ranks."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,3 +134,38 @@ def test_the_time_spent_waiting_is_measured(dataset, monkeypatch):
 def test_an_empty_batch_is_refused(dataset):
     with pytest.raises(ValueError, match=r"trainer\.batch_size=0 must be at least 1"):
         BatchLoader(dataset, batch_size=0)
+
+
+HELD = """
+import os, signal, sys
+from torch.utils.data import DataLoader
+from data.started_processes import serve_until_parent_ends
+
+if __name__ == "__main__":
+    loader = DataLoader(
+        range(8), num_workers=1, persistent_workers=True, multiprocessing_context="forkserver",
+        worker_init_fn=serve_until_parent_ends,
+    )
+    sys.held = iter(loader)
+    next(sys.held)
+    (worker,) = sys.held._workers
+    os.system(f"kill -TERM {worker.pid}; kill -INT {worker.pid}")
+    next(sys.held)
+    worker.join(timeout=1)
+    print("alive" if worker.is_alive() else "gone")
+"""
+
+
+def test_workers_of_a_loader_still_held_at_exit_end_with_it(tmp_path):
+    """Signals of others leave them be; without a sound end the process would wait for them forever."""
+    (tmp_path / "held.py").write_text(HELD)
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run(
+        [sys.executable, tmp_path / "held.py"],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout.split() == ["alive"], run.stderr
+    assert run.returncode == 0
