@@ -19,9 +19,9 @@ def end_with_parent() -> None:
 def serve_until_parent_ends(*_) -> None:
     """For a process that works for another one.
 
-    Ctrl-C and a scheduler's SIGTERM reach the whole group, and it is the other one that finishes its step and saves, for
-    which it needs this one. Only the other one's own SIGTERM ends this one: at its exit `multiprocessing` sends it to
-    the workers that a loader still holds, and waits for them.
+    Ctrl-C and a scheduler's SIGTERM reach the whole group, and it is the other one that finishes its step and saves,
+    for which it needs this one. Only the other one's own SIGTERM ends this one: at its exit `multiprocessing` sends it
+    to the workers that a loader still holds, and waits for them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before any thread, which inherits it
