@@ -5,43 +5,21 @@ What parts of a model know before data flows is `data/layout.py`. Letters: B bat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from data.grids import Grid, Points
-from data.layout import Layout, Variable
+from data.layout import InputLayout, Layout, SequenceLayout, TargetLayout, Variable
+from data.movable import Movable
+from data.sequence import Sequence
 
 if TYPE_CHECKING:
     from data.observations import Observations
 
 SECONDS_PER_DAY = 86_400
-
-
-class Movable:
-    """Applies a tensor function to every tensor inside, so that batches can be moved, pinned and sliced as one."""
-
-    def map(self, function):
-        return replace(self, **{f.name: _mapped(getattr(self, f.name), function) for f in fields(self)})
-
-    def to(self, device, non_blocking: bool = False):
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self):
-        return self.map(lambda tensor: tensor.pin_memory())
-
-
-def _mapped(value: Any, function):
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Movable):
-        return value.map(function)
-    if isinstance(value, Mapping):
-        return {key: _mapped(item, function) for key, item in value.items()}
-    return value
 
 
 def calendar(times: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +132,7 @@ class Field(Movable):
         validity = torch.ones_like(values) if mask is None else mask.expand_as(values).to(values.dtype)
         return torch.cat([values, validity], dim=2)
 
-    def of_frames(self, frames: Sequence[int]) -> Field:
+    def of_frames(self, frames: list[int] | range) -> Field:
         """This field at some of its times, by their indices."""
 
         def chosen(tensor: Tensor | None) -> Tensor | None:
@@ -270,8 +248,8 @@ class Batch(Movable):
     this batch holds, None for all of them. Raises ValueError where an input or a target differs from the layout.
     """
 
-    inputs: dict[str, Field]
-    targets: dict[str, Field]
+    inputs: dict[str, Field | Sequence]
+    targets: dict[str, Field | Sequence]
     layout: Layout
     places: dict[str, Tensor] | None = None
     observations: Observations | None = None
@@ -288,8 +266,7 @@ class Batch(Movable):
             if list(given) != list(described):
                 raise ValueError(f"batch has {kind}s {list(given)}, the layout describes {list(described)}")
             for name, field in given.items():
-                if field.variables != described[name].variables or field.grid != described[name].grid:
-                    raise ValueError(f"{kind} {name!r} has other variables or another grid than the layout describes")
+                _check_described(f"{kind} {name!r}", field, described[name])
 
     @property
     def batch_size(self) -> int:
@@ -335,15 +312,17 @@ class Batch(Movable):
         observations = None if self.observations is None else self.observations.of_frames(first, count)
         return replace(self, inputs=inputs, targets=targets, observations=observations, share=share)
 
-    def queries(self) -> dict[str, Query]:
-        """One query a target."""
-        return {name: self._query(name, target) for name, target in self.targets.items()}
+    def queries(self) -> dict[str, Query | None]:
+        """One query a target; None for a sequence, whose tokens follow those that were read."""
+        return {
+            name: None if isinstance(target, Sequence) else self._query(name, target)
+            for name, target in self.targets.items()
+        }
 
     def _query(self, name: str, target: Field) -> Query:
         shared = [
-            field.channels(gaps=self.layout.inputs[key].gaps).flatten(1, 2)
-            for key, field in self.inputs.items()
-            if field.grid == target.grid
+            self.inputs[key].channels(gaps=self.layout.inputs[key].gaps).flatten(1, 2)[:, :, *window]
+            for key, window in self.layout.windows[name].items()
         ]
         return Query(
             grid=target.grid,
@@ -360,3 +339,15 @@ class Batch(Movable):
         """The target where it is to be decoded: the whole of it, or its `places`."""
         places = self.places.get(name) if self.places else None
         return self.targets[name] if places is None else self.targets[name].at(places)
+
+
+def _check_described(name: str, item: Field | Sequence, described: InputLayout | TargetLayout | SequenceLayout) -> None:
+    if isinstance(item, Sequence) or isinstance(described, SequenceLayout):
+        if not (isinstance(item, Sequence) and isinstance(described, SequenceLayout)):
+            raise ValueError(f"{name} is a {type(item).__name__}, the layout describes another kind")
+        if item.tokens.shape[1] > described.length:
+            raise ValueError(
+                f"{name} has {item.tokens.shape[1]} tokens, more than the {described.length} of the layout"
+            )
+    elif item.variables != described.variables or item.grid != described.grid:
+        raise ValueError(f"{name} has other variables or another grid than the layout describes")

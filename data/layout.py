@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 
 from data.grids import Grid
 
@@ -45,11 +46,37 @@ class InputLayout:
 
 @dataclass(frozen=True)
 class TargetLayout:
-    """variables on a grid at fixed lead_times (seconds after the last input frame)."""
+    """variables on a grid at fixed lead_times (seconds after the last input frame).
+
+    trained: the lead times that training draws from, sample by sample; empty: it takes all of lead_times.
+    """
 
     variables: tuple[Variable, ...]
     grid: Grid
     lead_times: tuple[int, ...]
+    trained: tuple[int, ...] = ()
+
+    @property
+    def trained_lead_times(self) -> tuple[int, ...]:
+        """What a model of this layout has seen in training, in increasing order."""
+        return tuple(sorted(self.trained or self.lead_times))
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """At most `length` tokens of a vocabulary of `vocab_size`. As a target: those that latents predict."""
+
+    vocab_size: int
+    length: int
+
+    def __post_init__(self):
+        if self.vocab_size < 1 or self.length < 1:
+            raise ValueError(f"a sequence needs a vocabulary and a length of at least 1, got {self}")
+
+    @property
+    def frames(self) -> int:
+        """One: tokens have an order and no clock."""
+        return 1
 
 
 @dataclass(frozen=True)
@@ -79,9 +106,15 @@ class ObservationLayout:
 class Layout:
     """What parts need to know before data flows. Plain JSON through `to_dict` and `Layout.from_dict`."""
 
-    inputs: dict[str, InputLayout]
-    targets: dict[str, TargetLayout]
+    inputs: dict[str, InputLayout | SequenceLayout]
+    targets: dict[str, TargetLayout | SequenceLayout]
     observations: ObservationLayout | None = None
+
+    @property
+    def sequences(self) -> dict[str, SequenceLayout]:
+        """The inputs and targets that are tokens."""
+        described = [*self.inputs.items(), *self.targets.items()]
+        return {name: item for name, item in described if isinstance(item, SequenceLayout)}
 
     @property
     def frames(self) -> int:
@@ -94,6 +127,8 @@ class Layout:
 
         frames: how many there are, ending at the last input frame; None: all of the layout.
         """
+        if isinstance(self.targets[target], SequenceLayout):
+            return None
         frames = self.frames if frames is None else frames
         described = [*self.inputs.values(), *([self.observations] if self.observations is not None else [])]
         step = next((item.step for item in described if item.frames == frames), 0)
@@ -101,13 +136,27 @@ class Layout:
         wanted = self.targets[target].lead_times
         return [offsets.index(time) for time in wanted] if set(wanted) <= set(offsets) else None
 
+    @cached_property
+    def windows(self) -> dict[str, dict[str, tuple[slice, ...]]]:
+        """{target: {input: where the target's grid lies in the input's}} of the inputs that hold all of it."""
+        return {
+            target: {
+                name: window
+                for name, item in self.inputs.items()
+                if name not in self.sequences and (window := item.grid.find(described.grid)) is not None
+            }
+            for target, described in self.targets.items()
+            if target not in self.sequences
+        }
+
     def query_features(self, target: str) -> int:
-        """Channels of `Query.features` for this target; 0 where no input shares its grid."""
-        grid = self.targets[target].grid
-        return sum(item.frames * item.channels for item in self.inputs.values() if item.grid == grid)
+        """Channels of `Query.features` for this target; 0 where no input holds its grid."""
+        return sum(self.inputs[name].frames * self.inputs[name].channels for name in self.windows[target])
 
     def to_dict(self) -> dict:
         def plain(item):
+            if isinstance(item, SequenceLayout):
+                return asdict(item)
             described = {f.name: getattr(item, f.name) for f in fields(item)}
             described["variables"] = [variable.to_dict() for variable in item.variables]
             described["grid"] = item.grid.to_dict()
@@ -122,11 +171,14 @@ class Layout:
     @staticmethod
     def from_dict(description: dict) -> Layout:
         def restored(kind, item):
+            if "vocab_size" in item:
+                return SequenceLayout(**item)
             arguments = dict(item)
             arguments["variables"] = tuple(Variable(**variable) for variable in item["variables"])
             arguments["grid"] = Grid.from_dict(item["grid"])
-            if "lead_times" in arguments:
-                arguments["lead_times"] = tuple(arguments["lead_times"])
+            for name in ("lead_times", "trained"):
+                if name in arguments:
+                    arguments[name] = tuple(arguments[name])
             return kind(**arguments)
 
         return Layout(

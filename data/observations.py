@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from data.batch import Movable, calendar
+from data.batch import calendar
 from data.grids import Grid
 from data.layout import ObservationLayout
+from data.movable import Movable
 
 EXAMPLES = 3  # rows that a refusal shows
 
