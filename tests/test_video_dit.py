@@ -323,10 +323,3 @@ def test_a_block_never_waits_for_a_cuda_device():
         model(given).tokens.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.slow
-def test_the_compiled_processor_computes_the_same():
-    model, given = processor(depth=2).eval(), latents()
-    compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(compiled(given).tokens, model(given).tokens)
