@@ -1,11 +1,15 @@
 """One thread for the suite and what it starts: tensors are tiny here, and waiting threads cost more than they give."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, here and in child processes
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts jobs in the background, and those their own
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
