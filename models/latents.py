@@ -75,6 +75,7 @@ class LatentLayout:
     at_target: whether a decoder gets, for each target time, the latent frame of that time.
     observation_size: width of the observation tokens in `Latents.context`; 0: there are none.
     condition_size: width of `Latents.condition`; 0: there is none.
+    of_inputs: tokens are the cells of all inputs in layout order (input, frame, cell), in one latent frame.
     """
 
     num_tokens: int
@@ -88,3 +89,4 @@ class LatentLayout:
     at_target: bool = False
     observation_size: int = 0
     condition_size: int = 0
+    of_inputs: bool = False

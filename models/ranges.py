@@ -49,7 +49,8 @@ def check_options(path: str, options: Mapping[str, Any]) -> None:
     """Raises ValueError, one sentence, for the first option of a part (at `path`) outside its range."""
     for key, value in options.items():
         if key in PARTS:
-            _check(f"{path}.{key}", value, PARTS[key])
+            for number in value if isinstance(value, list) else [value]:  # one a block
+                _check(f"{path}.{key}", number, PARTS[key])
 
 
 def check_trunk(config: DictConfig) -> None:
