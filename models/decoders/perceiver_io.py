@@ -14,22 +14,22 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from data.batch import Query
-from data.grids import LatLonGrid
 from data.layout import Layout
 from models.attention import AttentionLayer, Context, Modulation
 from models.attention.multi_head import KV_MODES
 from models.conditioning.moment import Moment
+from models.decoders.place_queries import PlaceQueries
 from models.decoders.windows import Windows
-from models.initialisation import linear_, table_, zeros_
+from models.initialisation import linear_, zeros_
 from models.latents import LatentLayout, Latents
-from models.patches import neighbourhoods, patches_of
-from models.positions.fourier import fourier_features, frequencies, geographic_features
+from models.patches import patches_of
+from models.positions.fourier import fourier_features, frequencies
 
 QUERIES = ("coordinates", "trainable", "local")
 SCOPES = ("auto", "global", "local")
 
 
-class PerceiverIODecoder(nn.Module):
+class PerceiverIODecoder(PlaceQueries):
     """Latents, Query -> (B, L, C * K, *query.shape) for one target.
 
     queries: coordinates (Fourier features of the places), trainable (a learned table, one row a place) or local (only
@@ -76,11 +76,19 @@ class PerceiverIODecoder(nn.Module):
         attention: str = "auto",
         kv_mode: str = "auto",
     ):
-        super().__init__()
-        self._check(queries=queries, features=features, scope=scope, chunk_size=chunk_size, kv_mode=kv_mode)
+        self._check(queries=queries, scope=scope, kv_mode=kv_mode)
+        super().__init__(
+            layout,
+            target=target,
+            hidden_size=hidden_size,
+            position={"coordinates": "fourier", "trainable": "table", "local": "none"}[queries],
+            features=features,
+            num_bands=num_bands,
+            spacing=spacing,
+            chunk_size=chunk_size,
+        )
         described = layout.targets[target]
-        self.grid, self.zero_head = described.grid, zero_head
-        self.chunk_size = chunk_size or described.grid.num_points
+        self.zero_head = zero_head
         gridded = latent_layout.grid_shape is not None  # of rows and columns
         self.windows = None
         if scope == "global" and queries == "local":
@@ -93,18 +101,6 @@ class PerceiverIODecoder(nn.Module):
             own = fourier_features(2 * windows.own, [frequencies(4, 4.0).float()] * 2)
             self.register_buffer("own_features", own, persistent=False)  # (P, F)
             self.own_position = nn.Linear(own.shape[1], hidden_size, bias=False)
-        self.table = self.position = None
-        if queries == "trainable":
-            self.table = nn.Parameter(torch.empty(described.grid.num_points, hidden_size))
-        elif queries == "coordinates":
-            places = geographic_features(described.grid.coordinates, num_bands, described.grid, spacing=spacing)
-            self.register_buffer("places", places, persistent=False)  # (P, F)
-            self.position = nn.Linear(places.shape[1], hidden_size)
-        channels = layout.query_features(target)
-        self.feature_size = features if channels else 0
-        if self.feature_size and not isinstance(described.grid, LatLonGrid):
-            self.feature_size = 1  # scattered places have no neighbours
-        self.feature = nn.Linear(channels * self.feature_size**2, hidden_size) if self.feature_size else None
         self.moment = Moment(hidden_size, num_norms=2, calendar=calendar) if moment else None
         self.layer = AttentionLayer(
             hidden_size,
@@ -127,31 +123,20 @@ class PerceiverIODecoder(nn.Module):
     requires_rows = False
 
     @staticmethod
-    def _check(*, queries: str, features: int, scope: str, chunk_size: int | None, kv_mode: str) -> None:
+    def _check(*, queries: str, scope: str, kv_mode: str) -> None:
         if queries not in QUERIES:
             raise ValueError(f"model.decoder.queries={queries} is unknown; use one of {', '.join(QUERIES)}")
         if scope not in SCOPES:
             raise ValueError(f"model.decoder.scope={scope} is unknown; use one of {', '.join(SCOPES)}")
         if kv_mode not in KV_MODES:
             raise ValueError(f"model.decoder.kv_mode={kv_mode} is unknown; use one of {', '.join(KV_MODES)}")
-        if features < 0 or (features and features % 2 == 0):
-            raise ValueError(f"model.decoder.features={features} must be 0 or an odd number of cells, like 5")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(
-                f"model.decoder.chunk_size={chunk_size} must be at least 1, or null for everything at once"
-            )
 
     @staticmethod
     def requires_grid(options: dict) -> bool:
         return options.get("scope") == "local" or options.get("queries") == "local"
 
     def initialise(self) -> None:
-        if self.position is not None:
-            linear_(self.position)
-        if self.table is not None:
-            table_(self.table)
-        if self.feature is not None:
-            linear_(self.feature)
+        super().initialise()
         if self.windows is not None:
             linear_(self.own_position)
             zeros_(self.window_bias[2])  # every window token starts equally near
@@ -175,10 +160,7 @@ class PerceiverIODecoder(nn.Module):
 
     def draw_places(self, fraction: float) -> Tensor:
         """(P,) flat indices of a random share of the output places, whole windows where queries read windows."""
-        if self.windows is not None:
-            return self.windows.draw(fraction)
-        points = self.grid.num_points
-        return torch.randperm(points)[: max(1, round(fraction * points))].to(self.head.weight.device)
+        return super().draw_places(fraction) if self.windows is None else self.windows.draw(fraction)
 
     def _moment(self, query: Query, places: Tensor) -> tuple[Tensor, Modulation | None]:
         """What is added to all queries of a lead time, (B, L, D), and how it modulates norms; one zero without it."""
@@ -189,19 +171,10 @@ class PerceiverIODecoder(nn.Module):
         return moment, Modulation(*film)
 
     def _places(self, query: Query) -> Tensor:
-        chosen = slice(None) if query.places is None else query.places
-        parts = [] if self.table is None else [self.table[chosen]]
-        if self.position is not None:
-            parts.append(self.position(self.places[chosen]))
-        if self.windows is not None:
-            parts.append(self.own_position(self.own_features[chosen]))
-        places = sum(parts)[None]
-        if self.feature is None:
-            return places
-        if self.feature_size == 1:
-            return places + self.feature(query.features.flatten(2).transpose(1, 2)[:, chosen])
-        cells = neighbourhoods(query.features, self.feature_size, wraps=self.grid.wraps)  # (B, P, F k k)
-        return places + self.feature(cells[:, chosen])
+        """(B or 1, P, D): what is known of the places whatever the time."""
+        if self.windows is None:
+            return self.place_queries(query)
+        return self.place_queries(query, self.own_position(self.chosen(self.own_features, query)))
 
     def _read(self, queries: Tensor, context: Context, **arguments) -> Tensor:
         """(B, n, D) -> (B, n, K)."""

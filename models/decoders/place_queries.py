@@ -1,0 +1,96 @@
+"""Queries of output places, the base of decoders that ask for one output a place: position and the input around it.
+
+Perceiver IO (arXiv:2107.14795, section 3.2). Letters: B batch, P places, D query width, F features of a place or cell.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Query
+from data.grids import LatLonGrid
+from data.layout import Layout
+from models.initialisation import linear_, table_
+from models.patches import neighbourhoods
+from models.positions.fourier import geographic_features
+
+
+class PlaceQueries(nn.Module):
+    """`place_queries(query)` -> (B or 1, P, D) for one target.
+
+    position: fourier (features of the places), table (learned, one row a place) or none. features: side (odd number of
+    cells) of the neighbourhood of input values that joins each query where an input shares the target's grid, 0: none.
+    chunk_size: places decoded at a time (None: all). Raises ValueError on values not allowed.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        target: str,
+        hidden_size: int,
+        position: str,
+        features: int,
+        num_bands: int,
+        spacing: str,
+        chunk_size: int | None,
+    ):
+        super().__init__()
+        if features < 0 or (features and features % 2 == 0):
+            raise ValueError(f"model.decoder.features={features} must be 0 or an odd number of cells, like 5")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(
+                f"model.decoder.chunk_size={chunk_size} must be at least 1, or null for everything at once"
+            )
+        self.grid = layout.targets[target].grid
+        self.chunk_size = chunk_size or self.grid.num_points
+        self.table = self.position = None
+        if position == "table":
+            self.table = nn.Parameter(torch.empty(self.grid.num_points, hidden_size))
+        elif position == "fourier":
+            places = geographic_features(self.grid.coordinates, num_bands, self.grid, spacing=spacing)
+            self.register_buffer("places", places, persistent=False)  # (P, F)
+            self.position = nn.Linear(places.shape[1], hidden_size)
+        channels = layout.query_features(target)
+        self.feature_size = features if channels else 0
+        if self.feature_size and not isinstance(self.grid, LatLonGrid):
+            self.feature_size = 1  # scattered places have no neighbours
+        self.feature = nn.Linear(channels * self.feature_size**2, hidden_size) if self.feature_size else None
+
+    def initialise(self) -> None:
+        if self.position is not None:
+            linear_(self.position)
+        if self.table is not None:
+            table_(self.table)
+        if self.feature is not None:
+            linear_(self.feature)
+
+    def draw_places(self, fraction: float) -> Tensor:
+        """(P,) flat indices of a random share of the output places."""
+        points = self.grid.num_points
+        drawn = torch.randperm(points)[: max(1, round(fraction * points))]
+        return drawn.to(next(self.parameters()).device)
+
+    def place_queries(self, query: Query, *more: Tensor) -> Tensor:
+        """more: (P, D) that a subclass knows of the places that are asked for."""
+        parts = list(more)
+        if self.table is not None:
+            parts.append(self.chosen(self.table, query))
+        if self.position is not None:
+            parts.append(self.position(self.chosen(self.places, query)))
+        places = sum(parts)[None]
+        return places if self.feature is None else places + self.feature(self._around(query))
+
+    @staticmethod
+    def chosen(table: Tensor, query: Query) -> Tensor:
+        """The rows of a (P, ...) table that are asked for."""
+        return table if query.places is None else table[query.places]
+
+    def _around(self, query: Query) -> Tensor:
+        """(B, P, F k k): the input values around the places that are asked for."""
+        if self.feature_size == 1:
+            cells = query.features.flatten(2).transpose(1, 2)
+        else:
+            cells = neighbourhoods(query.features, self.feature_size, wraps=self.grid.wraps)
+        return cells if query.places is None else cells[:, query.places]

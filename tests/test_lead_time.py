@@ -1,0 +1,178 @@
+"""Lead times: FiLM, the decoder that reads the whole bottleneck, lead times of each sample."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models import build
+from models.attention import AttentionLayer
+from models.composition import build_from_config, compose
+from models.conditioning.lead_time import LeadTimeFeatures, LeadTimeFiLM
+from models.latents import Latents
+from tests.model_examples import COARSE, GLOBAL, HOUR, LEADS, STATIONS, tiny_batch, tiny_layout
+
+TINY = ["model/encoder=perceiver", "model/processor=latent_transformer", "model/decoder=lead_time", "model/size=tiny"]
+TINY += ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.num_latents=6", "model.patch_size=3"]
+TINY += ["model.dropout=0", "model.drop_path=0"]
+
+
+def built(*given: str, layout=None, random: bool = True):
+    torch.manual_seed(0)
+    model = build([*TINY, *given], layout or tiny_layout()).eval()
+    for name, parameter in model.named_parameters():
+        if random and (not parameter.any() or "norm" in name):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+# Features and FiLM
+
+
+def test_one_hot_features_are_exact_at_trained_lead_times_proportional_between_and_constant_beyond():
+    features = LeadTimeFeatures(LEADS, kind="onehot")
+    assert torch.equal(features(torch.tensor(LEADS)), torch.eye(3))
+    between = features(torch.tensor([[15.0 * HOUR, 36.0 * HOUR], [1.0 * HOUR, 100.0 * HOUR]]))
+    wanted = [[[0.5, 0.5, 0], [0, 0.75, 0.25]], [[1, 0, 0], [0, 0, 1]]]
+    torch.testing.assert_close(between, torch.tensor(wanted))
+    assert torch.equal(LeadTimeFeatures((HOUR,), kind="onehot")(torch.tensor([5.0])), torch.ones(1, 1))
+
+
+def test_fourier_features_span_the_trained_range_and_tell_all_lead_times_apart():
+    features = LeadTimeFeatures(LEADS, kind="fourier", num_bands=2)
+    first, last = features(torch.tensor([LEADS[0], LEADS[-1]]))
+    torch.testing.assert_close(first, torch.tensor([-1.0, -1, 0, 0, -1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(last, torch.tensor([1.0, 1, 0, 0, -1]), atol=1e-5, rtol=0)
+    many = features(torch.linspace(0, 100 * HOUR, 200))
+    assert (many[1:, 0] > many[:-1, 0]).all() and many.isfinite().all()
+    features.bfloat16()
+    assert features.known.dtype == torch.float32
+    assert LeadTimeFeatures(LEADS, kind="both").size == 3 + 9
+
+
+@pytest.mark.parametrize("generator", ("shared", "per_block"))
+def test_film_starts_as_the_identity_and_generates_one_modulation_a_layer(generator):
+    film = LeadTimeFiLM([4, 6, 4], lead_times=LEADS, generator=generator, hidden=3)
+    given = torch.tensor([6.0, 30.0]) * HOUR
+    for modulation, width in zip(film(given), (4, 6, 4), strict=True):
+        for part in vars(modulation).values():
+            assert part.shape == (2, 1, width) and not part.any()
+    for head in film.heads:
+        torch.nn.init.normal_(head.weight)
+    first, _, third = film(torch.stack([given, given.flip(0)]))
+    assert first.mlp_shift.shape == (2, 2, 4)
+    torch.testing.assert_close(first.mlp_shift[0], first.mlp_shift[1].flip(0))
+    assert torch.equal(first.mlp_scale, third.mlp_scale) == (generator == "shared")
+    assert torch.equal(first.attention_scale, first.mlp_scale) == (generator == "shared")
+
+
+def test_film_is_applied_after_the_norm_of_both_branches():
+    torch.manual_seed(0)
+    layer, film = AttentionLayer(4, 6, num_heads=2).double(), LeadTimeFiLM([4], lead_times=LEADS).double()
+    for parameter in [*film.parameters(), *layer.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.5)
+    x, context = torch.randn(2, 3, 4).double(), torch.randn(2, 5, 6).double()
+    lead = torch.tensor([7.0 * HOUR, 50.0 * HOUR])
+    (modulation,) = film(lead)
+    gamma, beta = film.heads[0](torch.nn.functional.gelu(film.trunk(film.features(lead).double()))).chunk(2, dim=-1)
+    gamma, beta = gamma[:, None], beta[:, None]
+    prepared = layer.prepare(context, num_queries=3)
+    y = x + layer.attention((1 + gamma) * layer.query_norm(x) + beta, prepared)
+    wanted = y + layer.mlp((1 + gamma) * layer.mlp_norm(y) + beta)
+    torch.testing.assert_close(layer(x, context, modulation=modulation), wanted)
+
+
+@pytest.mark.parametrize("wrong", ({"features": "sine"}, {"generator": "own"}, {"hidden": 0}))
+def test_film_refuses_what_it_does_not_know(wrong):
+    with pytest.raises(ValueError, match="use "):
+        LeadTimeFiLM([4], lead_times=LEADS, **wrong)
+
+
+# The decoder
+
+
+def test_without_target_time_every_lead_time_starts_with_the_same_output():
+    model = built("model.decoder.target_time=false", "model.decoder.zero_head=false", random=False)
+    batch = tiny_batch(tiny_layout())
+    output = model(batch)["forecast"]
+    assert output.abs().max() > 1e-3
+    torch.testing.assert_close(output, output[:, :1].expand_as(output))
+    for head in model.decoder["forecast"].film.heads:
+        torch.nn.init.normal_(head.weight)
+    assert (model(batch)["forecast"][:, 0] - output[:, 1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("film", ("shared", "per_block"))
+def test_lead_times_decode_together_as_they_do_alone_and_in_any_order(film):
+    layout = tiny_layout()
+    model, batch = built(f"model.decoder.film={film}", layout=layout), tiny_batch(layout)
+    together = model(batch)["forecast"]
+    for order in ([0], [2, 1], [1, 1, 0]):
+        some = replace(batch, targets={"forecast": batch.targets["forecast"].of_frames(order)})
+        torch.testing.assert_close(model(some)["forecast"], together[:, order], rtol=1e-4, atol=1e-5)
+
+
+def test_samples_have_lead_times_of_their_own():
+    layout = tiny_layout()
+    model, batch = built(layout=layout), tiny_batch(layout)
+    target = batch.targets["forecast"]
+    whole = model(batch)["forecast"]
+    rows, leads = torch.arange(2)[:, None], torch.tensor([[0, 2], [1, 0]])
+    drawn = replace(
+        target,
+        values=target.values[rows, leads],
+        times=target.times[rows, leads],
+        second_of_day=target.second_of_day[rows, leads],
+        day_of_year=target.day_of_year[rows, leads],
+        reference=None,
+    )
+    output = model(replace(batch, targets={"forecast": drawn}))["forecast"]
+    torch.testing.assert_close(output, whole[rows, leads], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", (GLOBAL, COARSE, STATIONS))
+def test_chunks_and_chosen_places_decode_as_the_whole(grid):
+    layout = tiny_layout(GLOBAL, gaps=True, target_grid=grid)
+    batch = tiny_batch(layout)
+    whole = built(layout=layout)(batch)["forecast"]
+    model = built("model.decoder.chunk_size=4", layout=layout)
+    torch.testing.assert_close(model(batch)["forecast"], whole, rtol=1e-4, atol=1e-5)
+    places = model.draw_places(0.5)["forecast"]
+    some = model(replace(batch, places={"forecast": places}))["forecast"]
+    torch.testing.assert_close(some, whole.flatten(3)[..., places], rtol=1e-4, atol=1e-5)
+
+
+def test_the_decoder_equals_its_formula_in_double_precision():
+    layout = tiny_layout()
+    decoder = built("model.decoder.features=0", "model.calendar=none", layout=layout).decoder["forecast"].double()
+    query = tiny_batch(layout).queries()["forecast"]
+    latents = Latents(tokens=torch.randn(2, 1, 6, 16, dtype=torch.float64), times=query.times[:, :1])
+    moment = decoder.lead_time(decoder.lead_features(query.lead_time).double())
+    films = decoder.film(query.lead_time)
+    for lead in range(len(LEADS)):
+        x = decoder.position(decoder.places.double())[None] + moment[:, lead, None]
+        for layer, film in zip(decoder.layers, films, strict=True):
+            scale, shift = film.attention_scale[:, lead, None], film.attention_shift[:, lead, None]
+            prepared = layer.prepare(latents.tokens.flatten(1, 2), num_queries=1)
+            y = x + layer.attention((1 + scale) * layer.query_norm(x) + shift, prepared)
+            scale, shift = film.mlp_scale[:, lead, None], film.mlp_shift[:, lead, None]
+            x = y + layer.mlp((1 + scale) * layer.mlp_norm(y) + shift)
+        wanted = decoder.head(x).transpose(1, 2).unflatten(2, GLOBAL.shape)
+        torch.testing.assert_close(decoder(latents, query)[:, lead], wanted)
+
+
+def test_it_reads_every_latent():
+    layout = tiny_layout()
+    model, batch = built(layout=layout), tiny_batch(layout)
+    latents = model.encoder(batch)
+    tokens = latents.tokens.detach().requires_grad_()
+    model.decoder["forecast"](latents.with_tokens(tokens), batch.queries()["forecast"])[:, 1].sum().backward()
+    assert (tokens.grad.abs().sum(dim=-1) > 0).all()
+
+
+def test_wrong_options_are_refused_with_what_to_type():
+    for option in ("num_cross=0", "film=own", "lead_features=sine", "film_hidden=0", "chunk_size=0", "features=2"):
+        with pytest.raises(ValueError, match=r"use|must be"):
+            build_from_config(compose([*TINY, f"model.decoder.{option}"]), tiny_layout())
