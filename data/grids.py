@@ -1,9 +1,9 @@
 """Grids: where the values of a field live.
 
-Every grid answers the same questions: `shape`, `coordinates` (points, 2) as (latitude, longitude) in degrees,
-`area_weights` (exact cell areas over `shape`, mean 1), `is_global`, and `cell_of(coordinates)`, the flat index of the
-cell that holds a point (-1 outside). Grids are immutable, compare by value and travel as plain JSON (`to_dict`,
-`Grid.from_dict`), so a checkpoint can name the grid it was trained on.
+Every grid answers the same questions: `shape`, `coordinates` (points, 2) as (latitude, longitude) in degrees, or
+(y, x) where it is not `geographic`, `area_weights` (exact cell areas over `shape`, mean 1), `is_global`, and
+`cell_of(coordinates)`, the flat index of the cell that holds a point (-1 outside). Grids are immutable, compare by
+value and travel as plain JSON (`to_dict`, `Grid.from_dict`), so a checkpoint can name the grid it was trained on.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 EARTH_RADIUS_KM = 6371.0
+PLANAR_UNITS = ("km", "pixels")
 
 
 class Grid(ABC):
     """Base of all grids. Subclasses set `kind` and list the arrays that define them in `_arrays`."""
 
     kind: ClassVar[str]
+    geographic: ClassVar[bool] = True
     _arrays: ClassVar[tuple[str, ...]]
     _kinds: ClassVar[dict[str, type[Grid]]] = {}
 
@@ -53,6 +55,10 @@ class Grid(ABC):
     def num_points(self) -> int:
         return int(np.prod(self.shape))
 
+    def find(self, other: Grid) -> tuple[slice, ...] | None:
+        """Where values of `other` lie among those of this grid, a slice an axis; None where it is no window of it."""
+        return tuple(slice(None) for _ in self.shape) if self == other else None
+
     def to_dict(self) -> dict:
         return {"kind": self.kind, **{name: getattr(self, name).tolist() for name in self._arrays}}
 
@@ -82,7 +88,7 @@ def _axis(values, name: str) -> np.ndarray:
     if values.ndim != 1 or values.size == 0:
         raise ValueError(f"{name} must be a non-empty 1-D sequence, got shape {values.shape}")
     if not np.isfinite(values).all():
-        raise ValueError(f"{name} holds NaN or infinite values; give finite degrees")
+        raise ValueError(f"{name} holds NaN or infinite values; give finite numbers")
     return values
 
 
@@ -189,6 +195,100 @@ class LatLonGrid(Grid):
         return torch.from_numpy(np.where(inside, row * self.longitude.size + column, -1).astype(np.int64))
 
 
+class PlanarGrid(Grid):
+    """Rows and columns of a plane: a map projection, or an image without geography (radar, satellite).
+
+    y: (H,), x: (W,) centres of rows and columns in `units` (km, or pixels), each strictly increasing or decreasing.
+    projection: of the map, in PROJ's words, or nothing; kept for readers of files, never computed with.
+    Values on it have the trailing shape (H, W). Raises ValueError when an axis is not monotonic.
+    """
+
+    kind = "planar"
+    geographic = False
+    wraps = False
+    _arrays = ("y", "x")
+
+    def __init__(self, y, x, *, units: str = "km", projection: str = ""):
+        self.y, self.x = _axis(y, "y"), _axis(x, "x")
+        for name, axis in (("y", self.y), ("x", self.x)):
+            steps = np.diff(axis)
+            if steps.size and not ((steps > 0).all() or (steps < 0).all()):
+                raise ValueError(f"{name} must be strictly increasing or strictly decreasing")
+        if units not in PLANAR_UNITS:
+            raise ValueError(f"units={units} of a planar grid are unknown; allowed: {', '.join(PLANAR_UNITS)}")
+        self.units, self.projection = units, projection
+
+    @classmethod
+    def regular(cls, rows: int, columns: int, *, spacing: float = 1.0, units: str = "km") -> PlanarGrid:
+        """Square cells around the origin, the first row on top."""
+        y, x = (spacing * (np.arange(number) - (number - 1) / 2) for number in (rows, columns))
+        return cls(-y, x, units=units)
+
+    def window(self, rows: slice, columns: slice) -> PlanarGrid:
+        """Some of the rows and columns, with their places."""
+        return PlanarGrid(self.y[rows], self.x[columns], units=self.units, projection=self.projection)
+
+    def find(self, other: Grid) -> tuple[slice, slice] | None:
+        if not isinstance(other, PlanarGrid):
+            return None
+        rows, columns = _part_of(self.y, other.y), _part_of(self.x, other.x)
+        return None if rows is None or columns is None else (rows, columns)
+
+    def to_dict(self) -> dict:
+        return {**super().to_dict(), "units": self.units, "projection": self.projection}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.y.size, self.x.size
+
+    @property
+    def is_global(self) -> bool:
+        return False
+
+    @cached_property
+    def y_bounds(self) -> np.ndarray:
+        return _bounds(self.y)
+
+    @cached_property
+    def x_bounds(self) -> np.ndarray:
+        return _bounds(self.x)
+
+    @cached_property
+    def coordinates(self) -> Tensor:
+        return torch.from_numpy(np.stack(np.meshgrid(self.y, self.x, indexing="ij"), axis=-1).reshape(-1, 2))
+
+    @cached_property
+    def area_weights(self) -> Tensor:
+        area = np.abs(np.diff(self.y_bounds))[:, None] * np.abs(np.diff(self.x_bounds))
+        return torch.from_numpy(area / area.mean())
+
+    def cell_of(self, coordinates: Tensor) -> Tensor:
+        """Flat cell index (int64) of each (y, x), shape (..., 2) -> (...); -1 outside."""
+        points = coordinates.detach().cpu().double().numpy()
+        row, column = _interval(self.y_bounds, points[..., 0]), _interval(self.x_bounds, points[..., 1])
+        inside = (row >= 0) & (column >= 0)
+        return torch.from_numpy(np.where(inside, row * self.x.size + column, -1).astype(np.int64))
+
+
+def _part_of(axis: np.ndarray, part: np.ndarray) -> slice | None:
+    """Where `part` lies in `axis`, to a millionth of its spacing."""
+    tolerance = 1e-6 * np.abs(np.diff(axis)).min(initial=1.0)
+    first = int(np.abs(axis - part[0]).argmin())
+    found = axis[first : first + part.size]
+    return (
+        slice(first, first + part.size) if found.size == part.size and np.allclose(found, part, 0, tolerance) else None
+    )
+
+
+def _interval(bounds: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Which interval between monotonic bounds holds each value, -1 for none; the last bound belongs to the last."""
+    if bounds[0] > bounds[-1]:
+        bounds, values = -bounds, -values
+    index = np.searchsorted(bounds, values, side="right") - 1
+    index = np.where(values == bounds[-1], bounds.size - 2, index)
+    return np.where((index >= 0) & (index < bounds.size - 1), index, -1)
+
+
 class Points(Grid):
     """Scattered places: stations or free targets. locations: (P, 2) as (latitude, longitude) in degrees."""
 
@@ -224,3 +324,6 @@ class Points(Grid):
         distance = torch.cdist(points.reshape(-1, 2), self.coordinates, p=float("inf"))
         nearest, index = distance.min(dim=1)
         return torch.where(nearest <= 1e-6, index, -1).reshape(points.shape[:-1])
+
+
+ROWS_AND_COLUMNS = LatLonGrid | PlanarGrid

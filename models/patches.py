@@ -1,4 +1,4 @@
-"""Patches of a latitude-longitude or HEALPix grid: how cells map to latent cells.
+"""Patches of a latitude-longitude, planar or HEALPix grid: how cells map to latent cells.
 
 Shared by grid encoders, decoders and adapters.
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from data.grids import Grid, LatLonGrid
+from data.grids import ROWS_AND_COLUMNS, Grid
 from data.healpix import HEALPixGrid, nest_to_ring, padxy_to_nest
 from models.latents import LatentLayout
 
@@ -40,8 +40,8 @@ class Patches:
             raise ValueError(
                 f"patch_size={patch_size} must be one or two cell counts of at least 1, like model.patch_size=4"
             )
-        if not isinstance(grid, LatLonGrid):
-            raise ValueError(f"patches need a latitude-longitude grid, not {grid.kind}; use model/encoder=perceiver")
+        if not isinstance(grid, ROWS_AND_COLUMNS):
+            raise ValueError(f"patches need a grid of rows and columns, not {grid.kind}; use model/encoder=perceiver")
         rows, columns = (-(-side // cells) for side, cells in zip(grid.shape, size, strict=True))
         top, left = ((n * cells - side) // 2 for n, cells, side in zip((rows, columns), size, grid.shape, strict=True))
         return Patches(grid, size, rows, columns, top, left)
@@ -65,18 +65,23 @@ class Patches:
 
     @property
     def coordinates(self) -> Tensor:
-        """(N, 2) centres of the patches in degrees; padding extends the grid's spacing, latitude stays within +-90."""
-        latitude = _extended(self.grid.latitude, self.rows, self.size[0], self.top).clip(-90, 90)
-        longitude = _extended(self.grid.longitude, self.columns, self.size[1], self.left)
-        centres = np.stack(np.meshgrid(latitude, longitude, indexing="ij"), axis=-1)
+        """(N, 2) centres of the patches; padding extends the grid's spacing, latitude stays within +-90."""
+        down, across = _axes(self.grid)
+        down = _extended(down, self.rows, self.size[0], self.top)
+        across = _extended(across, self.columns, self.size[1], self.left)
+        if self.grid.geographic:
+            down = down.clip(-90, 90)
+        centres = np.stack(np.meshgrid(down, across, indexing="ij"), axis=-1)
         return torch.from_numpy(centres.reshape(-1, 2))
 
     def locate(self, coordinates: Tensor) -> np.ndarray:
-        """(P, 2) degrees -> (P, 2) float positions in latent cells: cell (r, c) spans r..r+1 and c..c+1."""
-        latitude, longitude = coordinates.double().cpu().numpy().T
-        middle = self.grid.longitude_bounds[[0, -1]].mean()  # places outside a region belong to its nearer side
-        row = _fractional_index(self.grid.latitude, latitude)
-        column = _fractional_index(self.grid.longitude, middle + (longitude - middle + 180) % 360 - 180)
+        """(P, 2) places -> (P, 2) float positions in latent cells: cell (r, c) spans r..r+1 and c..c+1."""
+        y, x = coordinates.double().cpu().numpy().T
+        if self.grid.geographic:
+            middle = self.grid.longitude_bounds[[0, -1]].mean()  # places outside a region belong to its nearer side
+            x = middle + (x - middle + 180) % 360 - 180
+        down, across = _axes(self.grid)
+        row, column = _fractional_index(down, y), _fractional_index(across, x)
         return np.stack([(row + self.top + 0.5) / self.size[0], (column + self.left + 0.5) / self.size[1]], axis=-1)
 
     def latent_layout(self, hidden_size: int, frames: int = 1) -> LatentLayout:
@@ -92,7 +97,7 @@ class Patches:
         )
 
     def cell_of(self, coordinates: Tensor) -> Tensor:
-        """(n, 2) degrees -> (n,) int64 latent cells, -1 outside the grid."""
+        """(n, 2) places -> (n,) int64 latent cells, -1 outside the grid."""
         cell = self.grid.cell_of(coordinates)
         width = self.grid.shape[1]
         row, column = ((cell // width + self.top) // self.size[0], (cell % width + self.left) // self.size[1])
@@ -204,6 +209,11 @@ def neighbourhoods(values: Tensor, size: int, *, wraps: bool) -> Tensor:
     else:
         values = F.pad(values, (margin,) * 4)
     return F.unfold(values, size).transpose(1, 2)
+
+
+def _axes(grid: ROWS_AND_COLUMNS) -> tuple[np.ndarray, np.ndarray]:
+    """Centres of the rows and of the columns."""
+    return (grid.latitude, grid.longitude) if grid.geographic else (grid.y, grid.x)
 
 
 def _extended(axis: np.ndarray, patches: int, cells: int, before: int) -> np.ndarray:

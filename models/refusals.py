@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data.grids import Grid, LatLonGrid
+from data.grids import ROWS_AND_COLUMNS, Grid
 from data.healpix import HEALPixGrid
 from data.layout import Layout
 from models.checks import part_class
@@ -30,21 +30,57 @@ def _is(model: Mapping[str, Any], place: str, name: str) -> bool:
 
 def _has_grid(layout: Layout) -> bool:
     described = [*layout.inputs.values(), *layout.targets.values()]
-    return any(isinstance(item.grid, LatLonGrid) for item in described)
+    return any(isinstance(item.grid, ROWS_AND_COLUMNS) for item in described)
 
 
 def _has_cells(layout: Layout) -> bool:
     described = [*layout.inputs.values(), *layout.targets.values()]
-    return any(isinstance(item.grid, LatLonGrid | HEALPixGrid) for item in described)
+    return any(isinstance(item.grid, ROWS_AND_COLUMNS | HEALPixGrid) for item in described)
+
+
+def _trait(model: Mapping[str, Any], place: str, name: str) -> bool:
+    return getattr(part_class(model[place]), name, False)
 
 
 REFUSALS = (
+    # Rows about tokens come first: later ones ask every input for its grid.
+    Refusal(
+        lambda model, layout: bool(layout.sequences) and not _trait(model, "encoder", "reads_tokens"),
+        "the task gives sequences of tokens, which this encoder does not read; use model/encoder=token",
+    ),
+    Refusal(
+        lambda model, layout: bool(layout.sequences) and not _trait(model, "decoder", "writes_tokens"),
+        "the task wants scores of tokens, which this decoder does not write; use model/decoder=token",
+    ),
+    Refusal(
+        lambda model, layout: bool(layout.sequences) and not _trait(model, "processor", "causal"),
+        "this processor lets a token read those that it must predict; use model/processor=perceiver_ar",
+    ),
+    Refusal(
+        lambda model, layout: bool(layout.sequences) and not len(layout.inputs) == len(layout.targets) == 1,
+        "a model of tokens reads one sequence and predicts one, and the task gives more; use task=autoregressive",
+    ),
+    Refusal(
+        lambda model, layout: not layout.sequences and _trait(model, "encoder", "reads_tokens"),
+        "model/encoder=token reads sequences of tokens, and the inputs are fields; "
+        "use task=autoregressive or model/encoder=perceiver",
+    ),
+    Refusal(
+        lambda model, layout: not layout.sequences and _trait(model, "decoder", "writes_tokens"),
+        "model/decoder=token writes scores of tokens, and the targets are fields; "
+        "use task=autoregressive or model/decoder=perceiver_io",
+    ),
+    Refusal(
+        lambda model, layout: not layout.sequences and _is(model, "processor", "PerceiverAR"),
+        "model/processor=perceiver_ar reads sequences of tokens, and the inputs are fields; "
+        "use task=autoregressive or model/processor=latent_transformer",
+    ),
     Refusal(
         lambda model, layout: (
             _is(model, "encoder", "GridPatchEncoder")
-            and not all(isinstance(item.grid, LatLonGrid) for item in layout.inputs.values())
+            and not all(isinstance(item.grid, ROWS_AND_COLUMNS) for item in layout.inputs.values())
         ),
-        "model/encoder=grid_patch cuts latitude-longitude grids into patches, and an input is not on one; "
+        "model/encoder=grid_patch cuts grids of rows and columns into patches, and an input is not on one; "
         "use model/encoder=perceiver",
     ),
     Refusal(
@@ -62,9 +98,9 @@ REFUSALS = (
     Refusal(
         lambda model, layout: (
             _is(model, "encoder", "VideoPatchEncoder")
-            and not all(isinstance(item.grid, LatLonGrid | HEALPixGrid) for item in layout.inputs.values())
+            and not all(isinstance(item.grid, ROWS_AND_COLUMNS | HEALPixGrid) for item in layout.inputs.values())
         ),
-        "model/encoder=video_patch cuts latitude-longitude and HEALPix grids into patches, and an input is on neither; "
+        "model/encoder=video_patch cuts rows and columns or HEALPix cells into patches, and an input is on neither; "
         "use model/encoder=perceiver",
     ),
     Refusal(
@@ -76,9 +112,9 @@ REFUSALS = (
     Refusal(
         lambda model, layout: (
             _is(model, "decoder", "VideoPatchDecoder")
-            and not all(isinstance(item.grid, LatLonGrid | HEALPixGrid) for item in layout.targets.values())
+            and not all(isinstance(item.grid, ROWS_AND_COLUMNS | HEALPixGrid) for item in layout.targets.values())
         ),
-        "model/decoder=video_patch writes latitude-longitude and HEALPix grids, and a target is on neither; "
+        "model/decoder=video_patch writes rows and columns or HEALPix cells, and a target is on neither; "
         "use model/decoder=perceiver_io",
     ),
     Refusal(
@@ -92,15 +128,24 @@ REFUSALS = (
     Refusal(
         lambda model, layout: (
             _is(model, "decoder", "GridPatchDecoder")
-            and not all(isinstance(item.grid, LatLonGrid) for item in layout.targets.values())
+            and not all(isinstance(item.grid, ROWS_AND_COLUMNS) for item in layout.targets.values())
         ),
-        "model/decoder=grid_patch writes latitude-longitude grids, and a target is not on one; "
+        "model/decoder=grid_patch writes grids of rows and columns, and a target is not on one; "
         "use model/decoder=perceiver_io",
     ),
     Refusal(
         lambda model, layout: _is(model, "processor", "SpatialTransformer") and not _has_grid(layout),
-        "model/processor=spatial_transformer needs a latitude-longitude grid, and no input or target has one; "
+        "model/processor=spatial_transformer needs a grid of rows and columns, and no input or target has one; "
         "use model/processor=latent_transformer",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "processor", "VideoDiT")
+            and model["processor"].get("radius") is not None
+            and not all(item.grid.geographic for item in layout.inputs.values())
+        ),
+        "model.processor.radius is in degrees on the sphere, and an input has no geography; "
+        "use model.processor.radius=null",
     ),
     Refusal(
         lambda model, layout: (
@@ -108,7 +153,7 @@ REFUSALS = (
             and "local" in (model["decoder"].get("scope"), model["decoder"].get("queries"))
             and not _has_cells(layout)
         ),
-        "local queries need a latitude-longitude or HEALPix grid, and no input or target has one; "
+        "local queries need rows and columns or a HEALPix grid, and no input or target has one; "
         "use model.decoder.scope=global",
     ),
 )
@@ -128,14 +173,14 @@ def adapter_grid(
     if not getattr(part, "requires_grid", lambda _: False)(options):
         return None
     wanted = layout.targets[target].grid if target is not None else None
-    kinds = LatLonGrid if _requires_rows(part) else (LatLonGrid, HEALPixGrid)
+    kinds = ROWS_AND_COLUMNS if _requires_rows(part) else ROWS_AND_COLUMNS | HEALPixGrid
     suits = isinstance(latents.grid, kinds)
-    if suits and (not getattr(part, "writes_latent_grid", False) or latents.grid == wanted):
+    if suits and (not getattr(part, "writes_latent_grid", False) or latents.grid.find(wanted) is not None):
         return None
     grids = [wanted, *(item.grid for item in [*layout.inputs.values(), *layout.targets.values()])]
     return next(grid for grid in grids if isinstance(grid, kinds))
 
 
 def _requires_rows(part: type) -> bool:
-    """Whether the part works on rows and columns: latitude-longitude grids only."""
+    """Whether the part works on rows and columns: grids of rows and columns only."""
     return getattr(part, "requires_rows", True)

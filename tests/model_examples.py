@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data.batch import Batch, Field, Reference
-from data.grids import Grid, LatLonGrid, Points
+from data.grids import Grid, LatLonGrid, PlanarGrid, Points
 from data.healpix import HEALPixGrid
 from data.layout import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
 from data.observations import Observations, check
@@ -21,6 +21,7 @@ TEMPERATURE, WIND = Variable("t", "K"), Variable("u", "m s-1")
 GLOBAL = LatLonGrid(np.linspace(75, -75, 6), np.arange(10) * 36.0)
 REGION = LatLonGrid(np.linspace(20, 60, 7), np.linspace(350, 374, 9) % 360)
 COARSE = LatLonGrid(np.linspace(-60, 60, 4), np.arange(6) * 60.0)
+PLANE = PlanarGrid.regular(10, 9)
 SPHERE = HEALPixGrid(1, "nest")
 STATIONS = Points([[10.0, 20.0], [10.5, 20.5], [-45.0, 300.0], [89.0, 0.0], [33.0, -120.0]])
 

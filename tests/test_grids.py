@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.grids import Grid, LatLonGrid, Points
+from data.grids import Grid, LatLonGrid, PlanarGrid, Points
 
 
 def random_grid(rng: np.random.Generator) -> LatLonGrid:
@@ -106,5 +106,56 @@ def test_impossible_axes_are_refused(latitude, longitude, message):
 
 
 def test_unknown_grid_kinds_are_refused():
-    with pytest.raises(ValueError, match="unknown grid kind 'hexagonal'; allowed: healpix, latlon, points"):
+    with pytest.raises(ValueError, match="unknown grid kind 'hexagonal'; allowed: healpix, latlon, planar, points"):
         Grid.from_dict({"kind": "hexagonal"})
+
+
+def random_plane(rng: np.random.Generator) -> PlanarGrid:
+    y, x = (rng.uniform(-50, 50) + np.cumsum(rng.uniform(0.5, 2, size=size)) for size in (7, 9))
+    return PlanarGrid(y[:: rng.choice([-1, 1])], x[:: rng.choice([-1, 1])])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cells_of_a_plane_hold_what_lies_between_their_bounds(seed):
+    rng = np.random.default_rng(seed)
+    grid = random_plane(rng)
+    points = np.stack(
+        [rng.uniform(bounds.min() - 3, bounds.max() + 3, 400) for bounds in (grid.y_bounds, grid.x_bounds)]
+    )
+    expected, areas = np.full(400, -1), np.empty(grid.shape)
+    for row, column in np.ndindex(*grid.shape):
+        south, north = sorted(grid.y_bounds[row : row + 2])
+        west, east = sorted(grid.x_bounds[column : column + 2])
+        inside = (points[0] > south) & (points[0] < north) & (points[1] > west) & (points[1] < east)
+        expected[inside] = row * grid.shape[1] + column
+        areas[row, column] = (north - south) * (east - west)
+    assert (expected >= 0).any() and (expected < 0).any()
+    np.testing.assert_array_equal(grid.cell_of(torch.from_numpy(points.T)).numpy(), expected)
+    np.testing.assert_array_equal(grid.cell_of(grid.coordinates).numpy(), np.arange(grid.num_points))
+    np.testing.assert_allclose(grid.area_weights.numpy(), areas / areas.mean(), rtol=1e-9)
+    assert grid.cell_of(torch.tensor([[torch.nan, 0.0]])) == -1
+
+
+def test_a_plane_travels_as_json_and_finds_its_windows():
+    grid = PlanarGrid(np.arange(8.0, 0, -1), np.arange(5.0), units="pixels", projection="+proj=stere")
+    again = Grid.from_dict(json.loads(json.dumps(grid.to_dict())))
+    assert again == grid and hash(again) == hash(grid)
+    assert (again.units, again.projection, again.is_global) == ("pixels", "+proj=stere", False)
+    window = grid.window(slice(2, 5), slice(1, 3))
+    assert grid.find(window) == (slice(2, 5), slice(1, 3)) and window.find(grid) is None
+    assert grid.find(PlanarGrid.regular(3, 2)) is None and grid.find(Points([[1.0, 2.0]])) is None
+    values = torch.arange(40.0).view(8, 5)
+    assert torch.equal(values.flatten()[grid.cell_of(window.coordinates)], values[grid.find(window)].flatten())
+
+
+@pytest.mark.parametrize(
+    ("axes", "sentence"),
+    [
+        (dict(y=[0, 1, 1], x=[0, 1]), "y must be strictly"),
+        (dict(y=[0, 1], x=[0, float("nan")]), "x holds NaN"),
+        (dict(y=[0, 1], x=[0, 1], units="miles"), "units=miles .* allowed: km, pixels"),
+    ],
+)
+def test_planes_that_cannot_be_are_refused(axes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        PlanarGrid(**axes)

@@ -1,7 +1,8 @@
 """Every preset and every swap of parts: builds, runs, learns, and survives a checkpoint.
 
 Pairwise by default (every pair of options occurs), the full product with `-m slow`. Data: fields on a
-latitude-longitude grid, and fixed fields with observations on HEALPix and on a latitude-longitude grid.
+latitude-longitude grid, fields on a plane around a smaller target, and fixed fields with observations on HEALPix and on
+a latitude-longitude grid.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from data.batch import Batch
 from data.layout import Layout
 from models import load
 from models.composition import build_from_config, compose
-from tests.model_examples import GLOBAL, SPHERE, observed_layout, tiny_batch, tiny_layout
+from tests.model_examples import GLOBAL, PLANE, SPHERE, observed_layout, tiny_batch, tiny_layout
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "model"
 TINY = [
@@ -63,6 +64,7 @@ FIELDS = list(
         distinct("encoder"), distinct("processor"), distinct("decoder"), CPU_ATTENTION, ("auto", "global")
     )
 )
+PLANAR = list(itertools.product(distinct("encoder"), distinct("processor"), distinct("decoder")))
 OBSERVED = [
     *itertools.product(
         ["healpix"],
@@ -95,6 +97,10 @@ def with_fields(encoder, processor, decoder, attention, scope) -> tuple[list[str
 def with_observations(grid, encoder, processor, decoder, times) -> tuple[list[str], Layout]:
     layout = observed_layout({"healpix": SPHERE, "latlon": GLOBAL}[grid], analysis=times == "analysis", gaps=True)
     return parts(encoder, processor, decoder), layout
+
+
+def on_a_plane(encoder, processor, decoder) -> tuple[list[str], Layout]:
+    return parts(encoder, processor, decoder), tiny_layout(PLANE, target_grid=PLANE.window(slice(2, 8), slice(2, 7)))
 
 
 def masked(batch: Batch, content: float) -> Batch:
@@ -150,6 +156,11 @@ def test_pairs_of_parts(case, tmp_path):
 @pytest.mark.parametrize("case", FIELDS, ids="-".join)
 def test_all_parts(case, tmp_path):
     exercise(*with_fields(*case), tmp_path)
+
+
+@pytest.mark.parametrize("case", pairwise(PLANAR), ids="-".join)
+def test_pairs_of_parts_on_a_plane(case, tmp_path):
+    exercise(*on_a_plane(*case), tmp_path)
 
 
 @pytest.mark.parametrize("case", pairwise(OBSERVED), ids="-".join)

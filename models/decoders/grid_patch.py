@@ -18,8 +18,9 @@ from models.patches import Patches
 
 
 class GridPatchDecoder(nn.Module):
-    """Latents on the target's grid, Query -> (B, L, C * K, H, W): an MLP under FiLM of the lead time, a linear layer.
+    """Latents, Query -> (B, L, C * K, H, W): an MLP under FiLM of the lead time, a linear layer.
 
+    The latents tile the target's grid, or one that holds it.
     mlp_ratio: widening of the MLP; dropout: of its output. zero_head: start from the target's reference.
     calendar: what is known of the target's date (season_and_hour, hour, none).
     """
@@ -40,7 +41,8 @@ class GridPatchDecoder(nn.Module):
     ):
         super().__init__()
         described, hidden = layout.targets[target], latent_layout.hidden_size
-        assert latent_layout.grid == described.grid, "the builder puts an adapter before this decoder"
+        self.window = latent_layout.grid.find(described.grid)
+        assert self.window is not None, "the builder puts an adapter before this decoder"
         self.patches = Patches.of(latent_layout.grid, latent_layout.patch_size)
         self.zero_head = zero_head
         outputs = len(described.variables) * outputs_per_variable
@@ -76,4 +78,4 @@ class GridPatchDecoder(nn.Module):
             p=self.patches.size[0],
             q=self.patches.size[1],
         )
-        return self.patches.crop(cells)
+        return self.patches.crop(cells)[..., *self.window]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Query
-from data.grids import LatLonGrid
+from data.grids import ROWS_AND_COLUMNS
 from data.layout import Layout
 from models.initialisation import linear_, table_
 from models.patches import neighbourhoods
@@ -54,7 +54,7 @@ class PlaceQueries(nn.Module):
             self.position = nn.Linear(places.shape[1], hidden_size)
         channels = layout.query_features(target)
         self.feature_size = features if channels else 0
-        if self.feature_size and not isinstance(self.grid, LatLonGrid):
+        if self.feature_size and not isinstance(self.grid, ROWS_AND_COLUMNS):
             self.feature_size = 1  # scattered places have no neighbours
         self.feature = nn.Linear(channels * self.feature_size**2, hidden_size) if self.feature_size else None
 

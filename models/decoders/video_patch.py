@@ -20,7 +20,7 @@ from models.positions.time import CalendarEmbedding, LeadTimeEmbedding
 
 
 class VideoPatchDecoder(nn.Module):
-    """Latents on the target's grid, Query -> (B, L, C * K, *grid.shape).
+    """Latents on the target's grid or around it, Query -> (B, L, C * K, *grid.shape).
 
     zero_head: start from the target's reference. calendar: what a forecast knows of its date (season_and_hour, hour,
     none).
@@ -41,7 +41,8 @@ class VideoPatchDecoder(nn.Module):
     ):
         super().__init__()
         described, hidden = layout.targets[target], latent_layout.hidden_size
-        assert latent_layout.grid == described.grid, "the builder puts an adapter before this decoder"
+        self.window = latent_layout.grid.find(described.grid)
+        assert self.window is not None, "the builder puts an adapter before this decoder"
         self.patches = patches_of(latent_layout.grid, latent_layout.patch_size)
         self.lead_time = self.calendar = None
         if not latent_layout.at_target:
@@ -69,4 +70,4 @@ class VideoPatchDecoder(nn.Module):
         tokens = modulated_norm(tokens, *self.norm(latents.condition, batch))
         _, rows, columns = self.patches.images
         images = self.head(rearrange(tokens, "b l (f h w) d -> (b l f) d h w", h=rows, w=columns))
-        return rearrange(self.patches.from_images(images), "(b l) ... -> b l ...", l=leads)
+        return rearrange(self.patches.from_images(images)[..., *self.window], "(b l) ... -> b l ...", l=leads)

@@ -1,4 +1,4 @@
-"""Patch tokens of a latitude-longitude grid: all inputs and frames joined as channels, one token a patch.
+"""Patch tokens of a grid of rows and columns: all inputs and frames joined as channels, one token a patch.
 
 As in a Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929), with an overlapping halo, zonal wrap-around and
 masks. Letters: B batch, T frames, C channels, H x W cells, p x p patch, N tokens, D hidden.

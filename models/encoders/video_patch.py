@@ -1,4 +1,4 @@
-"""Patch tokens frame by frame, on latitude-longitude and HEALPix grids, with observations beside them.
+"""Patch tokens frame by frame, on rows and columns or HEALPix, with observations beside them.
 
 Every frame of the joined inputs becomes one token a patch; a static input stands for all frames. Tokens know their
 place by a learned table and the local time by harmonics. Observations become tokens of their own, sorted by the patch
@@ -72,7 +72,9 @@ class VideoPatchEncoder(nn.Module):
         self.position = nn.Parameter(torch.empty(self.patches.num_tokens, hidden_size))
         coordinates = self.patches.coordinates
         self.register_buffer("coordinates", coordinates, persistent=False)
-        self.calendar = LocalCalendar(hidden_size, coordinates[:, 1]) if calendar else None
+        # Without geography, or where it is not known, the hour is that of the clock.
+        longitude = coordinates[:, 1] if first.grid.geographic else torch.zeros_like(coordinates[:, 1])
+        self.calendar = LocalCalendar(hidden_size, longitude) if calendar else None
         self.observations = self.observation_attention = None
         if layout.observations is not None:
             self.observations = ObservationTokenizer(

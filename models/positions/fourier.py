@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.grids import Grid, LatLonGrid
+from data.grids import Grid, LatLonGrid, PlanarGrid
 
 SPACINGS = ("linear", "log")
 
@@ -51,11 +51,21 @@ def geographic_features(coordinates: Tensor, num_bands: int, grid: Grid, *, spac
 
     The unit vector, and Fourier features of latitude/90 and longitude/180 up to what `grid` resolves. Longitude
     frequencies are whole numbers, so that the features close around the globe.
+    On a plane (y, x) -> (..., 2 + 4 num_bands): Fourier features of the place between the edges of `grid`.
     """
+    if isinstance(grid, PlanarGrid):
+        return _planar_features(coordinates, num_bands, grid, spacing)
     bands = [frequencies(num_bands, max(1.0, limit), spacing) for limit in nyquist(grid)]
     places = coordinates.double()
     scaled = places / places.new_tensor([90.0, 180.0])
     return torch.cat([unit_sphere(places), fourier_features(scaled, [bands[0], bands[1].round()])], dim=-1).float()
+
+
+def _planar_features(coordinates: Tensor, num_bands: int, grid: PlanarGrid, spacing: str) -> Tensor:
+    edges = coordinates.new_tensor(np.stack([grid.y_bounds[[0, -1]], grid.x_bounds[[0, -1]]]), dtype=torch.float64)
+    scaled = (coordinates.double() - edges.mean(dim=1)) / (edges.diff(dim=1)[:, 0].abs() / 2)
+    bands = [frequencies(num_bands, max(1.0, cells / 2), spacing) for cells in grid.shape]
+    return fourier_features(scaled, bands).float()
 
 
 def nyquist(grid: Grid) -> tuple[float, float]:
