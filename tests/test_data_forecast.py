@@ -89,7 +89,7 @@ def test_references_in_physical_units(data, normalisation, reference):
     }[reference]
     present = expected.isfinite()
     torch.testing.assert_close(predicted[present], expected[present], rtol=0, atol=1e-3)
-    assert target.reference.values.isfinite().all() and target.reference.scale.shape == (2, 2, 1, 1)
+    assert target.reference.values.isfinite().all() and target.reference.scale.shape == (1, 2, 2, 1, 1)
 
 
 def test_a_missing_last_frame_leaves_climatology_as_the_reference(data, normalisation):

@@ -7,13 +7,14 @@ Letters: B batch, L lead times, C variables.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batch import Batch
 from data.layout import Layout
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from data.datasets.gridded import GriddedData
     from data.normalisation import Normalisation
     from evaluation.baselines import Situation
+    from evaluation.run_evaluation import Choices, Findings
+    from evaluation.run_folder import RunFolder
     from models.encode_process_decode import EncodeProcessDecode
 
 DEFAULT_LEAD_STEPS = (1, 4, 12)
@@ -34,6 +37,8 @@ class ForecastTask(GriddedTask):
 
     input_frames: consecutive frames that the model sees. lead_times: hours after the last of them; None: 1, 4 and 12
         steps of the data (6, 24 and 72 h where it is 6-hourly).
+    training_lead_times: hours that training samples draw from, lead_draws each: a list, or {from: 6, to: 72} for every
+        step of the data between; None: every sample has all of lead_times.
     reference: what the model's output is added to (`data.datasets.forecast` lists them). head: see `models/heads.py`.
     loss: mse, l1 or huber of the scaled residual, weighted by exact cell area.
     variable_weights: {name: weight}, 1 where not named. lead_weights: one a lead time, None: all 1.
@@ -49,6 +54,8 @@ class ForecastTask(GriddedTask):
         *,
         input_frames: int,
         lead_times: Sequence[float] | None,
+        training_lead_times: Sequence[float] | Mapping[str, float] | None = None,
+        lead_draws: int = 1,
         reference: str,
         head: str,
         loss: str,
@@ -64,6 +71,24 @@ class ForecastTask(GriddedTask):
             raise ValueError(
                 f"task.lead_times={list(lead_times)} must be increasing hours above 0, like task.lead_times=[6,24,72]"
             )
+        drawn = training_lead_times
+        if isinstance(drawn, Mapping):
+            if set(drawn) != {"from", "to"} or not 0 < drawn["from"] < drawn["to"]:
+                raise ValueError(
+                    f"task.training_lead_times={dict(drawn)} must be a range of hours above 0, "
+                    "like 'task.training_lead_times={from:6,to:72}'"
+                )
+        elif drawn is not None and (not drawn or drawn[0] <= 0 or _unordered(drawn)):
+            raise ValueError(
+                f"task.training_lead_times={list(drawn)} must be increasing hours above 0, "
+                "like task.training_lead_times=[6,24,72]"
+            )
+        if drawn is not None and lead_weights is not None:
+            raise ValueError(
+                "task.lead_weights weighs lead times that every sample has; leave it out with task.training_lead_times"
+            )
+        if lead_draws < 1:
+            raise ValueError(f"task.lead_draws={lead_draws} must be at least 1 lead time a sample")
         if lead_weights is not None and (not lead_weights or min(lead_weights) < 0 or max(lead_weights) == 0):
             raise ValueError(f"task.lead_weights={list(lead_weights)} must be 0 or more, and not all 0")
         if input_noise < 0:
@@ -73,6 +98,8 @@ class ForecastTask(GriddedTask):
         self.check_stacking(stacking)
         self.input_frames = input_frames
         self.lead_times = None if lead_times is None else tuple(lead_times)
+        self.training_lead_times = dict(drawn) if isinstance(drawn, Mapping) else drawn
+        self.lead_draws = lead_draws
         self.reference = reference
         self.head_name, self.loss_name = head, loss
         self.variable_weights = dict(variable_weights or {})
@@ -85,16 +112,24 @@ class ForecastTask(GriddedTask):
 
     def lead_steps(self, data: GriddedData) -> tuple[int, ...]:
         """Lead times in steps of the data. Raises ValueError where one is not a whole number of steps."""
-        if self.lead_times is None:
-            return DEFAULT_LEAD_STEPS
-        step = data.step / 3600
-        for hours in self.lead_times:
-            if abs(hours / step - round(hours / step)) > 1e-6 or round(hours / step) < 1:
-                raise ValueError(
-                    f"the lead time of {hours:g} h is not a multiple of the data's step of {step:g} h; "
-                    f"use multiples of it, like task.lead_times=[{step:g},{4 * step:g}]"
-                )
-        return tuple(round(hours / step) for hours in self.lead_times)
+        return DEFAULT_LEAD_STEPS if self.lead_times is None else _in_steps(self.lead_times, data)
+
+    def drawn_steps(self, data: GriddedData) -> tuple[int, ...] | None:
+        """What training samples draw from, in steps of the data; None: they have all lead times. Raises ValueError."""
+        drawn = self.training_lead_times
+        if drawn is None:
+            return None
+        if isinstance(drawn, Mapping):
+            first, last = _in_steps((drawn["from"], drawn["to"]), data)
+            drawn = tuple(range(first, last + 1))
+        else:
+            drawn = _in_steps(drawn, data)
+        if self.lead_draws > len(drawn):
+            raise ValueError(
+                f"task.lead_draws={self.lead_draws} is more than the {len(drawn)} of task.training_lead_times; "
+                f"use at most task.lead_draws={len(drawn)}"
+            )
+        return drawn
 
     def layout(self, data: GriddedData) -> Layout:
         """What the model reads and predicts. Raises ValueError where weights do not fit the data."""
@@ -110,13 +145,16 @@ class ForecastTask(GriddedTask):
         self.check_variable_weights(data.variables)
         from data.datasets.forecast import forecast_layout
 
-        return forecast_layout(data, input_frames=self.input_frames, lead_steps=steps)
+        return forecast_layout(
+            data, input_frames=self.input_frames, lead_steps=steps, trained_steps=self.drawn_steps(data) or ()
+        )
 
     def fit(self, data: GriddedData) -> Normalisation:
         """Scale, climatology, damping and residual scale of the training range."""
         from data.normalisation import Normalisation
 
-        return Normalisation.fit(data, lead_steps=self.lead_steps(data))
+        steps = {*self.lead_steps(data), *(self.drawn_steps(data) or ())}
+        return Normalisation.fit(data, lead_steps=sorted(steps))
 
     def dataset(self, data: GriddedData, split: str, normalisation: Normalisation) -> ForecastDataset:
         from data.datasets.forecast import ForecastDataset
@@ -128,6 +166,8 @@ class ForecastTask(GriddedTask):
             input_frames=self.input_frames,
             lead_steps=self.lead_steps(data),
             reference=self.reference,
+            drawn_steps=self.drawn_steps(data) if split == "train" else None,
+            draws=self.lead_draws,
         )
 
     # Evaluation
@@ -147,6 +187,12 @@ class ForecastTask(GriddedTask):
         known, truth = situation(dataset.data, dataset.normalisation, bases, dataset.lead_steps)
         return known, truth.where(dataset.data.domain, torch.nan)
 
+    def evaluate(self, run: RunFolder, model: nn.Module, data, normalisation, choices: Choices) -> Findings:
+        """Scores at lead_times on any split, whatever training draws from. Raises ValueError, OSError."""
+        fixed = copy(self)
+        fixed.training_lead_times = None
+        return super(ForecastTask, fixed).evaluate(run, model, data, normalisation, choices)
+
     # Training
 
     def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
@@ -160,6 +206,18 @@ class ForecastTask(GriddedTask):
             for name, field in batch.inputs.items()
         }
         return replace(batch, inputs=noisy)
+
+
+def _in_steps(lead_times: Sequence[float], data: GriddedData) -> tuple[int, ...]:
+    """Hours in steps of the data. Raises ValueError where one is not a whole number of steps."""
+    step = data.step / 3600
+    for hours in lead_times:
+        if abs(hours / step - round(hours / step)) > 1e-6 or round(hours / step) < 1:
+            raise ValueError(
+                f"the lead time of {hours:g} h is not a multiple of the data's step of {step:g} h; "
+                f"use multiples of it, like task.lead_times=[{step:g},{4 * step:g}]"
+            )
+    return tuple(round(hours / step) for hours in lead_times)
 
 
 def _unordered(numbers: Sequence[float]) -> bool:

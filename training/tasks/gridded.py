@@ -88,7 +88,7 @@ class GriddedTask:
 
     def _importance(self, target: TargetLayout, like: Tensor) -> Tensor:
         """(L, C): product of lead and variable weights."""
-        leads = like.new_tensor(self.lead_weights or [1.0] * len(target.lead_times))
+        leads = like.new_tensor(self.lead_weights or [1.0] * len(like))
         variables = like.new_tensor([self.variable_weights.get(item.label, 1.0) for item in target.variables])
         return leads[:, None] * variables
 
