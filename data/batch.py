@@ -132,6 +132,17 @@ class Field(Movable):
         validity = torch.ones_like(values) if mask is None else mask.expand_as(values).to(values.dtype)
         return torch.cat([values, validity], dim=2)
 
+    def repeated(self, count: int) -> Field:
+        """Every sample `count` times in a row."""
+
+        def each(tensor: Tensor | None) -> Tensor | None:
+            shared = tensor is None or tensor.ndim not in (2, self.values.ndim) or tensor.shape[0] == 1
+            return tensor if shared else tensor.repeat_interleave(count, dim=0)
+
+        whole = {name: getattr(self, name).repeat_interleave(count, dim=0) for name in ("values", "times")}
+        parts = ("valid", "domain", "frame_valid", "scale", "offset", "second_of_day", "day_of_year")
+        return replace(self, reference=None, **whole, **{name: each(getattr(self, name)) for name in parts})
+
     def of_frames(self, frames: list[int] | range) -> Field:
         """This field at some of its times, by their indices."""
 
@@ -311,6 +322,17 @@ class Batch(Movable):
         targets = {name: field.of_frames(share.leads(self.layout, name)) for name, field in self.targets.items()}
         observations = None if self.observations is None else self.observations.of_frames(first, count)
         return replace(self, inputs=inputs, targets=targets, observations=observations, share=share)
+
+    def repeated(self, count: int) -> Batch:
+        """What encoders read of every sample `count` times in a row: inputs, observations, condition; not targets."""
+        return replace(
+            self,
+            inputs={name: field.repeated(count) for name, field in self.inputs.items()},
+            observations=None if self.observations is None else self.observations.repeated(count),
+            condition=None
+            if self.condition is None
+            else self.condition.map(lambda tensor: tensor.repeat_interleave(count, dim=0)),
+        )
 
     def queries(self) -> dict[str, Query | None]:
         """One query a target; None for a sequence, whose tokens follow those that were read."""

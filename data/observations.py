@@ -80,6 +80,13 @@ class Observations(Movable):
         """The rows of a mask or of indices."""
         return replace(self, **{name: tensor[rows] for name, tensor in self.rows().items()})
 
+    def repeated(self, count: int) -> Observations:
+        """The rows of every sample for `count` samples in a row."""
+        again = {name: tensor.repeat_interleave(count, dim=0) for name, tensor in self.rows().items()}
+        again["batch"] = again["batch"] * count + torch.arange(count, device=self.batch.device).repeat(len(self))
+        whole = ("times", "second_of_day", "day_of_year")
+        return replace(self, **again, **{name: getattr(self, name).repeat_interleave(count, dim=0) for name in whole})
+
     def of_frames(self, first: int, count: int) -> Observations:
         """The rows of frames first .. first + count - 1, which become frames 0 .. count - 1."""
         kept = self.chosen((self.frame >= first) & (self.frame < first + count))

@@ -23,6 +23,8 @@ class GridAdapter(nn.Module):
     each: (B, T, M, D), every frame from its own; otherwise (B, 1, M, D), read from all frames.
     """
 
+    accepts_modulation = True
+
     def __init__(
         self,
         latent_layout: LatentLayout,
@@ -57,11 +59,15 @@ class GridAdapter(nn.Module):
         tokens = rearrange(latents.tokens, f"b t n d -> {joined} d")
         valid = None if latents.valid is None else rearrange(latents.valid, f"b t n -> {joined}")
         queries = repeat(self.query(self.features), "m d -> b m d", b=tokens.shape[0])
-        cells = rearrange(self.layer(queries, tokens, mask=valid), "(b t) m d -> b t m d", b=batch)
+        film = latents.modulation
+        if film is not None and self.each:
+            film = film.repeated(latents.tokens.shape[1])
+        cells = rearrange(self.layer(queries, tokens, mask=valid, modulation=film), "(b t) m d -> b t m d", b=batch)
         return Latents(
             tokens=cells,
             times=latents.times[:, -cells.shape[1] :],
             coordinates=self.coordinates,
             frames=latents.frames if self.each else (0, 1),
             condition=latents.condition,
+            modulation=latents.modulation,
         )

@@ -37,6 +37,7 @@ def check_config(config: DictConfig, overrides: Sequence[str]) -> None:
         _check_part(path, node)
     check_trunk(config)
     _check_scalars(config)
+    _check_condition(config)
     _check_ranks(config)
     _check_attention(config)
 
@@ -130,6 +131,15 @@ def _check_scalars(config: DictConfig) -> None:
     for key in config.model:
         if key not in known:
             raise ValueError(f"no part reads model.{key}; {_nearest(str(key), known)}")
+
+
+def _check_condition(config: DictConfig) -> None:
+    condition = config.model.get("condition")
+    if isinstance(condition, str) and condition not in ("decoder", "all"):
+        raise ValueError(
+            f"model.condition={condition} is unknown; use decoder or all (what knows the lead time), or an embedder of "
+            "noise levels and labels, model/condition=edm|dit|zero"
+        )
 
 
 def _check_ranks(config: DictConfig) -> None:

@@ -25,6 +25,7 @@ from torch import nn
 from data.layout import Layout
 from models.adapters import GridAdapter
 from models.checks import check_config, part_class, part_options
+from models.conditioning.lead_time import LeadTimeFiLM
 from models.encode_process_decode import EncodeProcessDecode
 from models.heads import build_head
 from models.latents import LatentLayout
@@ -89,7 +90,8 @@ def build_from_config(config: DictConfig | Mapping, layout: Layout) -> EncodePro
     head = build_head(config.task.head, loss=config.task.loss)
     refuse(model, layout)
     encoder = _encoder(model, layout)
-    condition = part_class(model["condition"])(**part_options(model["condition"])) if "condition" in model else None
+    embedder = model.get("condition")
+    condition = part_class(embedder)(**part_options(embedder)) if isinstance(embedder, Mapping) else None
     adapters = nn.ModuleDict()
 
     def gridded(place: str, latents: LatentLayout, target: str | None = None) -> LatentLayout:
@@ -137,6 +139,7 @@ def build_from_config(config: DictConfig | Mapping, layout: Layout) -> EncodePro
 
 
 def _encoder(model: Mapping[str, Any], layout: Layout) -> nn.Module:
+        film=_film(model, layout, encoder, processor, *adapters.values()) if embedder == "all" else None,
     """The encoder, told what it must know of the processor behind it."""
     processor, encoder = part_class(model["processor"]), part_class(model["encoder"])
     injected = {}
@@ -153,6 +156,20 @@ def load(checkpoint: str | Path, *, ema: bool = True) -> EncodeProcessDecode:
     of a file that `python -m training.export` made of one.
 
     Composes nothing: the checkpoint holds its configuration. Runs no code from it. Raises ValueError, OSError.
+def _film(model: Mapping[str, Any], layout: Layout, encoder: nn.Module, *parts: nn.Module) -> LeadTimeFiLM:
+    """What tells encoder, processor and adapters the lead time, with the options of a decoder that has such ones."""
+    named = {"lead_features": "features", "film_hidden": "hidden", "film": "generator"}
+    options = {named[key]: value for key, value in part_options(model["decoder"]).items() if key in named}
+    trained = {lead for target in layout.targets.values() for lead in target.trained_lead_times}
+    modulated = getattr(encoder, "accepts_modulation", False)
+    return LeadTimeFiLM(
+        LeadTimeFiLM.layers_of(encoder, *parts),
+        lead_times=sorted(trained),
+        token_width=None if modulated else encoder.latent_layout.hidden_size,
+        **options,
+    )
+
+
     """
     place = Path(checkpoint)
     stored = description(place)

@@ -3,6 +3,9 @@
     latents = processor(encoder(batch) with the embedded condition)
     output[target] = decoder[target](latents, query of the target)
 
+With `model.condition=all` every part knows the lead time, as in MetNet (arXiv:2306.06079): everything runs again for
+each of them, (B, L) becoming B L samples of one lead time. Otherwise it encodes once and decodes many.
+
 Where all times of a target are times of latent frames (an analysis), its decoder gets the frame of each time as a
 sample of its own; otherwise (a forecast) it gets all frames.
 
@@ -31,7 +34,8 @@ class EncodeProcessDecode(nn.Module):
 
     decoder: one decoder a target, by its name. adapter: grid adapters that the builder put before "processor" or before
     the decoder of a target. layout: what the parts were built for. head: gives outputs their meaning. condition: embeds
-    noise level and label. frames: the latent frame of each time of a target, for targets at several frames' times.
+    noise level and label. film: tells encoder, processor and adapters the lead time, or None. frames: the latent frame
+    of each time of a target, for targets at several frames' times.
     """
 
     def __init__(
@@ -46,22 +50,43 @@ class EncodeProcessDecode(nn.Module):
         condition: nn.Module | None = None,
         frames: Mapping[str, list[int]] | None = None,
     ):
+        film: LeadTimeFiLM | None = None,
         super().__init__()
         self.encoder, self.processor, self.decoder = encoder, processor, decoder
         self.adapter = nn.ModuleDict() if adapter is None else adapter
-        self.condition = condition
+        self.condition, self.film = condition, film
         self.layout, self.head, self.frames = layout, head, dict(frames or {})
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Raises ValueError where the batch is not what the model was built for."""
         self.validate(batch)
-        latents = self.encoder(batch)
-        if self.condition is not None:
-            latents = replace(latents, condition=self.condition(self._given_condition(batch)))
-        latents = self.processor(self._adapted("processor", latents))
+        if self.film is not None:
+            return {name: self._each_lead_time(name, batch, query) for name, query in batch.queries().items()}
+        latents = self._latents(batch)
         return {name: self._decode(name, latents, query) for name, query in batch.queries().items()}
 
-    def _decode(self, name: str, latents: Latents, query: Query) -> Tensor:
+    def _latents(self, batch: Batch, modulation: Modulations | None = None) -> Latents:
+        """modulation: of every sample by its one lead time, with `film`."""
+        if modulation is None:
+            latents = self.encoder(batch)
+        elif getattr(self.encoder, "accepts_modulation", False):
+            latents = replace(self.encoder(batch, modulation=modulation), modulation=modulation)
+        else:  # its tokens are modulated instead
+            latents = replace(self.encoder(batch), modulation=modulation)
+            tokens = self.film.tokens(latents.tokens.flatten(1, 2), modulation)
+            latents = latents.with_tokens(tokens.view_as(latents.tokens))
+        if self.condition is not None:
+            latents = replace(latents, condition=self.condition(self._given_condition(batch)))
+        return self.processor(self._adapted("processor", latents))
+
+    def _each_lead_time(self, name: str, batch: Batch, query: Query) -> Tensor:
+        """(B, L, C K, ...) of one target, every lead time from its own encoding."""
+        modulation = self.film(query.lead_time.flatten())
+        latents = self._latents(batch.repeated(query.times.shape[1]), modulation)
+        output = self._decode(name, latents, query.each_time())  # (B L, 1, C K, ...)
+        return output[:, 0].unflatten(0, tuple(query.times.shape))
+
+    def _decode(self, name: str, latents: Latents, query: Query | None) -> Tensor:
         if name not in self.frames:
             return self.decoder[name](self._adapted(name, latents), query)
         first, count = latents.frames[0], latents.tokens.shape[1]
@@ -88,10 +113,11 @@ class EncodeProcessDecode(nn.Module):
     def validate(self, batch: Batch) -> None:
         """Raises ValueError, one sentence, when inputs or targets differ from the layout of the model.
 
-        Lead times may differ: they are data of the query.
+        Lead times may differ: they are data of the query; those beyond the trained ones are warned of.
         """
         if batch.layout is self.layout:
             return
+        warn_beyond_training(self.layout, batch.layout)
         for name, item in self.layout.inputs.items():
             if batch.layout.inputs.get(name) != item:
                 raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data.grids import Grid
 from kernels.segments import Occupied, WorkList
+from models.attention import Modulations
 
 
 @dataclass(frozen=True)

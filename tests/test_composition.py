@@ -46,7 +46,7 @@ WRONG = {
     "a string in a slot": (["model.encoder=perceiver"], "use model/encoder=perceiver"),
     "an unknown string in a slot": (
         ["model.decoder=nope"],
-        "use model/decoder=grid_patch|healpix_patch|perceiver_io|video_patch",
+        "use model/decoder=grid_patch|",
     ),
     "a size with a dot": (["model.size=tiny"], "use model/size=tiny"),
     "an unknown root key": (["+cps=8"], "did you mean 'cp'"),
@@ -236,6 +236,9 @@ def _two_lengths() -> Layout:
     return Layout(inputs={**layout.inputs, "satellite": other}, targets=layout.targets)
 
 
+RECONSTRUCTED = tiny_layout(leads=(0,))
+SMALL_HIP = [f"model.encoder.{name}=16" for name in ("hidden_size", "num_latents", "num_heads", "embed_size")]
+
 # One entry a row of the table, in its order: overrides and a layout that it refuses.
 REFUSED = {
     "patches of stations": (["model/encoder=grid_patch", "model/processor=latent_transformer"], tiny_layout(STATIONS)),
@@ -248,6 +251,14 @@ REFUSED = {
     "grid patches written to stations": (["model/decoder=grid_patch"], tiny_layout(target_grid=STATIONS)),
     "rows and columns of HEALPix": (["model=healda_v2", "model/processor=spatial_transformer"], observed_layout()),
     "windows among stations": (["model=perceiver", "model.decoder.scope=local"], tiny_layout(STATIONS)),
+    "lead times of an analysis": (["model=hip_metnet", "model.condition=all"], observed_layout()),
+    "nothing read back to write": (["model=perceiver", "model/decoder=grouped_reconstruction"], RECONSTRUCTED),
+    "other cells than those read back": (
+        ["model=hip_mini", *SMALL_HIP, "model/processor=spatial_transformer"],
+        RECONSTRUCTED,
+    ),
+    "a forecast as reconstruction": (["model=hip_mini", *SMALL_HIP], tiny_layout()),
+    "streams and observations": (["model=hip_mini", *SMALL_HIP, "model/decoder=perceiver_io"], observed_layout()),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from models.attention import AttentionLayer
 from models.composition import build_from_config, compose
 from models.conditioning.lead_time import LeadTimeFeatures, LeadTimeFiLM
 from models.latents import Latents
-from tests.model_examples import COARSE, GLOBAL, HOUR, LEADS, STATIONS, tiny_batch, tiny_layout
+from tests.model_examples import COARSE, GLOBAL, HOUR, LEADS, STATIONS, observed_layout, tiny_batch, tiny_layout
 
 TINY = ["model/encoder=perceiver", "model/processor=latent_transformer", "model/decoder=lead_time", "model/size=tiny"]
 TINY += ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.num_latents=6", "model.patch_size=3"]
@@ -54,14 +56,15 @@ def test_fourier_features_span_the_trained_range_and_tell_all_lead_times_apart()
 
 @pytest.mark.parametrize("generator", ("shared", "per_block"))
 def test_film_starts_as_the_identity_and_generates_one_modulation_a_layer(generator):
-    film = LeadTimeFiLM([4, 6, 4], lead_times=LEADS, generator=generator, hidden=3)
+    layers = [AttentionLayer(width, num_heads=2) for width in (4, 6, 4)]
+    film = LeadTimeFiLM(layers, lead_times=LEADS, generator=generator, hidden=3)
     given = torch.tensor([6.0, 30.0]) * HOUR
-    for modulation, width in zip(film(given), (4, 6, 4), strict=True):
+    for modulation, width in zip(map(film(given).of, layers), (4, 6, 4), strict=True):
         for part in vars(modulation).values():
             assert part.shape == (2, 1, width) and not part.any()
     for head in film.heads:
         torch.nn.init.normal_(head.weight)
-    first, _, third = film(torch.stack([given, given.flip(0)]))
+    first, _, third = map(film(torch.stack([given, given.flip(0)])).of, layers)
     assert first.mlp_shift.shape == (2, 2, 4)
     torch.testing.assert_close(first.mlp_shift[0], first.mlp_shift[1].flip(0))
     assert torch.equal(first.mlp_scale, third.mlp_scale) == (generator == "shared")
@@ -70,24 +73,25 @@ def test_film_starts_as_the_identity_and_generates_one_modulation_a_layer(genera
 
 def test_film_is_applied_after_the_norm_of_both_branches():
     torch.manual_seed(0)
-    layer, film = AttentionLayer(4, 6, num_heads=2).double(), LeadTimeFiLM([4], lead_times=LEADS).double()
+    layer = AttentionLayer(4, 6, num_heads=2).double()
+    film = LeadTimeFiLM([layer], lead_times=LEADS).double()
     for parameter in [*film.parameters(), *layer.parameters()]:
         torch.nn.init.normal_(parameter, std=0.5)
     x, context = torch.randn(2, 3, 4).double(), torch.randn(2, 5, 6).double()
     lead = torch.tensor([7.0 * HOUR, 50.0 * HOUR])
-    (modulation,) = film(lead)
     gamma, beta = film.heads[0](torch.nn.functional.gelu(film.trunk(film.features(lead).double()))).chunk(2, dim=-1)
     gamma, beta = gamma[:, None], beta[:, None]
     prepared = layer.prepare(context, num_queries=3)
     y = x + layer.attention((1 + gamma) * layer.query_norm(x) + beta, prepared)
     wanted = y + layer.mlp((1 + gamma) * layer.mlp_norm(y) + beta)
-    torch.testing.assert_close(layer(x, context, modulation=modulation), wanted)
+    for modulation in (film(lead), film(lead).of(layer)):
+        torch.testing.assert_close(layer(x, context, modulation=modulation), wanted)
 
 
 @pytest.mark.parametrize("wrong", ({"features": "sine"}, {"generator": "own"}, {"hidden": 0}))
 def test_film_refuses_what_it_does_not_know(wrong):
     with pytest.raises(ValueError, match="use "):
-        LeadTimeFiLM([4], lead_times=LEADS, **wrong)
+        LeadTimeFiLM([AttentionLayer(4, num_heads=2)], lead_times=LEADS, **wrong)
 
 
 # The decoder
@@ -153,7 +157,8 @@ def test_the_decoder_equals_its_formula_in_double_precision():
     films = decoder.film(query.lead_time)
     for lead in range(len(LEADS)):
         x = decoder.position(decoder.places.double())[None] + moment[:, lead, None]
-        for layer, film in zip(decoder.layers, films, strict=True):
+        for layer in decoder.layers:
+            film = films.of(layer)
             scale, shift = film.attention_scale[:, lead, None], film.attention_shift[:, lead, None]
             prepared = layer.prepare(latents.tokens.flatten(1, 2), num_queries=1)
             y = x + layer.attention((1 + scale) * layer.query_norm(x) + shift, prepared)
@@ -176,3 +181,94 @@ def test_wrong_options_are_refused_with_what_to_type():
     for option in ("num_cross=0", "film=own", "lead_features=sine", "film_hidden=0", "chunk_size=0", "features=2"):
         with pytest.raises(ValueError, match=r"use|must be"):
             build_from_config(compose([*TINY, f"model.decoder.{option}"]), tiny_layout())
+
+
+def test_lead_times_beyond_the_trained_range_are_warned_of():
+    layout = tiny_layout()
+    model, batch = built(layout=layout), tiny_batch(tiny_layout(leads=(6 * HOUR, 96 * HOUR)))
+    with pytest.warns(UserWarning, match=r"lead time of 96 h .* trained on \(6 h to 72 h\)"):
+        model(batch)
+    drawn = replace(layout.targets["forecast"], trained=(12 * HOUR, 24 * HOUR))
+    model = built(layout=replace(layout, targets={"forecast": drawn}))
+    with pytest.warns(UserWarning, match=r"lead times of 6 h and 72 h .* trained on \(12 h to 24 h\)"):
+        model(tiny_batch(layout))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        built(layout=layout)(tiny_batch(layout))
+
+
+# Every part knows the lead time
+
+
+ENCODERS = ("perceiver", "hierarchical_perceiver", "grid_patch", "video_patch")
+PROCESSORS = ("latent_transformer", "spatial_transformer", "video_dit", "identity")
+EVERY = ["+model/condition=all", "model.observation_heads=2"]
+
+
+def metnet(encoder: str, processor: str, *given: str, layout=None, random: bool = True):
+    parts = [f"model/encoder={encoder}", f"model/processor={processor}"]
+    return built(*parts, *EVERY, *given, layout=layout, random=random)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_lead_time_has_an_encoding_of_its_own(encoder, processor):
+    layout = tiny_layout(gaps=True)
+    model, batch = metnet(encoder, processor, layout=layout), tiny_batch(layout)
+    together = model(batch)["forecast"]
+    assert together.shape == batch.targets["forecast"].values.shape
+    alone = replace(batch, targets={"forecast": batch.targets["forecast"].of_frames([1])})
+    torch.testing.assert_close(model(alone)["forecast"], together[:, [1]], rtol=1e-4, atol=1e-5)
+    first, last = (model._latents(batch, model.film(batch.queries()["forecast"].lead_time[:, i])) for i in (0, 2))
+    assert (first.tokens - last.tokens).abs().max() > 1e-3
+    together.square().sum().backward()
+    for name, parameter in model.film.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+def test_at_the_start_the_metnet_way_equals_encoding_once():
+    batch = tiny_batch(tiny_layout())
+    options = "model.decoder.zero_head=false"
+    many = metnet("perceiver", "latent_transformer", options, random=False)
+    once = built(options, random=False)
+    once.load_state_dict({name: value for name, value in many.state_dict().items() if not name.startswith("film.")})
+    torch.testing.assert_close(many(batch)["forecast"], once(batch)["forecast"])
+
+
+def test_film_reaches_every_layer_of_every_part():
+    for encoder, processor in itertools.product(ENCODERS, PROCESSORS[:3]):
+        model = metnet(encoder, processor, "model.decoder.film=per_block")
+        layers = [module for module in model.modules() if hasattr(module, "film_width")]
+        decoder = [layer for layer in layers if layer in set(model.decoder.modules())]
+        assert len(model.film.heads) == len(layers) - len(decoder)
+        assert sorted(layer.number for layer in layers if layer not in decoder) == list(range(len(model.film.heads)))
+
+
+def test_observations_are_repeated_with_their_samples():
+    layout = observed_layout(analysis=False)
+    model, batch = metnet("hierarchical_perceiver", "latent_transformer", layout=layout), tiny_batch(layout)
+    again = batch.repeated(3)
+    assert len(again.observations) == 3 * len(batch.observations) and again.batch_size == 6
+    for sample, lead in ((0, 0), (0, 2), (1, 1)):
+        kept = again.observations.chosen(again.observations.batch == 3 * sample + lead)
+        own = batch.observations.chosen(batch.observations.batch == sample)
+        assert torch.equal(kept.value, own.value) and torch.equal(kept.time, own.time)
+    latents, once = model.encoder(again), model.encoder(batch)
+    torch.testing.assert_close(latents.tokens[::3], once.tokens)
+    torch.testing.assert_close(latents.tokens[2::3], once.tokens)
+
+
+def test_what_cannot_know_a_lead_time_is_refused():
+    with pytest.raises(ValueError, match=r"analysis.*use model\.condition=decoder"):
+        metnet("perceiver", "latent_transformer", layout=observed_layout())
+    with pytest.raises(ValueError, match=r"model\.condition=some is unknown; use decoder or all"):
+        compose(["model=hip_metnet", "model.condition=some"])
+
+
+@pytest.mark.parametrize("condition", ("decoder", "all"))
+@pytest.mark.parametrize("size", ("tiny", "small", "base", "production"))
+def test_film_takes_less_than_a_hundredth_of_the_parameters(size, condition):
+    with torch.device("meta"):
+        model = build(["model=hip_metnet", f"model/size={size}", f"model.condition={condition}"], tiny_layout())
+    count = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert 0 < sum(number for name, number in count.items() if "film" in name) < 0.01 * sum(count.values())

@@ -52,6 +52,21 @@ class Modulation:
         return Modulation(*(repeat(part, "b l d -> (b g) l d", g=groups) for part in vars(self).values()))
 
 
+@dataclass(frozen=True)
+class Modulations:
+    """FiLM of all the layers that a condition reaches; each takes its own by its number."""
+
+    of_layers: tuple[Modulation, ...]
+
+    def of(self, layer: nn.Module) -> Modulation:
+        return self.of_layers[layer.number]
+
+    def repeated(self, groups: int) -> Modulations:
+        """As of one `Modulation`."""
+        again = {id(item): item.repeated(groups) for item in self.of_layers}
+        return Modulations(tuple(again[id(item)] for item in self.of_layers))
+
+
 def modulated(normed: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(B, n, D) under L conditions (B, L, D), condition-major."""
     groups = rearrange(normed, "b (l s) d -> b l s d", l=scale.shape[1])
@@ -95,8 +110,10 @@ class AttentionLayer(nn.Module):
     context_dim: None makes it self-attention, whose one norm serves queries and keys.
     mlp_ratio: widening of the MLP; mlp: one of ACTIVATIONS. residual: whether x is added to what attention returns (the
     MLP's residual is always on). dropout: of both branches' outputs; attention_dropout: of attention weights;
-    drop_path: chance that a sample skips a branch in training.
+    drop_path: chance that a sample skips a branch in training. number: its place in `Modulations`, set by the builder.
     """
+
+    number: int | None = None
 
     def __init__(
         self,
@@ -119,6 +136,7 @@ class AttentionLayer(nn.Module):
         kv_mode: str = "auto",
     ):
         super().__init__()
+        self.film_width = dim
         self.residual, self.drop_path = residual, drop_path
         self.query_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.context_norm = None if context_dim is None else nn.LayerNorm(context_dim, eps=NORM_EPS)
@@ -147,7 +165,7 @@ class AttentionLayer(nn.Module):
         mask: Tensor | None = None,
         bias: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
-        modulation: Modulation | None = None,
+        modulation: Modulation | Modulations | None = None,
         readout: nn.Linear | None = None,
     ) -> Tensor:
         """mask: (B, m) bool, True = keep (of the context, or of x itself in self-attention).
@@ -155,6 +173,8 @@ class AttentionLayer(nn.Module):
         x may have batch 1 where the context has B: queries that all samples share. readout: a linear layer of the
         result, (B, n, E) is then returned; it is folded into the MLP where that takes fewer multiplications.
         """
+        if isinstance(modulation, Modulations):
+            modulation = modulation.of(self)
         if self.context_norm is None:
             x = masked_to_zero(x, mask)
         elif not isinstance(context, Context):

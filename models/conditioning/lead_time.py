@@ -9,12 +9,15 @@ continuous and of each sample. Letters: B batch, L lead times, F features, S tra
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from models.attention import Modulation
+from data.layout import Layout, TargetLayout
+from models.attention import Modulation, Modulations
+from models.attention.layer import modulated
 from models.initialisation import linear_, zeros_
 from models.positions.fourier import fourier_features
 from models.positions.tables import Tables
@@ -70,22 +73,39 @@ class LeadTimeFeatures(Tables):
         return after * share[..., None] + before * (1 - share[..., None])
 
 
-class LeadTimeFiLM(nn.Module):
-    """Lead times (B,) or (B, L) in seconds, one for each sample or L of them -> a `Modulation` of (B, L, D) a layer.
+class TokenFiLM(nn.Module):
+    """(1 + gamma) * tokens + beta, (B, n, D): for parts without a layer to modulate (MetNet-3 modulates its inputs)."""
 
-    widths: D of each layer. lead_times: the trained ones, seconds. features: see `LeadTimeFeatures`. hidden: width of
-    the generator. generator: shared (layers of one width get the same scale and shift, in both branches; MetNet-3) or
-    per_block (each layer and branch its own; MetNet-2). Raises ValueError where a value is not allowed.
+    number: int | None = None
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.film_width = width
+
+    def forward(self, tokens: Tensor, modulation: Modulations) -> Tensor:
+        own = modulation.of(self)
+        return modulated(tokens, own.attention_scale, own.attention_shift)
+
+
+class LeadTimeFiLM(nn.Module):
+    """Lead times (B,) or (B, L) in seconds, one for each sample or L of them -> (B, L, D) for each layer.
+
+    layers: what is modulated, with a `film_width` D each; they are numbered here. lead_times: the trained ones,
+        seconds. features: see `LeadTimeFeatures`. hidden: width of the generator.
+    generator: shared (layers of one width get the same scale and shift, in both branches; MetNet-3) or per_block (each
+        layer and branch its own; MetNet-2). token_width: also modulates tokens of this width (`tokens`).
+    Raises ValueError where a value is not allowed.
     """
 
     def __init__(
         self,
-        widths: Sequence[int],
+        layers: Sequence[nn.Module],
         *,
         lead_times: Sequence[int],
         features: str = "fourier",
         hidden: int = 8,
         generator: str = "shared",
+        token_width: int | None = None,
     ):
         super().__init__()
         if generator not in GENERATORS:
@@ -94,6 +114,11 @@ class LeadTimeFiLM(nn.Module):
             raise ValueError(f"a lead-time generator of hidden width {hidden} is too narrow; use at least 1")
         self.features = LeadTimeFeatures(lead_times, kind=features)
         self.trunk = nn.Linear(self.features.size, hidden)
+        self.tokens = None if token_width is None else TokenFiLM(token_width)
+        layers = [*layers, *([] if self.tokens is None else [self.tokens])]
+        for number, layer in enumerate(layers):
+            layer.number = number
+        widths = [layer.film_width for layer in layers]
         shared = generator == "shared"
         distinct = list(dict.fromkeys(widths)) if shared else list(widths)
         self.parts = 2 if shared else 4
@@ -101,15 +126,44 @@ class LeadTimeFiLM(nn.Module):
         self.head_of = [distinct.index(width) if shared else layer for layer, width in enumerate(widths)]
         self.initialise()
 
+    @staticmethod
+    def layers_of(*parts: nn.Module) -> list[nn.Module]:
+        """The layers that a lead time modulates in those of these parts that let it (`accepts_modulation`)."""
+        willing = [part for part in parts if getattr(part, "accepts_modulation", False)]
+        return [module for part in willing for module in part.modules() if hasattr(module, "film_width")]
+
     def initialise(self) -> None:
         linear_(self.trunk)
         for head in self.heads:
             zeros_(head)  # every lead time starts with the plain norm
 
-    def forward(self, lead_time: Tensor) -> tuple[Modulation, ...]:
+    def forward(self, lead_time: Tensor) -> Modulations:
         lead_time = lead_time[:, None] if lead_time.ndim == 1 else lead_time
         features = self.features(lead_time).to(self.trunk.weight.dtype)
         hidden = nn.functional.gelu(self.trunk(features))
         made = [head(hidden).chunk(self.parts, dim=-1) for head in self.heads]
         films = [Modulation(*(parts * (4 // self.parts))) for parts in made]  # (scale, shift) of both branches
-        return tuple(films[number] for number in self.head_of)
+        return Modulations(tuple(films[number] for number in self.head_of))
+
+
+def warn_beyond_training(trained: Layout, given: Layout) -> None:
+    """Warns of the lead times of a layout that lie outside the range that a model of another one was trained on."""
+    if torch.compiler.is_compiling():
+        return
+    for name, target in given.targets.items():
+        known = trained.targets.get(name)
+        if not isinstance(known, TargetLayout):
+            continue
+        shortest, longest = known.trained_lead_times[0], known.trained_lead_times[-1]
+        beyond = [lead for lead in target.lead_times if not shortest <= lead <= longest]
+        if beyond:
+            times = " and ".join(_spoken(lead) for lead in beyond)
+            warnings.warn(
+                f"the lead time{'s' * (len(beyond) > 1)} of {times} of target {name!r} lie outside what the model was "
+                f"trained on ({_spoken(shortest)} to {_spoken(longest)}); train with a wider task.training_lead_times",
+                stacklevel=2,
+            )
+
+
+def _spoken(seconds: int) -> str:
+    return f"{seconds / 60:g} min" if seconds % 3600 else f"{seconds // 3600} h"

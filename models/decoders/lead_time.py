@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data.batch import Query
 from data.layout import Layout
-from models.attention import AttentionLayer, Context, Modulation
+from models.attention import AttentionLayer, Context, Modulations
 from models.conditioning.lead_time import LeadTimeFeatures, LeadTimeFiLM
 from models.decoders.place_queries import PlaceQueries
 from models.initialisation import linear_, zeros_
@@ -95,11 +95,7 @@ class LeadTimeDecoder(PlaceQueries):
             for _ in range(num_cross)
         )
         self.film = LeadTimeFiLM(
-            [hidden_size] * num_cross,
-            lead_times=trained,
-            features=lead_features,
-            hidden=film_hidden,
-            generator=film,
+            self.layers, lead_times=trained, features=lead_features, hidden=film_hidden, generator=film
         )
         self.head = nn.Linear(hidden_size, len(described.variables) * outputs_per_variable)
         self.initialise()
@@ -132,9 +128,9 @@ class LeadTimeDecoder(PlaceQueries):
         lead_time = self.lead_time(self.lead_features(query.lead_time).to(places.dtype))
         return lead_time + self.calendar(query.second_of_day, query.day_of_year).to(places.dtype)
 
-    def _decode(self, places: Tensor, moment: Tensor, films: tuple[Modulation, ...], contexts: list[Context]) -> Tensor:
+    def _decode(self, places: Tensor, moment: Tensor, films: Modulations, contexts: list[Context]) -> Tensor:
         queries = rearrange(places[:, None] + moment[:, :, None], "b l p d -> b (l p) d")
         last = self.layers[-1]
-        for layer, film, context in zip(self.layers, films, contexts, strict=True):
-            queries = layer(queries, context, modulation=film, readout=self.head if layer is last else None)
+        for layer, context in zip(self.layers, contexts, strict=True):
+            queries = layer(queries, context, modulation=films, readout=self.head if layer is last else None)
         return rearrange(queries, "b (l p) k -> b l p k", l=moment.shape[1])

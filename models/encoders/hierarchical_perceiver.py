@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from data.layout import Layout
-from models.attention import AttentionLayer
+from models.attention import AttentionLayer, Modulations
 from models.encoders.groups import GROUPINGS, STATICS, by_stream, by_time
 from models.encoders.hierarchy import GroupBlock
 from models.encoders.input_tokens import InputTokens, ObservationRows, any_present, cells
@@ -44,6 +44,7 @@ class HierarchicalPerceiverEncoder(nn.Module):
     """
 
     reads_observations = True
+    accepts_modulation = True
     frame_local = False
 
     def __init__(
@@ -85,13 +86,14 @@ class HierarchicalPerceiverEncoder(nn.Module):
         if merge < 2:
             raise ValueError(f"model.encoder.merge={merge} must be at least 2 groups that become one")
         self.layout, self.grouping, self.missing = layout, grouping, missing
+        if groups is not None:
+            _check_groups(groups, fan_out)
         wanted = None if groups is None else groups[0]
         table = by_stream(layout, wanted) if grouping == "stream" else by_time(layout, wanted, static=static)
         for name in ("rows", "frames", "slots"):
             self.register_buffer(name, getattr(table, name), persistent=False)
         self.complete = bool((table.rows >= 0).all())
-        groups = _hierarchy(table.rows.shape[0], merge, fan_out) if groups is None else tuple(groups)
-        _check_groups(groups, fan_out)
+        groups = _hierarchy(table.rows.shape[0], merge, fan_out) if groups is None else groups
         hidden_sizes, latents, heads, layers = (
             _of_blocks(name, value, len(groups))
             for name, value in (
@@ -158,14 +160,14 @@ class HierarchicalPerceiverEncoder(nn.Module):
             for layer in self.inputs.values():
                 linear_(layer)
 
-    def forward(self, batch: Batch) -> Latents:
+    def forward(self, batch: Batch, *, modulation: Modulations | None = None) -> Latents:
         tokens, positions, present = self._rows(batch)
         latents, valid = self._grouped(batch, tokens, present)  # (B, G, M, E)
         made = []
         for index, block in enumerate(self.blocks):
             mirrored = self.read_back is not None and index > len(self.blocks) // 2
             skip = made[len(self.blocks) - 1 - index] if mirrored else None
-            latents, valid = block(latents, valid, skip)
+            latents, valid = block(latents, valid, skip, modulation=modulation)
             made.append(latents)
         if self.read_back is not None:
             latents = self._everywhere(latents, valid, positions)
@@ -219,6 +221,7 @@ class HierarchicalPerceiverEncoder(nn.Module):
         read = self.read_back(
             rearrange(queries, "b g m e -> (b g) m e"),
             rearrange(latents, "b g k c -> (b g) k c"),
+            modulation=None if modulation is None else modulation.repeated(latents.shape[1]),
             mask=None if valid is None else rearrange(valid, "b g k -> (b g) k"),
         )
         return rearrange(read, "(b g) m e -> b 1 (g m) e", b=len(latents))[:, :, self.slots]
@@ -266,7 +269,9 @@ def _check_groups(groups: tuple[int, ...], fan_out: bool) -> None:
     given = f"model.encoder.groups=[{','.join(map(str, groups))}]"
     if not groups or min(groups) < 1:
         raise ValueError(f"{given} must be numbers of groups of at least 1, one a block, like [4,1]")
-    if fan_out and (len(groups) < 3 or groups != groups[::-1] or groups[len(groups) // 2] != 1 or len(groups) % 2 == 0):
+    middle = len(groups) // 2
+    mirrored = len(groups) >= 3 and len(groups) % 2 == 1 and groups[middle] == 1
+    if fan_out and not (mirrored and list(groups) == list(groups)[::-1]):
         raise ValueError(f"{given} must lead to one group and back the same way with fan_out, like [4,1,4]")
     if not fan_out and groups[-1] != 1:
         raise ValueError(f"{given} must end in one group, like [4,1]; or use model.encoder.fan_out=true")

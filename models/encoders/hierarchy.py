@@ -13,7 +13,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from models.attention import AttentionLayer
+from models.attention import AttentionLayer, Modulations
 from models.initialisation import linear_, table_
 
 
@@ -91,8 +91,15 @@ class GroupBlock(nn.Module):
         if self.skip is not None:
             linear_(self.skip)
 
-    def forward(self, tokens: Tensor, valid: Tensor | None, skip: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """valid: (B, G', M), True = read, or None. skip: (B, G, K, C of the paired block).
+    def forward(
+        self,
+        tokens: Tensor,
+        valid: Tensor | None,
+        skip: Tensor | None = None,
+        *,
+        modulation: Modulations | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """valid: (B, G', M), True = read, or None. skip: (B, G, K, C of the paired block). modulation: of each sample.
 
         A group in which nothing is valid gives zeros, which the next block does not read.
         """
@@ -105,9 +112,10 @@ class GroupBlock(nn.Module):
             queries = _drawn(queries, self.train_latents)
         inside = None if valid is None else rearrange(valid, "b g m -> (b g) m")
         latents = rearrange(queries, "b g k c -> (b g) k c")
-        latents = self.cross(latents, rearrange(tokens, "b g m c -> (b g) m c"), mask=inside)
+        film = None if modulation is None else modulation.repeated(groups)
+        latents = self.cross(latents, rearrange(tokens, "b g m c -> (b g) m c"), mask=inside, modulation=film)
         for layer in self.layers:
-            latents = layer(latents)
+            latents = layer(latents, modulation=film)
         latents = rearrange(latents, "(b g) k c -> b g k c", g=groups)
         if valid is None:
             return latents, None

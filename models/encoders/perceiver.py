@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from data.layout import Layout
-from models.attention import AttentionLayer
+from models.attention import AttentionLayer, Modulations
 from models.encoders.input_tokens import InputTokens, ObservationRows, RawTokens
 from models.initialisation import table_
 from models.latents import LatentLayout, Latents
@@ -37,6 +37,7 @@ class PerceiverEncoder(nn.Module):
     """
 
     reads_observations = True
+    accepts_modulation = True
 
     def __init__(
         self,
@@ -143,19 +144,20 @@ class PerceiverEncoder(nn.Module):
     def latent_layout(self) -> LatentLayout:
         return LatentLayout(num_tokens=self.latents.shape[0], hidden_size=self.latents.shape[1], frames=self.num_frames)
 
-    def forward(self, batch: Batch) -> Latents:
+    def forward(self, batch: Batch, *, modulation: Modulations | None = None) -> Latents:
         tokens, valid = self._tokens(batch)  # (B T, M, D)
         latents = self.latents[None]  # (1, N, D), broadcast over the batch by the first cross-attention
+        frames = self._frames(batch)
+        film = None if modulation is None else modulation.repeated(frames)
         contexts = {}
         for index in range(self.num_cross):
             which = _which(index, len(self.cross), self.share_cross)
             if which not in contexts:
                 contexts[which] = self.cross[which].prepare(tokens, mask=valid, num_queries=latents.shape[1])
-            latents = self.cross[which](latents, contexts[which])
+            latents = self.cross[which](latents, contexts[which], modulation=film)
             if index + 1 < self.num_cross:
                 for layer in self.blocks[_which(index, len(self.blocks), self.share_self)]:
-                    latents = layer(latents)
-        frames = self._frames(batch)
+                    latents = layer(latents, modulation=film)
         return Latents(
             tokens=rearrange(latents, "(b t) n d -> b t n d", t=frames),
             times=batch.clock.times[:, -frames:],

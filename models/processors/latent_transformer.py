@@ -22,6 +22,7 @@ class LatentTransformer(nn.Module):
     """
 
     frame_local = False
+    accepts_modulation = True
 
     def __init__(
         self,
@@ -66,5 +67,5 @@ class LatentTransformer(nn.Module):
         valid = None if latents.valid is None else rearrange(latents.valid, "b t n -> b (t n)")
         for _ in range(self.num_blocks):
             for layer in self.layers:
-                tokens = layer(tokens, mask=valid)
+                tokens = layer(tokens, mask=valid, modulation=latents.modulation)
         return latents.with_tokens(rearrange(tokens, "b (t n) d -> b t n d", t=frames))

@@ -28,6 +28,7 @@ class SpatialTransformer(nn.Module):
     """
 
     frame_local = True
+    accepts_modulation = True
 
     def __init__(
         self,
@@ -79,8 +80,9 @@ class SpatialTransformer(nn.Module):
         frames = latents.tokens.shape[1]
         tokens = rearrange(latents.tokens, "b t n d -> (b t) n d")
         valid = None if latents.valid is None else rearrange(latents.valid, "b t n -> (b t) n")
+        film = None if latents.modulation is None else latents.modulation.repeated(frames)
         for layer in self.layers:
-            tokens = layer(tokens, mask=valid, bias=self.far, rotary=(self.cos, self.sin))
+            tokens = layer(tokens, mask=valid, bias=self.far, rotary=(self.cos, self.sin), modulation=film)
         return latents.with_tokens(rearrange(tokens, "(b t) n d -> b t n d", t=frames))
 
 

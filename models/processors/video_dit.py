@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from data.layout import Layout
 from kernels.modulated_norm import gated, modulated_norm
 from models.attention.disk import Disk
-from models.attention.layer import MLP
+from models.attention.layer import MLP, Modulation
 from models.attention.pixel import PixelCrossAttention
 from models.attention.self_attention import SpatialAttention, TemporalAttention
 from models.conditioning.adaptive_norm import AdaptiveNorm
@@ -42,6 +42,7 @@ class VideoDiT(nn.Module):
     """
 
     accepts_context = True
+    accepts_modulation = True
     has_time_axis = True
     frame_local = True  # but for temporal attention, which reshards
 
@@ -135,7 +136,8 @@ class VideoDiT(nn.Module):
                     frame_dropout, share=self.dropout, key=key, layer=index, first_frame=latents.frames[0]
                 )
             kept = None if keep is None else keep[index]
-            arguments = (tokens, latents.condition, valid, latents.context, kept, dropped)
+            film = None if latents.modulation is None else latents.modulation.of(block)
+            arguments = (tokens, latents.condition, valid, latents.context, kept, dropped, film)
             if index in self.recomputed and self.training:
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -157,7 +159,10 @@ class VideoDiT(nn.Module):
 
 class VideoDiTBlock(nn.Module):
     """Four pre-norm branches, x + gate * branch((1 + scale) * norm(x) + shift); attention to observations and among
-    frames only where there is such a part."""
+    frames only where there is such a part. FiLM, where it is given, adds to scale and shift. number: its place in
+    `Modulations`, set by the builder."""
+
+    number: int | None = None
 
     def __init__(
         self,
@@ -170,6 +175,7 @@ class VideoDiTBlock(nn.Module):
         mlp_ratio: float,
     ):
         super().__init__()
+        self.film_width = hidden_size
         self.norm = AdaptiveNorm(condition_size, hidden_size, parts=6)  # spatial attention, then MLP
         self.spatial = spatial
         self.observations = observations
@@ -193,21 +199,32 @@ class VideoDiTBlock(nn.Module):
         context: ObservationContext | None,
         keep: Tensor | None,
         dropped: Callable[[Tensor], Tensor] | None = None,
+        film: Modulation | None = None,
     ) -> Tensor:
-        """x: (B, T, N, D). keep: (branches, B) factors of the gates, or None. dropped: dropout of the MLP's output."""
+        """x: (B, T, N, D). keep: (branches, B) factors of the gates, or None. dropped: dropout of the MLP's output.
+
+        film: one lead time a sample, (B, 1, D).
+        """
         batch = x.shape[0]
 
         def gate(values: Tensor, branch: int) -> Tensor:
             return values if keep is None else values * keep[branch][:, None].to(values.dtype)
 
+        def normed(values: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+            if film is not None:
+                shift, scale = shift + film.attention_shift[:, 0], scale + film.attention_scale[:, 0]
+            return modulated_norm(values, shift, scale)
+
         shift, scale, opened, mlp_shift, mlp_scale, mlp_opened = self.norm(condition, batch)
-        x = gated(x, gate(opened, 0), self.spatial(modulated_norm(x, shift, scale), valid=valid))
+        x = gated(x, gate(opened, 0), self.spatial(normed(x, shift, scale), valid=valid))
         if self.observations is not None:
             shift, scale, opened = self.observations_norm(condition, batch)
-            x = gated(x, gate(opened, 1), self.observations(modulated_norm(x, shift, scale), context))
+            x = gated(x, gate(opened, 1), self.observations(normed(x, shift, scale), context))
         if self.temporal is not None:
             shift, scale, opened = self.temporal_norm(condition, batch)
-            x = gated(x, gate(opened, 2), self.temporal(modulated_norm(x, shift, scale)))
+            x = gated(x, gate(opened, 2), self.temporal(normed(x, shift, scale)))
+        if film is not None:
+            mlp_shift, mlp_scale = mlp_shift + film.mlp_shift[:, 0], mlp_scale + film.mlp_scale[:, 0]
         hidden = self.mlp(modulated_norm(x, mlp_shift, mlp_scale))
         return gated(x, gate(mlp_opened, 3), hidden if dropped is None else dropped(hidden))
 
