@@ -134,12 +134,12 @@ def build_from_config(config: DictConfig | Mapping, layout: Layout) -> EncodePro
         head=head,
         adapter=adapters,
         condition=condition,
+        film=_film(model, layout, encoder, processor, *adapters.values()) if embedder == "all" else None,
         frames=frames,
     )
 
 
 def _encoder(model: Mapping[str, Any], layout: Layout) -> nn.Module:
-        film=_film(model, layout, encoder, processor, *adapters.values()) if embedder == "all" else None,
     """The encoder, told what it must know of the processor behind it."""
     processor, encoder = part_class(model["processor"]), part_class(model["encoder"])
     injected = {}
@@ -151,11 +151,6 @@ def _encoder(model: Mapping[str, Any], layout: Layout) -> nn.Module:
     return _part(model, "encoder", layout, **injected)
 
 
-def load(checkpoint: str | Path, *, ema: bool = True) -> EncodeProcessDecode:
-    """The model of a checkpoint folder, in evaluation mode; its averaged weights where it has them and `ema` is on; or
-    of a file that `python -m training.export` made of one.
-
-    Composes nothing: the checkpoint holds its configuration. Runs no code from it. Raises ValueError, OSError.
 def _film(model: Mapping[str, Any], layout: Layout, encoder: nn.Module, *parts: nn.Module) -> LeadTimeFiLM:
     """What tells encoder, processor and adapters the lead time, with the options of a decoder that has such ones."""
     named = {"lead_features": "features", "film_hidden": "hidden", "film": "generator"}
@@ -170,6 +165,11 @@ def _film(model: Mapping[str, Any], layout: Layout, encoder: nn.Module, *parts: 
     )
 
 
+def load(checkpoint: str | Path, *, ema: bool = True) -> EncodeProcessDecode:
+    """The model of a checkpoint folder, in evaluation mode; its averaged weights where it has them and `ema` is on; or
+    of a file that `python -m training.export` made of one.
+
+    Composes nothing: the checkpoint holds its configuration. Runs no code from it. Raises ValueError, OSError.
     """
     place = Path(checkpoint)
     stored = description(place)

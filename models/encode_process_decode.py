@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from data.batch import Batch, Condition, Query
 from data.layout import Layout
+from models.attention import Modulations
+from models.conditioning.lead_time import LeadTimeFiLM, warn_beyond_training
 from models.heads import DeterministicHead, Prediction
 from models.latents import Latents
 from models.summary import describe
@@ -48,9 +50,9 @@ class EncodeProcessDecode(nn.Module):
         head: DeterministicHead,
         adapter: nn.ModuleDict | None = None,
         condition: nn.Module | None = None,
+        film: LeadTimeFiLM | None = None,
         frames: Mapping[str, list[int]] | None = None,
     ):
-        film: LeadTimeFiLM | None = None,
         super().__init__()
         self.encoder, self.processor, self.decoder = encoder, processor, decoder
         self.adapter = nn.ModuleDict() if adapter is None else adapter
@@ -86,7 +88,7 @@ class EncodeProcessDecode(nn.Module):
         output = self._decode(name, latents, query.each_time())  # (B L, 1, C K, ...)
         return output[:, 0].unflatten(0, tuple(query.times.shape))
 
-    def _decode(self, name: str, latents: Latents, query: Query | None) -> Tensor:
+    def _decode(self, name: str, latents: Latents, query: Query) -> Tensor:
         if name not in self.frames:
             return self.decoder[name](self._adapted(name, latents), query)
         first, count = latents.frames[0], latents.tokens.shape[1]
@@ -115,9 +117,9 @@ class EncodeProcessDecode(nn.Module):
 
         Lead times may differ: they are data of the query; those beyond the trained ones are warned of.
         """
+        warn_beyond_training(self.layout, batch.layout)
         if batch.layout is self.layout:
             return
-        warn_beyond_training(self.layout, batch.layout)
         for name, item in self.layout.inputs.items():
             if batch.layout.inputs.get(name) != item:
                 raise ValueError(

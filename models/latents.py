@@ -37,6 +37,7 @@ class Latents:
     frames: (first, total), global indices of these frames; positions and masks over time use them.
     context: observation tokens by latent cell, for processors that attend to them, or None.
     condition: (B, condition_size), what the whole sample is conditioned on, or None; set by the composed model.
+    modulation: FiLM of every layer from the one lead time of each sample (`model.condition=all`), or None; likewise.
     """
 
     tokens: Tensor
@@ -46,6 +47,7 @@ class Latents:
     frames: tuple[int, int] = (0, 1)
     context: ObservationContext | None = None
     condition: Tensor | None = None
+    modulation: Modulations | None = None
 
     def of_frames(self, frames: list[int]) -> Latents:
         """One frame a sample: (B, T, N, D) -> (B L, 1, N, D) with the L given frames of every sample."""

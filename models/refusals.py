@@ -156,6 +156,14 @@ REFUSALS = (
         "local queries need rows and columns or a HEALPix grid, and no input or target has one; "
         "use model.decoder.scope=global",
     ),
+    Refusal(
+        lambda model, layout: (
+            model.get("condition") == "all"
+            and (bool(layout.sequences) or any(layout.frames_of(name) is not None for name in layout.targets))
+        ),
+        "model.condition=all runs again for every lead time, and a target has none (tokens, or an analysis); "
+        "use model.condition=decoder",
+    ),
 )
 
 

@@ -86,14 +86,13 @@ class HierarchicalPerceiverEncoder(nn.Module):
         if merge < 2:
             raise ValueError(f"model.encoder.merge={merge} must be at least 2 groups that become one")
         self.layout, self.grouping, self.missing = layout, grouping, missing
-        if groups is not None:
-            _check_groups(groups, fan_out)
         wanted = None if groups is None else groups[0]
         table = by_stream(layout, wanted) if grouping == "stream" else by_time(layout, wanted, static=static)
         for name in ("rows", "frames", "slots"):
             self.register_buffer(name, getattr(table, name), persistent=False)
         self.complete = bool((table.rows >= 0).all())
-        groups = _hierarchy(table.rows.shape[0], merge, fan_out) if groups is None else groups
+        groups = _hierarchy(table.rows.shape[0], merge, fan_out) if groups is None else tuple(groups)
+        _check_groups(groups, fan_out)
         hidden_sizes, latents, heads, layers = (
             _of_blocks(name, value, len(groups))
             for name, value in (
@@ -170,7 +169,7 @@ class HierarchicalPerceiverEncoder(nn.Module):
             latents, valid = block(latents, valid, skip, modulation=modulation)
             made.append(latents)
         if self.read_back is not None:
-            latents = self._everywhere(latents, valid, positions)
+            latents = self._everywhere(latents, valid, positions, modulation)
         return Latents(
             tokens=latents,
             times=batch.clock.times[:, -1:],
@@ -215,14 +214,16 @@ class HierarchicalPerceiverEncoder(nn.Module):
             torch.cat([valid, held.flatten(2)], dim=2),
         )
 
-    def _everywhere(self, latents: Tensor, valid: Tensor | None, positions: Tensor) -> Tensor:
+    def _everywhere(
+        self, latents: Tensor, valid: Tensor | None, positions: Tensor, modulation: Modulations | None
+    ) -> Tensor:
         """What the groups (B, G, K, C) hold at every input cell, (B, 1, R, E): each cell asks its own group."""
         queries = positions[:, self.rows.clamp(min=0)].expand(len(latents), -1, -1, -1)
         read = self.read_back(
             rearrange(queries, "b g m e -> (b g) m e"),
             rearrange(latents, "b g k c -> (b g) k c"),
-            modulation=None if modulation is None else modulation.repeated(latents.shape[1]),
             mask=None if valid is None else rearrange(valid, "b g k -> (b g) k"),
+            modulation=None if modulation is None else modulation.repeated(latents.shape[1]),
         )
         return rearrange(read, "(b g) m e -> b 1 (g m) e", b=len(latents))[:, :, self.slots]
 
@@ -269,9 +270,7 @@ def _check_groups(groups: tuple[int, ...], fan_out: bool) -> None:
     given = f"model.encoder.groups=[{','.join(map(str, groups))}]"
     if not groups or min(groups) < 1:
         raise ValueError(f"{given} must be numbers of groups of at least 1, one a block, like [4,1]")
-    middle = len(groups) // 2
-    mirrored = len(groups) >= 3 and len(groups) % 2 == 1 and groups[middle] == 1
-    if fan_out and not (mirrored and list(groups) == list(groups)[::-1]):
+    if fan_out and (len(groups) < 3 or groups != groups[::-1] or groups[len(groups) // 2] != 1 or len(groups) % 2 == 0):
         raise ValueError(f"{given} must lead to one group and back the same way with fan_out, like [4,1,4]")
     if not fan_out and groups[-1] != 1:
         raise ValueError(f"{given} must end in one group, like [4,1]; or use model.encoder.fan_out=true")
