@@ -14,6 +14,7 @@ from torch import Tensor
 from data.grids import Grid, Points
 from data.layout import InputLayout, Layout, SequenceLayout, TargetLayout, Variable
 from data.movable import Movable
+from data.rainfall import from_log
 from data.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Reference(Movable):
 class Field(Movable):
     """Gridded (or pointwise) values of some variables at some times.
 
-    values: (B, T, C, *grid.shape), normalised: physical = values * scale + offset.
+    values: (B, T, C, *grid.shape), normalised: physical = values * scale + offset, after it what `transform` undoes:
+        log_rain (ln(1 + rate / 0.1), to mm/h) or None.
     times: (B, T) int64 seconds since 1970 UTC.
     valid: bool, broadcastable to values; True = observed. Other values are never read: they may be NaN. None = all.
     domain: bool, broadcastable to (C, *grid.shape): where the variable exists at all (land is not a cloud). None = all.
@@ -71,8 +73,10 @@ class Field(Movable):
     reference: Reference | None = None
     second_of_day: Tensor | None = None
     day_of_year: Tensor | None = None
+    transform: str | None = None
 
     def __post_init__(self):
+        assert self.transform in (None, "log_rain"), self.transform
         expected = (len(self.variables), *self.grid.shape)
         if self.values.ndim < 3 or tuple(self.values.shape[2:]) != expected:
             raise ValueError(
@@ -192,7 +196,8 @@ class Field(Movable):
         values = self.values if values is None else values
         if self.scale is not None:
             values = values * self.scale
-        return values if self.offset is None else values + self.offset
+        values = values if self.offset is None else values + self.offset
+        return values if self.transform is None else from_log(values)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,14 @@ CATALOGUE = {
         "9e75c0f54f777db5d7a98c5bc6475f2df1b9c19275a6980d33c9ac26bf22ea33",
         "Grid of the ROMS model behind wc13_mod.nc, from NCAR/DART",
     ),
+    "knmi_rad_nl25_20100826_5min.nc": Entry(
+        "214116e222331d3330de894dd779f0fb4c058ae37f99bea5c4d44cceb6db1acb",
+        "KNMI radar composite of 2010-08-26 00:00 to 07:35, 5 minutes, 1 km, from pySTEPS/pysteps-data",
+    ),
+    "mrms_preciprate_20190610_512crop.nc": Entry(
+        "e81008e55253b46fa199d16ff30e52551d794fccd2aabed7d46298da6738b91f",
+        "NOAA MRMS rain rates of 2019-06-10 00:00 to 01:10, 2 minutes, 0.01 degrees, from pySTEPS/pysteps-data",
+    ),
     "obs_seq.final.1000": Entry(
         "4c41d36a07287909e4957fb75f75f15d894617f9c340b4e90ff1a5d02ad2d815",
         "1,000 aircraft observations of 2019-12-01 with 80 members, DART text, from NCAR/pyDARTdiags",
