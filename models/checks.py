@@ -26,7 +26,7 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 PACKAGES = ("data", "evaluation", "kernels", "models", "training")
 SLOTS = ("encoder", "processor", "decoder")
 # Arguments that the builder gives; a configuration that sets them would be overruled silently.
-INJECTED = ("layout", "latent_layout", "target", "outputs_per_variable", "carries_context")
+INJECTED = ("layout", "latent_layout", "target", "outputs_per_variable", "carries_context", "embedding")
 
 
 def check_config(config: DictConfig, overrides: Sequence[str]) -> None:

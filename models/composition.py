@@ -27,7 +27,7 @@ from models.adapters import GridAdapter
 from models.checks import check_config, part_class, part_options
 from models.conditioning.lead_time import LeadTimeFiLM
 from models.encode_process_decode import EncodeProcessDecode
-from models.heads import build_head
+from models.heads import TokenHead, build_head
 from models.latents import LatentLayout
 from models.patches import patches_of
 from models.refusals import adapter_grid, refuse
@@ -89,6 +89,9 @@ def build_from_config(config: DictConfig | Mapping, layout: Layout) -> EncodePro
     model = OmegaConf.to_container(config.model, resolve=True, throw_on_missing=True)
     head = build_head(config.task.head, loss=config.task.loss)
     refuse(model, layout)
+    if isinstance(head, TokenHead) != bool(layout.sequences):
+        kind = "tokens" if layout.sequences else "fields"
+        raise ValueError(f"task.head={config.task.head} does not predict {kind}; leave task.head out")
     encoder = _encoder(model, layout)
     embedder = model.get("condition")
     condition = part_class(embedder)(**part_options(embedder)) if isinstance(embedder, Mapping) else None
@@ -111,6 +114,7 @@ def build_from_config(config: DictConfig | Mapping, layout: Layout) -> EncodePro
     latents = gridded("processor", latents)
     processor = _part(model, "processor", layout, latents)
     decoders, frames = nn.ModuleDict(), {}
+    writes_tokens = getattr(part_class(model["decoder"]), "writes_tokens", False)
     for target in layout.targets:
         matching = layout.frames_of(target, latents.frames)
         read = latents
@@ -125,6 +129,7 @@ def build_from_config(config: DictConfig | Mapping, layout: Layout) -> EncodePro
             gridded("decoder", read, target),
             target=target,
             outputs_per_variable=head.outputs_per_variable,
+            **({"embedding": encoder.embedding} if writes_tokens else {}),
         )
     return EncodeProcessDecode(
         encoder,

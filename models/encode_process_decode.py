@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Batch, Condition, Query
-from data.layout import Layout
+from data.layout import Layout, SequenceLayout
 from models.attention import Modulations
 from models.conditioning.lead_time import LeadTimeFiLM, warn_beyond_training
-from models.heads import DeterministicHead, Prediction
+from models.heads import DeterministicHead, Prediction, TokenHead, TokenPrediction
 from models.latents import Latents
 from models.summary import describe
 
@@ -47,7 +47,7 @@ class EncodeProcessDecode(nn.Module):
         decoder: nn.ModuleDict,
         *,
         layout: Layout,
-        head: DeterministicHead,
+        head: DeterministicHead | TokenHead,
         adapter: nn.ModuleDict | None = None,
         condition: nn.Module | None = None,
         film: LeadTimeFiLM | None = None,
@@ -88,7 +88,7 @@ class EncodeProcessDecode(nn.Module):
         output = self._decode(name, latents, query.each_time())  # (B L, 1, C K, ...)
         return output[:, 0].unflatten(0, tuple(query.times.shape))
 
-    def _decode(self, name: str, latents: Latents, query: Query) -> Tensor:
+    def _decode(self, name: str, latents: Latents, query: Query | None) -> Tensor:
         if name not in self.frames:
             return self.decoder[name](self._adapted(name, latents), query)
         first, count = latents.frames[0], latents.tokens.shape[1]
@@ -108,7 +108,7 @@ class EncodeProcessDecode(nn.Module):
         partial = {name: decoder for name, decoder in self.decoder.items() if hasattr(decoder, "draw_places")}
         return {name: decoder.draw_places(fraction) for name, decoder in partial.items()}
 
-    def predict(self, batch: Batch) -> dict[str, Prediction]:
+    def predict(self, batch: Batch) -> dict[str, Prediction | TokenPrediction]:
         """Predictions in physical units; the targets' values are not read, their references are."""
         return {name: self.head.predict(output, batch.targets[name]) for name, output in self(batch).items()}
 
@@ -133,7 +133,7 @@ class EncodeProcessDecode(nn.Module):
             )
         for name, item in self.layout.targets.items():
             given = batch.layout.targets.get(name)
-            if given is None or (given.variables, given.grid) != (item.variables, item.grid):
+            if given is None or _predicted(given) != _predicted(item):
                 raise ValueError(
                     f"target {name!r} of this batch is not what the model was built for ({_summary(item)}); "
                     "build the model with the layout of this data, or ask for the same variables on the same grid"
@@ -143,7 +143,14 @@ class EncodeProcessDecode(nn.Module):
         return self.adapter[place](latents) if place in self.adapter else latents
 
 
+def _predicted(item) -> tuple:
+    """What of a target a model is built for."""
+    return (item,) if isinstance(item, SequenceLayout) else (item.variables, item.grid)
+
+
 def _summary(item) -> str:
+    if isinstance(item, SequenceLayout):
+        return f"up to {item.length} tokens of a vocabulary of {item.vocab_size}"
     names = ", ".join(variable.label for variable in item.variables)
     frames = f", {item.frames} frames" if hasattr(item, "frames") else ""
     return f"{names} on {item.grid.kind} {tuple(item.grid.shape)}{frames}"

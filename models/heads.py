@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.batch import Field
+from data.batch import Field, Sequence
 
 LOSSES = ("mse", "l1", "huber")
 
@@ -77,10 +77,40 @@ def _error(loss: str, output: Tensor, truth: Tensor, delta: float) -> Tensor:
     return F.huber_loss(output, truth, reduction="none", delta=delta)
 
 
-HEADS = {"deterministic": DeterministicHead}
+@dataclass(frozen=True)
+class TokenPrediction:
+    """probabilities: (B, L, V) of each token of the vocabulary."""
+
+    probabilities: Tensor
 
 
-def build_head(name: str, *, loss: str, huber_delta: float = 1.0) -> DeterministicHead:
+class TokenHead:
+    """Logits of a vocabulary; the loss is the cross-entropy."""
+
+    outputs_per_variable = 1  # the vocabulary's tokens are the variables
+
+    def __init__(self, *, loss: str = "cross_entropy", huber_delta: float = 1.0):
+        if loss != "cross_entropy":
+            raise ValueError(f"task.loss={loss} is unknown for task.head=token; use task.loss=cross_entropy")
+
+    def loss(self, output: Tensor, target: Sequence) -> tuple[Tensor, Tensor]:
+        """(sum of errors in nats, number of tokens), each (L,); what is not valid is not read.
+
+        output: (B, L, V) logits.
+        """
+        error = F.cross_entropy(output.float().flatten(0, 1), target.filled.flatten(), reduction="none")
+        error = error.view_as(target.tokens)
+        valid = torch.ones_like(error) if target.valid is None else target.valid.to(error.dtype)
+        return (error * valid).sum(0), valid.sum(0)
+
+    def predict(self, output: Tensor, target: Sequence) -> TokenPrediction:
+        return TokenPrediction(output.float().softmax(dim=-1))
+
+
+HEADS = {"deterministic": DeterministicHead, "token": TokenHead}
+
+
+def build_head(name: str, *, loss: str, huber_delta: float = 1.0) -> DeterministicHead | TokenHead:
     """The head of `task.head` with the loss of `task.loss`. Raises ValueError for unknown names."""
     if name not in HEADS:
         raise ValueError(f"task.head={name} is unknown; use one of {', '.join(HEADS)}")

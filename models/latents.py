@@ -38,6 +38,8 @@ class Latents:
     context: observation tokens by latent cell, for processors that attend to them, or None.
     condition: (B, condition_size), what the whole sample is conditioned on, or None; set by the composed model.
     modulation: FiLM of every layer from the one lead time of each sample (`model.condition=all`), or None; likewise.
+    positions: (B or 1, N) int64, of the tokens of a sequence, or None. prefix_len: how many of them, the first ones,
+        are context that predicts nothing.
     """
 
     tokens: Tensor
@@ -48,6 +50,8 @@ class Latents:
     context: ObservationContext | None = None
     condition: Tensor | None = None
     modulation: Modulations | None = None
+    positions: Tensor | None = None
+    prefix_len: int = 0
 
     def of_frames(self, frames: list[int]) -> Latents:
         """One frame a sample: (B, T, N, D) -> (B L, 1, N, D) with the L given frames of every sample."""

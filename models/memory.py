@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from data.batch import Batch, Field, Reference
+from data.batch import Batch, Field, Reference, Sequence
 from data.layout import Layout
 from models.attention.pixel import PixelCrossAttention
 from models.composition import build_from_config
@@ -99,6 +99,8 @@ def available_bytes(device: torch.device, *, ranks: int = 1) -> int:
 
 def _without_observations(layout: Layout) -> Layout:
     """The same frames, read from the gridded inputs alone."""
+    if layout.sequences:
+        return layout
     inputs = {name: replace(item, frames=layout.frames) for name, item in layout.inputs.items()}
     if layout.observations is not None:
         inputs = {name: replace(item, step=layout.observations.step) for name, item in inputs.items()}
@@ -120,8 +122,22 @@ def _meta_batch(layout: Layout, batch_size: int) -> Batch:
             day_of_year=moments,
         )
 
+    if layout.sequences:
+        return _meta_sequences(layout, batch_size)
     inputs = {name: field(item, item.frames) for name, item in layout.inputs.items()}
     targets = {name: field(item, len(item.lead_times)) for name, item in layout.targets.items()}
+    return Batch(inputs, targets, layout)
+
+
+def _meta_sequences(layout: Layout, batch_size: int) -> Batch:
+    """The longest sequences, whose last tokens predict what the target describes."""
+
+    def sequence(length: int, prefix_len: int = 0) -> Sequence:
+        return Sequence(torch.zeros(batch_size, length, dtype=torch.int64, device="meta"), prefix_len=prefix_len)
+
+    targets = {name: sequence(item.length) for name, item in layout.targets.items()}
+    latents = min(item.length for item in layout.targets.values())
+    inputs = {name: sequence(item.length, item.length - latents) for name, item in layout.inputs.items()}
     return Batch(inputs, targets, layout)
 
 

@@ -57,23 +57,19 @@ REFUSALS = (
         "this processor lets a token read those that it must predict; use model/processor=perceiver_ar",
     ),
     Refusal(
-        lambda model, layout: bool(layout.sequences) and not len(layout.inputs) == len(layout.targets) == 1,
-        "a model of tokens reads one sequence and predicts one, and the task gives more; use task=autoregressive",
-    ),
-    Refusal(
         lambda model, layout: not layout.sequences and _trait(model, "encoder", "reads_tokens"),
         "model/encoder=token reads sequences of tokens, and the inputs are fields; "
-        "use task=autoregressive or model/encoder=perceiver",
+        "use model/encoder=perceiver or task=autoregressive",
     ),
     Refusal(
         lambda model, layout: not layout.sequences and _trait(model, "decoder", "writes_tokens"),
         "model/decoder=token writes scores of tokens, and the targets are fields; "
-        "use task=autoregressive or model/decoder=perceiver_io",
+        "use model/decoder=perceiver_io or task=autoregressive",
     ),
     Refusal(
         lambda model, layout: not layout.sequences and _is(model, "processor", "PerceiverAR"),
         "model/processor=perceiver_ar reads sequences of tokens, and the inputs are fields; "
-        "use task=autoregressive or model/processor=latent_transformer",
+        "use model/processor=latent_transformer or task=autoregressive",
     ),
     Refusal(
         lambda model, layout: (

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from data.batch import Batch, Field, Reference
+from data.batch import Batch, Field, Reference, Sequence
 from data.grids import Grid, LatLonGrid, PlanarGrid, Points
 from data.healpix import HEALPixGrid
-from data.layout import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
+from data.layout import InputLayout, Layout, ObservationLayout, SequenceLayout, TargetLayout, Variable
 from data.observations import Observations, check
 
 HOUR = 3600
@@ -53,8 +53,24 @@ def observed_layout(grid: Grid = SPHERE, *, frames: int = 2, analysis: bool = Tr
     )
 
 
+def token_layout(*, length: int = 12, latents: int = 5, vocab_size: int = 7) -> Layout:
+    """A sequence of tokens whose last ones are latents."""
+    return Layout({"tokens": SequenceLayout(vocab_size, length)}, {"tokens": SequenceLayout(vocab_size, latents)})
+
+
+def token_batch(layout: Layout, *, batch_size: int = 2) -> Batch:
+    """Random tokens, the longest that the layout allows."""
+    given, wanted = layout.inputs["tokens"], layout.targets["tokens"]
+    tokens = torch.randint(given.vocab_size, (batch_size, given.length))
+    inputs = {"tokens": Sequence(tokens, prefix_len=given.length - wanted.length)}
+    targets = {"tokens": Sequence(torch.randint(wanted.vocab_size, (batch_size, wanted.length)))}
+    return Batch(inputs, targets, layout)
+
+
 def tiny_batch(layout: Layout, *, batch_size: int = 2, dtype: torch.dtype = torch.float32, rows: int = 40) -> Batch:
     """rows: of observations, where the layout has them."""
+    if layout.sequences:
+        return token_batch(layout, batch_size=batch_size)
     inputs = {}
     for name, item in layout.inputs.items():
         age = torch.arange(1 - item.frames, 1) * item.step

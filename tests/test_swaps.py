@@ -17,11 +17,11 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from data.batch import Batch
+from data.batch import Batch, Sequence
 from data.layout import Layout
 from models import load
 from models.composition import build_from_config, compose
-from tests.model_examples import GLOBAL, PLANE, SPHERE, observed_layout, tiny_batch, tiny_layout
+from tests.model_examples import GLOBAL, PLANE, SPHERE, observed_layout, tiny_batch, tiny_layout, token_layout
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "model"
 TINY = [
@@ -35,6 +35,7 @@ TINY = [
 ]
 CPU_ATTENTION = ("auto", "reference", "sdpa", "flash")
 ALIASES = {"healpix_patch"}  # another name of video_patch
+OF_TOKENS = {"encoder": "token", "processor": "perceiver_ar", "decoder": "token"}  # combined with each other only
 
 
 def options(group: str) -> list[str]:
@@ -42,7 +43,8 @@ def options(group: str) -> list[str]:
 
 
 def distinct(group: str, *without: str) -> list[str]:
-    return [name for name in options(group) if name not in ALIASES and name not in without]
+    apart = {*ALIASES, OF_TOKENS[group], *without}
+    return [name for name in options(group) if name not in apart]
 
 
 def pairwise(product: list[tuple]) -> list[tuple]:
@@ -107,6 +109,11 @@ def masked(batch: Batch, content: float) -> Batch:
     """Some values of every input not observed; `content` stands in their place."""
     inputs = {}
     for name, field in batch.inputs.items():
+        if isinstance(field, Sequence):
+            valid = torch.arange(field.tokens.shape[1]) >= torch.tensor([[0], [3]])
+            token = -1 if content != content else 99  # not in the vocabulary
+            inputs[name] = replace(field, tokens=torch.where(valid, field.tokens, token), valid=valid)
+            continue
         valid = torch.rand(field.values.shape, generator=torch.Generator().manual_seed(1)) < 0.7
         inputs[name] = replace(field, values=torch.where(valid, field.values, content), valid=valid)
     return replace(batch, inputs=inputs)
@@ -121,9 +128,11 @@ def exercise(given: list[str], layout: Layout, folder: Path) -> None:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
 
-    output = model(batch)["forecast"]
-    assert output.shape == batch.targets["forecast"].values.shape
-    sums, weights = model.head.loss(output, batch.targets["forecast"])
+    (target,) = layout.targets
+    output, described = model(batch)[target], layout.targets[target]
+    choices = (described.vocab_size,) if layout.sequences else ()
+    assert output.shape == (*batch.targets[target].values.shape, *choices)
+    sums, weights = model.head.loss(output, batch.targets[target])
     (sums / weights).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} gets no gradient"
@@ -142,9 +151,9 @@ def exercise(given: list[str], layout: Layout, folder: Path) -> None:
     save_file(model.state_dict(), folder / "model.safetensors")
     loaded = load(folder)
     with torch.no_grad():
-        expected = model.eval()(batch)["forecast"]
+        expected = model.eval()(batch)[target]
         again = replace(masked(batch, 9.0), layout=loaded.layout)
-        assert torch.equal(loaded(again)["forecast"], expected)
+        assert torch.equal(loaded(again)[target], expected)
 
 
 @pytest.mark.parametrize("case", pairwise(FIELDS), ids="-".join)
@@ -176,7 +185,31 @@ def test_all_parts_with_observations(case, tmp_path):
 
 @pytest.mark.parametrize("preset", options("."))
 def test_presets(preset, tmp_path):
-    exercise([f"model={preset}", *TINY], tiny_layout(gaps=True), tmp_path)
+    layout = token_layout() if preset == OF_TOKENS["processor"] else tiny_layout(gaps=True)
+    exercise([f"model={preset}", *TINY], layout, tmp_path)
+
+
+def of_tokens(**chosen: str) -> list[str]:
+    """The model of tokens with some other parts."""
+    others = [f"model/{group}={name}" for group, name in chosen.items()]
+    return ["model=perceiver_ar", "task=autoregressive", *others, *TINY]
+
+
+@pytest.mark.parametrize("attention", CPU_ATTENTION)
+@pytest.mark.parametrize("processor", ["perceiver_ar", "identity"])
+def test_parts_that_read_and_write_tokens(processor, attention, tmp_path):
+    given = [*of_tokens(processor=processor), f"model.attention={attention}"]
+    exercise(given, token_layout(), tmp_path)
+
+
+@pytest.mark.parametrize("group", OF_TOKENS)
+def test_other_parts_are_refused_for_tokens_and_token_parts_for_fields(group):
+    for name in distinct(group, "identity"):
+        with pytest.raises(ValueError, match=rf"; use model/{group}={OF_TOKENS[group]}$"):
+            build_from_config(compose(of_tokens(**{group: name})), token_layout())
+    given = ["task=forecast", f"model/{group}={OF_TOKENS[group]}", *TINY]
+    with pytest.raises(ValueError, match=rf"model/{group}={OF_TOKENS[group]} .* use model/{group}=.* or task="):
+        build_from_config(compose(given), tiny_layout())
 
 
 @pytest.mark.parametrize("given", (["model=healda_v2"], ["model=healda_v2", "model/encoder=perceiver"]), ids=len)

@@ -227,11 +227,12 @@ def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisatio
     from data.analysis_normalisation import AnalysisNormalisation
     from data.datasets.wc13_innovations import InnovationStatistics
     from data.normalisation import Normalisation
+    from data.quantisation import FieldQuantiser
 
     with _readable(checkpoint):
         tensors = load((checkpoint / "normalisation.safetensors").read_bytes())
         description = json.loads((checkpoint / "normalisation.json").read_text())
-        kinds = {"analysis": AnalysisNormalisation, "innovations": InnovationStatistics}
+        kinds = {"analysis": AnalysisNormalisation, "innovations": InnovationStatistics, "tokens": FieldQuantiser}
         kind = kinds.get(description.get("kind"), Normalisation)
         return kind.from_state(tensors, description)
 

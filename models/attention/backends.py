@@ -84,14 +84,16 @@ def attend(
     scale: float,
     key_mask: Tensor | None = None,
     bias: Tensor | None = None,
+    causal: bool = False,
     dropout: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """(B, h, n, d), (B, h, m, d), (B, h, m, e) -> (B, h, n, e).
 
     key_mask: (B, m) bool, True = keep; masked keys and values must be finite. Rows without any key give exact zeros and
-    finite gradients. bias: broadcastable to (B, h, n, m), added to the logits. dropout: of the attention weights.
-    Raises ValueError when the device or dtype does not suit the backend.
+    finite gradients. bias: broadcastable to (B, h, n, m), added to the logits. causal: queries and keys end together,
+    and no query reads a key after its own, which it always reads, whatever the mask says. dropout: of the attention
+    weights. Raises ValueError when the device or dtype does not suit the backend.
     """
     if backend == "auto":
         constant = query.requires_grad and not (key.requires_grad or value.requires_grad)
@@ -103,6 +105,13 @@ def attend(
                 f"model.attention={backend} computes in 16 bit on CUDA, got {query.dtype}; "
                 "use trainer.precision=bf16 or model.attention=auto"
             )
+    options = {}
+    if causal and query.shape[2] > 1:
+        plain = key_mask is None and bias is None and query.shape[2] == key.shape[2]
+        if plain and backend in ("sdpa", *_KERNELS):
+            options = {"causal": True}  # these kernels skip what lies above the diagonal
+        else:
+            bias, key_mask = _causal_bias(query, key.shape[2], key_mask, bias), None
     if backend == "blockwise" and (bias is not None or dropout):
         backend = "sdpa"
     any_key = None
@@ -110,8 +119,21 @@ def attend(
         any_key = key_mask.any(dim=1, keepdim=True)  # (B, 1)
         key_mask = key_mask | ~any_key  # no row is empty inside a kernel: softmax and its gradient stay finite
     bias = None if bias is None else bias.to(query.dtype)
-    attended = _COMPUTE[backend](query, key, value, scale=scale, key_mask=key_mask, bias=bias, dropout=dropout)
+    attended = _COMPUTE[backend](
+        query, key, value, scale=scale, key_mask=key_mask, bias=bias, dropout=dropout, **options
+    )
     return attended if any_key is None else torch.where(any_key[:, :, None, None], attended, 0.0)
+
+
+def _causal_bias(query: Tensor, num_keys: int, key_mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    """0 where a query may read a key and minus infinity elsewhere, added to the bias."""
+    count, shift = query.shape[2], num_keys - query.shape[2]
+    read = torch.ones(count, num_keys, dtype=torch.bool, device=query.device).tril(shift)
+    if key_mask is not None:
+        own = torch.ones_like(read).triu(shift) & read
+        read = (read & key_mask[:, None] | own)[:, None]  # (B, 1, n, m)
+    barred = torch.zeros(read.shape, dtype=query.dtype, device=query.device).masked_fill(~read, -torch.inf)
+    return barred if bias is None else barred + bias
 
 
 def _reference(query, key, value, *, scale, key_mask, bias, dropout):
@@ -123,7 +145,7 @@ def _reference(query, key, value, *, scale, key_mask, bias, dropout):
     return F.dropout(logits.softmax(dim=-1), dropout) @ value
 
 
-def _sdpa(query, key, value, *, scale, key_mask, bias, dropout):
+def _sdpa(query, key, value, *, scale, key_mask, bias, dropout, causal=False):
     mask = None if key_mask is None else key_mask[:, None, None, :]
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
@@ -132,7 +154,9 @@ def _sdpa(query, key, value, *, scale, key_mask, bias, dropout):
     # The tiled kernels take one width only; zero columns change neither logits nor values.
     width, head_width = value.shape[3], max(query.shape[3], value.shape[3])
     query, key, value = (F.pad(x, (0, head_width - x.shape[3])) for x in (query, key, value))
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
+    attended = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
+    )
     return attended[..., :width]
 
 

@@ -76,15 +76,15 @@ def modulated(normed: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 class MLP(nn.Module):
     """Linear, activation, Linear with hidden width ratio * dim. geglu gates the first half by GELU of the second."""
 
-    def __init__(self, dim: int, *, ratio: float, activation: str = "gelu"):
+    def __init__(self, dim: int, *, ratio: float, activation: str = "gelu", bias: bool = True):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown mlp {activation!r}; use model.mlp={'|'.join(ACTIVATIONS)}")
         hidden = round(dim * ratio)
         self.gated = activation == "geglu"
         self.activation = ACTIVATIONS[activation]
-        self.up = nn.Linear(dim, 2 * hidden if self.gated else hidden)
-        self.down = nn.Linear(hidden, dim)
+        self.up = nn.Linear(dim, 2 * hidden if self.gated else hidden, bias=bias)
+        self.down = nn.Linear(hidden, dim, bias=bias)
         self.initialise()
 
     def initialise(self) -> None:

@@ -19,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from data.layout import Layout
-from models.convert import healda, krasserm, physicsnemo, transformers
+from models.convert import healda, krasserm, perceiver_ar, physicsnemo, transformers
 from models.convert.perceiver import TARGET, PerceiverSource, token_batch
+from models.convert.perceiver_ar import PerceiverARSource
 from models.convert.physicsnemo import PhysicsNeMoSource
 
 __all__ = ["SOURCES", "TARGET", "convert", "export", "recognise", "token_batch"]
 
-SOURCES: dict[str, PerceiverSource | PhysicsNeMoSource] = {
+SOURCES: dict[str, PerceiverSource | PerceiverARSource | PhysicsNeMoSource] = {
     "transformers": transformers.SOURCE,
     "perceiver_io": krasserm.SOURCE,
+    "perceiver_ar": perceiver_ar.SOURCE,
     "physicsnemo": physicsnemo.SOURCE,
     "healda": healda.SOURCE,
 }
@@ -84,7 +86,7 @@ def recognise(state_dict: Mapping[str, Any]) -> str:
     )
 
 
-def _source(name: str) -> PerceiverSource | PhysicsNeMoSource:
+def _source(name: str) -> PerceiverSource | PerceiverARSource | PhysicsNeMoSource:
     if name not in SOURCES:
         raise ValueError(f"unknown source of weights {name!r}; use one of {', '.join(SOURCES)}")
     return SOURCES[name]

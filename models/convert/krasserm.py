@@ -7,7 +7,7 @@ from typing import Any
 
 from models.convert.perceiver import Layer, Perceiver, PerceiverSource
 
-_ATTENTION = {
+ATTENTION = {
     "query_norm": "q_norm",
     "context_norm": "kv_norm",
     "attention.query": "attention.q_proj",
@@ -15,7 +15,7 @@ _ATTENTION = {
     "attention.value": "attention.v_proj",
     "attention.output": "attention.o_proj",
 }
-_MLP = {"mlp_norm": "1.module.0", "mlp.up": "1.module.1", "mlp.down": "1.module.3"}
+MLP = {"mlp_norm": "1.module.0", "mlp.up": "1.module.1", "mlp.down": "1.module.3"}
 
 
 def _describe(config: Mapping[str, Any]) -> Perceiver:
@@ -52,9 +52,9 @@ def _describe(config: Mapping[str, Any]) -> Perceiver:
 def _layer_names(layer: Layer, cross: bool) -> dict[str, str]:
     """A residual around the attention is a module of its own there and adds a level to the names."""
     level = "0.module." if layer.residual else "0."
-    names = _ATTENTION if cross else {**_ATTENTION, "query_norm": "norm"}
+    names = ATTENTION if cross else {**ATTENTION, "query_norm": "norm"}
     attention = {ours: level + theirs for ours, theirs in names.items() if cross or ours != "context_norm"}
-    return attention | _MLP
+    return attention | MLP
 
 
 SOURCE = PerceiverSource(

@@ -1,4 +1,4 @@
-"""Rotary positions: of latent grids, and of frames in time.
+"""Rotary positions: of latent grids, of frames in time, and of tokens in a sequence.
 
 On a grid half of each head turns with the row, half with the column.
 
@@ -46,3 +46,29 @@ class FrameRotary(Tables):
         angles = np.repeat(np.arange(num_frames)[:, None] * rate, 2, axis=1)
         self.table("cos", torch.from_numpy(np.cos(angles)).float())
         self.table("sin", torch.from_numpy(np.sin(angles)).float())
+
+
+class TokenRotary(Tables):
+    """Rotation of heads by the position of their token: of the first `channels` of a head adjacent pairs (2i, 2i+1)
+    turn by position * base**(-2i / channels), the others stay (RoFormer, arXiv:2104.09864).
+
+    rates: (channels / 2,) float32, radians a position; kept with the weights, which were trained with them.
+    """
+
+    def __init__(self, channels: int, *, base: float = 10_000.0):
+        super().__init__()
+        self.table("rates", 1.0 / base ** (torch.arange(0.0, channels, 2.0) / channels), persistent=True)
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (B or 1, 1, n, channels / 2), of positions (B or 1, n)."""
+        angles = (positions[..., None] * self.rates)[:, None]
+        return angles.cos(), angles.sin()
+
+
+def rotate_pairs(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, h, n, d) with the first pairs of channels turned by angles whose cos and sin are (B or 1, 1, n, pairs)."""
+    turned, rest = heads.split([2 * cos.shape[-1], heads.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    cos, sin = cos.to(heads.dtype), sin.to(heads.dtype)
+    first, second = turned[..., 0::2], turned[..., 1::2]
+    pairs = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return torch.cat([pairs.flatten(-2), rest], dim=-1)

@@ -12,6 +12,7 @@ class Identity(nn.Module):
     """Latents -> the same Latents."""
 
     frame_local = True
+    causal = True
 
     def __init__(self, layout: Layout, latent_layout: LatentLayout):
         super().__init__()

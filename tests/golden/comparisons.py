@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.batch import Batch, Condition, Field
+from data.batch import Batch, Condition, Field, Sequence
 from data.layout import Layout
 from data.observations import Observations, check
-from models.convert import TARGET, physicsnemo, recognise, token_batch
+from models.convert import TARGET, perceiver_ar, physicsnemo, recognise, token_batch
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,24 @@ class TokenSequences:
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits = model(batch)[TARGET][:, 0].transpose(1, 2)
         return {"": logits, "logits": logits, "latents": model.processor(model.encoder(batch)).tokens[:, 0]}
+
+
+class TokenIds:
+    """Perceiver AR: tokens and how many of them are prefix in; logits of the others out."""
+
+    def num_tokens(self, inputs: Mapping[str, Tensor]) -> int:
+        return inputs["tokens"].shape[1]
+
+    def batch(self, layout: Layout, inputs: Mapping[str, Tensor], golden: Golden) -> Batch:
+        padding = inputs.get("pad_mask")  # True marks what is padding
+        tokens, prefix_len = inputs["tokens"], int(inputs["prefix_len"])
+        given = Sequence(tokens, None if padding is None else ~padding.bool(), prefix_len)
+        wanted = Sequence(torch.zeros_like(tokens[:, prefix_len:]))
+        return Batch({perceiver_ar.TOKENS: given}, {perceiver_ar.TOKENS: wanted}, layout)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        logits = model(batch)[perceiver_ar.TOKENS]
+        return {"": logits, "logits": logits}
 
 
 class HEALPixFrames:
@@ -106,6 +124,7 @@ class HEALPixFrames:
 COMPARISONS = {
     "transformers": TokenSequences(),
     "perceiver_io": TokenSequences(),
+    "perceiver_ar": TokenIds(),
     "physicsnemo": HEALPixFrames(),
     "healda": HEALPixFrames(),
 }
