@@ -259,6 +259,7 @@ def test_dropout_leaves_out_rows_platforms_and_channels(batch):
         ({"features": 29}, "task.features=29 is unknown; allowed: 28, 30, 50"),
         ({"huber_delta": 0.0}, "task.huber_delta=0.0 must be above 0"),
         ({"row_dropout": 1.0}, "task.row_dropout=1.0 must be at least 0 and below 1"),
+        ({"query_fraction": 0.0}, "task.query_fraction=0.0 must be above 0 and at most 1"),
         ({"frame_weights": [1.0]}, r"task.frame_weights=\[1.0\] must be 3 numbers"),
     ],
 )
@@ -333,6 +334,24 @@ def test_the_miniature_of_the_archive_trains(tmp_path):
     found = evaluate(model, task, data, normalisation, spectra=False)
     values = found.content()["sst"]["rmse"]["0"]
     assert np.isfinite([values[OURS], values["climatology"]]).all()
+
+
+def test_the_loss_at_some_places_is_that_of_all_weighted_by_their_areas(network, batch):
+    task = task_of(query_fraction=0.5)
+    overrides = ["model/decoder=perceiver_io", "model.decoder.scope=local", "model.decoder.zero_head=false"]
+    layout = task.layout(network)
+    model = build_from_config(compose([*SMALL, *overrides]), layout).eval()
+    some = task.augment(batch, model)
+    places = some.places["analysis"]
+    assert 0 < len(places) < 192 and some.observations is batch.observations
+
+    target = batch.targets["analysis"]
+    output = model(batch)["analysis"] - residual(target)
+    losses = F.huber_loss(output, torch.zeros_like(output), reduction="none")[..., places]
+    weights = target.grid.area_weights.float()[places].expand_as(losses)
+    expected = ((weights * losses).sum((0, 3)) / weights.sum((0, 3))).mean()
+    sums = {name: weighted for name, (weighted, _) in task.sums(model(some), some).items()}
+    torch.testing.assert_close(task.combine(sums, task.total_weights([some]), layout)["loss"], expected)
 
 
 # Scores

@@ -38,6 +38,12 @@ CASES = {
     "without rotation": ["model.processor.rotary_base=null"],
     "frames encoded by a perceiver": ["model/encoder=perceiver", "model.num_latents=6"],
     "decoded by a perceiver": ["model/decoder=perceiver_io"],
+    "within a disk, decoded at some places": [
+        "model.processor.radius=70",
+        "model/decoder=perceiver_io",
+        "model.decoder.scope=local",
+        "task.query_fraction=0.4",
+    ],
     "frames that never meet": ["model/processor=identity"],
 }
 

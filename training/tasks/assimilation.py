@@ -46,6 +46,7 @@ class AssimilationTask(GriddedTask):
     variable_weights: {name: weight}, 1 where not named. frame_weights: one a frame, None: all 1.
     row_dropout: share of the observations left out of a training batch; platform_dropout, channel_dropout: chance that
         all observations of a platform or channel are left out of a window.
+    query_fraction: share of the output places decoded in a training step (`GriddedTask`).
     stacking: a baseline that is mixed into our analysis, with shares fitted on the validation split; None: the network.
     Raises ValueError where a value is not allowed.
     """
@@ -69,9 +70,11 @@ class AssimilationTask(GriddedTask):
         row_dropout: float = 0.0,
         platform_dropout: float = 0.0,
         channel_dropout: float = 0.0,
+        query_fraction: float = 1.0,
         stacking: str | None = None,
     ):
         self.check_stacking(stacking)
+        self.check_query_fraction(query_fraction)
         for name, value in (("frames", frames), ("frame_steps", frame_steps), ("stride", stride)):
             if value < 1:
                 raise ValueError(f"task.{name}={value} must be at least 1")
@@ -98,6 +101,7 @@ class AssimilationTask(GriddedTask):
         self.reference, self.head_name = reference, head
         self.loss_name, self.huber_delta = loss, huber_delta
         self.variable_weights = dict(variable_weights or {})
+        self.query_fraction = query_fraction
         self.stacking = stacking
         self.lead_weights = None if frame_weights is None else tuple(frame_weights)
         self.row_dropout = row_dropout
@@ -177,8 +181,9 @@ class AssimilationTask(GriddedTask):
     # Training
 
     def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
-        """A training batch without the observations that dropout leaves out. Draws from torch's global generator, the
-        same numbers whichever frames of the window the batch holds."""
+        """A training batch without the observations that dropout leaves out, at the places that are decoded. Draws from
+        torch's global generator, the same numbers whichever frames of the window the batch holds."""
+        batch = self.at_some_places(batch, model)
         observations, size = batch.observations, batch.batch_size
         device = observations.value.device
         kept = torch.ones_like(observations.value, dtype=torch.bool)

@@ -93,8 +93,7 @@ class ForecastTask(GriddedTask):
             raise ValueError(f"task.lead_weights={list(lead_weights)} must be 0 or more, and not all 0")
         if input_noise < 0:
             raise ValueError(f"task.input_noise={input_noise} must be 0 or more")
-        if not 0 < query_fraction <= 1:
-            raise ValueError(f"task.query_fraction={query_fraction} must be above 0 and at most 1")
+        self.check_query_fraction(query_fraction)
         self.check_stacking(stacking)
         self.input_frames = input_frames
         self.lead_times = None if lead_times is None else tuple(lead_times)
@@ -197,8 +196,7 @@ class ForecastTask(GriddedTask):
 
     def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
         """A training batch as the model sees it: noise, places to decode. Draws from torch's global generator."""
-        if self.query_fraction < 1:
-            batch = replace(batch, places=model.draw_places(self.query_fraction))
+        batch = self.at_some_places(batch, model)
         if self.input_noise == 0:
             return batch
         noisy = {

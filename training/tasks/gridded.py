@@ -6,6 +6,7 @@ Letters: B batch, L lead times, C variables.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,16 +19,22 @@ if TYPE_CHECKING:
     from data.layout import Variable
     from evaluation.run_evaluation import Choices, Findings
     from evaluation.run_folder import RunFolder
+    from models.encode_process_decode import EncodeProcessDecode
     from models.heads import DeterministicHead
 
 
 class GriddedTask:
     """Base of tasks whose targets are fields. A subclass sets head_name, loss_name, variable_weights, lead_weights
-    (one a lead time, or None: all 1) and, for the Huber loss, huber_delta."""
+    (one a lead time, or None: all 1) and, for the Huber loss, huber_delta.
+
+    query_fraction: share of the output places decoded in a training step, drawn anew for each; decoders that write all
+    places at once ignore it. Outputs do not depend on each other, so this trades a noisier step for a cheaper one.
+    """
 
     head_name: str
     loss_name: str
     huber_delta: float = 1.0
+    query_fraction: float = 1.0
     variable_weights: Mapping[str, float]
     lead_weights: Sequence[float] | None
 
@@ -47,6 +54,17 @@ class GriddedTask:
         for name in self.variable_weights:
             if name not in names:
                 raise ValueError(f"task.variable_weights names {name!r}; the data has {', '.join(names)}")
+
+    def check_query_fraction(self, share: float) -> None:
+        """Raises ValueError where it is no share."""
+        if not 0 < share <= 1:
+            raise ValueError(f"task.query_fraction={share} must be above 0 and at most 1")
+
+    def at_some_places(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
+        """With the places that a training step decodes, the same on all ranks that share a window."""
+        if self.query_fraction == 1:
+            return batch
+        return replace(batch, places=model.draw_places(self.query_fraction))
 
     def total_weights(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Sum of the weights of everything present in the targets of all batches, per target: (L, C)."""
