@@ -115,7 +115,7 @@ REFUSALS = (
     ),
     Refusal(
         lambda model, layout: (
-            _is(model, "encoder", "PerceiverEncoder")
+            (_is(model, "encoder", "PerceiverEncoder") or _is(model, "encoder", "LocalPerceiverEncoder"))
             and model["encoder"].get("frames") == "each"
             and len({item.frames for item in layout.inputs.values()} - {1}) > 1
         ),

@@ -72,12 +72,16 @@ class ObservationRows(nn.Module):
         for layer in (self.value, self.place, self.age):
             linear_(layer)
 
-    def forward(self, observations: Observations, base_time: Tensor, *, each: bool) -> tuple[Tensor, Tensor]:
-        batch, frames = observations.times.shape
+    def rows(self, observations: Observations, base_time: Tensor) -> Tensor:
+        """(n, D), one token a row."""
         coordinates = torch.stack([observations.latitude, observations.longitude], dim=-1)
         places = geographic_features(coordinates, self.num_bands, Points([[0.0, 0.0]]), spacing=self.spacing)
         age = (observations.time - base_time[observations.batch]).float()
-        rows = self.value(self.tokenizer(observations)) + self.place(places) + self.age(lead_features(age))
+        return self.value(self.tokenizer(observations)) + self.place(places) + self.age(lead_features(age))
+
+    def forward(self, observations: Observations, base_time: Tensor, *, each: bool) -> tuple[Tensor, Tensor]:
+        batch, frames = observations.times.shape
+        rows = self.rows(observations, base_time)
         group = observations.batch * frames + observations.frame if each else observations.batch
         groups = batch * frames if each else batch
         order, offsets = sort_and_pack(group, groups)
