@@ -13,6 +13,7 @@ from data.grids import ROWS_AND_COLUMNS, Grid
 from data.healpix import HEALPixGrid
 from data.layout import Layout
 from models.checks import part_class
+from models.decoders.grouped_reconstruction import rows_of_target
 from models.latents import LatentLayout
 
 
@@ -151,6 +152,37 @@ REFUSALS = (
         ),
         "local queries need rows and columns or a HEALPix grid, and no input or target has one; "
         "use model.decoder.scope=global",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "decoder", "GroupedReconstructionDecoder")
+            and not (_is(model, "encoder", "HierarchicalPerceiverEncoder") and model["encoder"].get("fan_out"))
+        ),
+        "model/decoder=grouped_reconstruction writes what a hierarchy read back at the cells of its inputs; "
+        "use model/encoder=hip_mini",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "decoder", "GroupedReconstructionDecoder") and _trait(model, "processor", "requires_grid")
+        ),
+        "this processor puts other cells in the place of those that model/decoder=grouped_reconstruction writes; "
+        "use model/processor=identity",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "decoder", "GroupedReconstructionDecoder")
+            and any(rows_of_target(layout, target) is None for target in layout.targets)
+        ),
+        "model/decoder=grouped_reconstruction writes inputs back, and a target is none; use model/decoder=perceiver_io",
+    ),
+    Refusal(
+        lambda model, layout: (
+            layout.observations is not None
+            and _is(model, "encoder", "HierarchicalPerceiverEncoder")
+            and model["encoder"].get("grouping") == "stream"
+        ),
+        "model.encoder.grouping=stream hands groups out to fields, and the data has observations; "
+        "use model.encoder.grouping=time",
     ),
     Refusal(
         lambda model, layout: (

@@ -21,7 +21,7 @@ from data.batch import Batch, Sequence
 from data.layout import Layout
 from models import load
 from models.composition import build_from_config, compose
-from tests.model_examples import GLOBAL, PLANE, SPHERE, observed_layout, tiny_batch, tiny_layout, token_layout
+from tests.model_examples import GLOBAL, HOUR, PLANE, SPHERE, observed_layout, tiny_batch, tiny_layout, token_layout
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "model"
 TINY = [
@@ -35,6 +35,8 @@ TINY = [
 ]
 CPU_ATTENTION = ("auto", "reference", "sdpa", "flash")
 ALIASES = {"healpix_patch"}  # another name of video_patch
+REFUSED_FOR_FORECASTS = {"grouped_reconstruction"}  # writes its inputs back
+SIZED = ("hip_16", "hip_256", "hip_mini")  # the hierarchical perceiver with sizes of their own
 OF_TOKENS = {"encoder": "token", "processor": "perceiver_ar", "decoder": "token"}  # combined with each other only
 
 
@@ -43,7 +45,7 @@ def options(group: str) -> list[str]:
 
 
 def distinct(group: str, *without: str) -> list[str]:
-    apart = {*ALIASES, OF_TOKENS[group], *without}
+    apart = {*ALIASES, *SIZED, OF_TOKENS[group], *REFUSED_FOR_FORECASTS, *without}
     return [name for name in options(group) if name not in apart]
 
 
@@ -83,6 +85,11 @@ OBSERVED = [
         ("analysis", "forecast"),
     ),
 ]
+RECONSTRUCTED = list(
+    itertools.product(
+        ("time", "stream"), ("fourier", "learned"), distinct("processor", "spatial_transformer", "local_transformer")
+    )
+)
 
 
 def parts(encoder: str, processor: str, decoder: str) -> list[str]:
@@ -103,6 +110,16 @@ def with_observations(grid, encoder, processor, decoder, times) -> tuple[list[st
 
 def on_a_plane(encoder, processor, decoder) -> tuple[list[str], Layout]:
     return parts(encoder, processor, decoder), tiny_layout(PLANE, target_grid=PLANE.window(slice(2, 8), slice(2, 7)))
+
+
+def reconstructed_layout() -> Layout:
+    return tiny_layout(gaps=True, leads=(-6 * HOUR, 0))
+
+
+def with_reconstruction(grouping, positions, processor) -> tuple[list[str], Layout]:
+    given = [f"model.encoder.grouping={grouping}", f"model.encoder.positions={positions}"]
+    given += ["model.encoder.fan_out=true", *parts("hierarchical_perceiver", processor, "grouped_reconstruction")]
+    return [*given, "model.encoder.groups=[2,1,2]"], reconstructed_layout()
 
 
 def masked(batch: Batch, content: float) -> Batch:
@@ -183,10 +200,21 @@ def test_all_parts_with_observations(case, tmp_path):
     exercise(*with_observations(*case), tmp_path)
 
 
+@pytest.mark.parametrize("case", RECONSTRUCTED, ids="-".join)
+def test_parts_that_write_their_inputs_back(case, tmp_path):
+    exercise(*with_reconstruction(*case), tmp_path)
+
+
 @pytest.mark.parametrize("preset", options("."))
 def test_presets(preset, tmp_path):
-    layout = token_layout() if preset == OF_TOKENS["processor"] else tiny_layout(gaps=True)
-    exercise([f"model={preset}", *TINY], layout, tmp_path)
+    given, layout = [f"model={preset}", *TINY], tiny_layout(gaps=True)
+    if preset == OF_TOKENS["processor"]:
+        layout = token_layout()
+    if preset in SIZED:
+        given += [f"model.encoder.{name}=16" for name in ("hidden_size", "num_latents", "embed_size")]
+        given, layout = [*given, "model.encoder.num_heads=2", "model.encoder.self_per_cross=1"], reconstructed_layout()
+        given.append("model.encoder.groups=[4,2,1,2,4]")  # one token a group would leave queries nothing to choose
+    exercise(given, layout, tmp_path)
 
 
 def of_tokens(**chosen: str) -> list[str]:

@@ -58,13 +58,8 @@ def by_stream(layout: Layout, groups: int | None) -> Grouping:
     """Groups of one stream each, handed out so that the largest is as small as it can be.
 
     A stream is an input with all its frames, cut into equally long groups of neighbours. groups: None, one a stream.
-    Raises ValueError where there are fewer groups than streams, or observations.
+    Raises ValueError where there are fewer groups than streams. Observations have no group: they are refused before.
     """
-    if layout.observations is not None:
-        raise ValueError(
-            "model.encoder.grouping=stream hands groups out to fields, and the data has observations; "
-            "use model.encoder.grouping=time"
-        )
     streams = [np.concatenate(rows) for rows in _rows(layout).values()]
     groups = len(streams) if groups is None else groups
     if groups < len(streams):

@@ -86,13 +86,14 @@ class HierarchicalPerceiverEncoder(nn.Module):
         if merge < 2:
             raise ValueError(f"model.encoder.merge={merge} must be at least 2 groups that become one")
         self.layout, self.grouping, self.missing = layout, grouping, missing
+        if groups is not None:
+            _check_groups(groups, fan_out)
         wanted = None if groups is None else groups[0]
         table = by_stream(layout, wanted) if grouping == "stream" else by_time(layout, wanted, static=static)
         for name in ("rows", "frames", "slots"):
             self.register_buffer(name, getattr(table, name), persistent=False)
         self.complete = bool((table.rows >= 0).all())
-        groups = _hierarchy(table.rows.shape[0], merge, fan_out) if groups is None else tuple(groups)
-        _check_groups(groups, fan_out)
+        groups = _hierarchy(table.rows.shape[0], merge, fan_out) if groups is None else groups
         hidden_sizes, latents, heads, layers = (
             _of_blocks(name, value, len(groups))
             for name, value in (
@@ -170,11 +171,8 @@ class HierarchicalPerceiverEncoder(nn.Module):
             made.append(latents)
         if self.read_back is not None:
             latents = self._everywhere(latents, valid, positions, modulation)
-        return Latents(
-            tokens=latents,
-            times=batch.clock.times[:, -1:],
-            valid=None if self.read_back is not None or valid is None else valid,
-        )
+        certain = self.read_back is not None or (present is None and self.observations is None)
+        return Latents(tokens=latents, times=batch.clock.times[:, -1:], valid=None if certain else valid)
 
     def _rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens (B, R, E), what they know of place and time (B or 1, R, E), which may be read (B, R) or None (all)."""
@@ -266,17 +264,19 @@ def _hierarchy(first: int, merge: int, fan_out: bool) -> tuple[int, ...]:
     return (*groups, *reversed(groups[:-1])) if fan_out else tuple(groups)
 
 
-def _check_groups(groups: tuple[int, ...], fan_out: bool) -> None:
+def _check_groups(groups: Sequence[int], fan_out: bool) -> None:
     given = f"model.encoder.groups=[{','.join(map(str, groups))}]"
     if not groups or min(groups) < 1:
         raise ValueError(f"{given} must be numbers of groups of at least 1, one a block, like [4,1]")
-    if fan_out and (len(groups) < 3 or groups != groups[::-1] or groups[len(groups) // 2] != 1 or len(groups) % 2 == 0):
+    middle = len(groups) // 2
+    mirrored = len(groups) >= 3 and len(groups) % 2 == 1 and groups[middle] == 1
+    if fan_out and not (mirrored and list(groups) == list(groups)[::-1]):
         raise ValueError(f"{given} must lead to one group and back the same way with fan_out, like [4,1,4]")
     if not fan_out and groups[-1] != 1:
         raise ValueError(f"{given} must end in one group, like [4,1]; or use model.encoder.fan_out=true")
 
 
-def _check_latents(groups: tuple[int, ...], latents: tuple[int, ...], fan_out: bool, drawn: int | None) -> None:
+def _check_latents(groups: Sequence[int], latents: tuple[int, ...], fan_out: bool, drawn: int | None) -> None:
     middle = len(groups) // 2 if fan_out else len(groups) - 1
     if fan_out and any(latents[index] != latents[-1 - index] for index in range(middle)):
         raise ValueError(
