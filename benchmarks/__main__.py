@@ -10,6 +10,7 @@ NAMES = {
     "perceiver": "Perceiver IO, forward and backward on CPU, against krasserm's, lucidrains' and transformers'",
     "loader": "samples/s from RAM, memmap, NetCDF and Zarr against xbatcher, and the share of a step spent waiting",
     "healda_cpu": "HealDA v2, forward and backward on CPU, with and without observations, against PhysicsNeMo's",
+    "attention": "every backend of attention over lengths, heads and dtypes, and what `model.attention=auto` picks",
     "kernels": "each kernel of kernels/ against PhysicsNeMo's and against what the device can do, GPU or CPU",
     "parallel": "context parallelism: bytes against the minimum, reshard time, steps with cp = 1 to 8, start-up",
     "scaling_model": "estimates for 8 to 512 GPUs: memory, compute and communication of a rank (docs/scaling.md)",

@@ -249,12 +249,6 @@ def _place(row: dict) -> int:
     return known.index(case) if case in known else len(known)
 
 
-def command(options: list[str]) -> str:
-    """As it is shown, without the file that it wrote."""
-    place = options.index("--output") if "--output" in options else len(options)
-    return " ".join(["python -m benchmarks kernels", *options[:place], *options[place + 2 :]])
-
-
 def measured(chosen: argparse.Namespace, options: list[str]) -> dict[str, dict]:
     device = torch.device(chosen.device)
     kind, began = device.type, time.monotonic()
@@ -269,7 +263,7 @@ def measured(chosen: argparse.Namespace, options: list[str]) -> dict[str, dict]:
     setting = Setting(device, dtype, random, theirs=not absent, loops=kind == "cpu")
     versions = ("torch", "triton", "numpy", "einops", "nvidia-physicsnemo")
     result = measure.environment(versions) | {
-        "command": command(options),
+        "command": measure.command(NAME, options),
         "threads": torch.get_num_threads(),
         "copy_rate": rates.copy,
         "matrix_rate": rates.matrix,

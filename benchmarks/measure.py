@@ -132,6 +132,12 @@ def publish(name: str, result: dict, table: str, *, store: bool) -> None:
     print(f"stored in {RESULTS.relative_to(ROOT)}/{name}.json and {PAGE.relative_to(ROOT)}")
 
 
+def command(name: str, options: list[str]) -> str:
+    """As it is shown, without the file that it wrote."""
+    place = options.index("--output") if "--output" in options else len(options)
+    return " ".join([f"python -m benchmarks {name}", *options[:place], *options[place + 2 :]])
+
+
 def insert(page: Path, name: str, text: str) -> None:
     """Puts the text between the markers of that name in a page."""
     start, end = f"<!-- {name} -->", f"<!-- end {name} -->"

@@ -47,10 +47,10 @@ def timed(step: Callable[[], object], device: torch.device, repeats: int = 1) ->
     return begin.elapsed_time(end) / 1000 / repeats
 
 
-def paired_seconds(
+def paired_rounds(
     steps: dict[str, Callable[[], object]], device: torch.device, *, rounds: int, longest: float
-) -> dict[str, float]:
-    """Median seconds of each step after a warm-up of each, in as many rounds as take about `longest` seconds.
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after a warm-up of each, in as many rounds as take about `longest` seconds.
 
     A step that alone takes longer than that runs once: on a CPU its warm-up counts, which compiles nothing there.
     """
@@ -66,6 +66,14 @@ def paired_seconds(
     for _ in range(max(1, min(rounds, int(longest / one_round))) if again else 0):
         for name, step in again.items():
             seconds[name].append(timed(step, device, repeats[name]))
+    return seconds
+
+
+def paired_seconds(
+    steps: dict[str, Callable[[], object]], device: torch.device, *, rounds: int, longest: float
+) -> dict[str, float]:
+    """Medians of `paired_rounds`."""
+    seconds = paired_rounds(steps, device, rounds=rounds, longest=longest)
     return {name: median(values) for name, values in seconds.items()}
 
 

@@ -121,17 +121,31 @@ def test_the_absorption_rule_is_the_cheaper_of_the_two():
         assert cheaper == (heads * n * c < d * (c + n))
 
 
-def test_auto_chooses_by_dtype_heads_and_length():
-    small, large = torch.zeros(1, 2, 16, 8), torch.zeros(1, 8, 256, 8)
-    assert choose_backend(small, 16) == "reference"
-    assert choose_backend(large, 50_000) == "sdpa"
-    assert choose_backend(large, 50_000, constant_keys=True) == "blockwise"
-    tiled = "sdpa" if torch.cpu._is_amx_tile_supported() else "blockwise"
-    absorbed = torch.zeros(1, 1, 256, 261).bfloat16()
-    assert choose_backend(large.bfloat16(), 4096) == "reference"
-    assert choose_backend(large.bfloat16(), 50_000) == tiled
-    assert choose_backend(absorbed, 50_000) == "reference"
-    assert choose_backend(absorbed, 5_000_000) == tiled
+TILED = "sdpa" if torch.cpu._is_amx_tile_supported() else "blockwise"  # in 16 bit
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "constant", "wide", "narrow"),  # picks in 32 and 16 bit
+    [
+        ((1, 4, 64, 32), 64, False, "sdpa", "reference"),
+        ((1, 16, 256, 64), 256, False, "reference", "reference"),
+        ((200, 4, 16, 16), 25, False, "reference", "reference"),
+        ((2000, 4, 1, 32), 9, False, "sdpa", "reference"),
+        ((4, 8, 4096, 32), 128, False, "sdpa", "reference"),
+        ((1, 16, 512, 64), 512, False, "sdpa", "reference"),
+        ((1, 8, 256, 32), 50_000, False, "sdpa", TILED),
+        ((1, 8, 256, 32), 50_000, True, "blockwise", "blockwise"),
+        ((1, 1, 256, 261), 4096, True, "reference", "reference"),
+        ((1, 1, 256, 261), 50_000, False, "blockwise", "reference"),
+        ((1, 1, 256, 261), 5_000_000, False, "blockwise", "blockwise"),
+    ],
+)
+def test_auto_chooses_by_dtype_heads_and_length(shape, keys, constant, wide, narrow):
+    query = torch.empty(shape)
+    assert choose_backend(query, keys, constant_keys=constant) == wide
+    assert choose_backend(query.double(), keys, constant_keys=constant) == wide
+    assert choose_backend(query.bfloat16(), keys, constant_keys=constant) == narrow
+    assert choose_backend(query.to("meta"), keys) == "sdpa"
 
 
 def test_blockwise_attention_over_several_blocks_equals_the_reference(monkeypatch):

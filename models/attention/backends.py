@@ -32,12 +32,12 @@ _KERNELS = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
 }
 
-# Below this many logits in a batch row the CPU's plain products beat the tiled kernel's set-up cost.
-_SMALL_LOGITS = 64 * 1024
-# A 16-bit logit matrix above this size (bytes) costs more memory than its speed is worth on CPU.
-_LARGE_LOGIT_BYTES = 2**30
-# 16 bit on CPU: tiles pay off for many keys of narrow heads.
-_MANY_KEYS, _WIDE_HEAD = 8192, 128
+# The rule for CPUs, measured by `python -m benchmarks attention` (docs/performance.md).
+_WIDE_HEAD = 128  # the tiled kernel is slow for wider heads: those of absorbed projections
+_WIDE_LOGITS = 2**22  # of a batch, as all but the next
+_MANY_HEADS, _SHORT, _ROW_LOGITS, _SHORT_LOGITS = 8, 256, 2**16, 2**22  # it sets up every head of every sample anew
+_LONG_16, _LOGITS_16 = 512, 2**23  # 16 bit: products are fast, so that tiles pay off later
+_LARGE_LOGIT_BYTES = 2**30  # a 16-bit matrix above this costs more memory than its speed is worth
 
 
 def require_backend(backend: str, device: torch.device | str) -> None:
@@ -55,25 +55,35 @@ def require_backend(backend: str, device: torch.device | str) -> None:
 
 
 def choose_backend(query: Tensor, num_keys: int, *, constant_keys: bool = False) -> str:
-    """The rule behind `auto` for queries (B, h, n, d) and a number of keys.
+    """The rule behind `auto` for queries (B, h, n, d) and a number of keys. constant_keys: keys and values need no
+    gradient.
 
-    CUDA: sdpa. CPU, 32 and 64 bit: reference for few logits (n m h), else sdpa, which never writes the logits, and
-    blockwise where keys and values need no gradient but queries do, since it leaves theirs out.
-    CPU, 16 bit: reference for fewer keys than 8192 or wide heads (absorbed projections), unless the logits pass 1 GiB;
-    else sdpa on processors with matrix tiles (AMX). Others take blockwise for its memory, at a speed not yet measured.
+    CUDA: sdpa. CPU: reference, sdpa, which never writes the B h n m logits, or blockwise, which neither writes them nor
+    computes gradients of constant keys.
+    32 and 64 bit: reference for at least 8 heads in all, of at most 256 keys, unless logits pass 2^22 (and 2^16 in a
+    sample), and for at most 2^22 logits of heads wider than 128; else blockwise for wide heads and constant keys, else
+    sdpa.
+    16 bit: reference for at most 2^23 logits, fewer than 512 keys or wide heads, all unless logits pass 1 GiB; else
+    blockwise for wide heads, constant keys and on processors without matrix tiles (AMX), where it has not been
+    measured, else sdpa.
     """
     batch, heads, queries, width = query.shape
     if query.device.type != "cpu":
         return "sdpa"
-    logits = heads * queries * num_keys
+    row, wide = heads * queries * num_keys, width > _WIDE_HEAD
+    logits = batch * row
     if query.dtype in (torch.bfloat16, torch.float16):
-        small = batch * logits * query.element_size() <= _LARGE_LOGIT_BYTES
-        if small and (num_keys < _MANY_KEYS or width > _WIDE_HEAD):
-            return "reference"
-        return "sdpa" if torch.cpu._is_amx_tile_supported() else "blockwise"
-    if logits <= _SMALL_LOGITS:
+        few = logits <= _LOGITS_16 or num_keys < _LONG_16 or wide
+        few = few and logits * query.element_size() <= _LARGE_LOGIT_BYTES
+        constant_keys = constant_keys or not torch.cpu._is_amx_tile_supported()
+    elif wide:
+        few = logits <= _WIDE_LOGITS
+    else:
+        few = batch * heads >= _MANY_HEADS and queries > 1 and num_keys <= _SHORT
+        few = few and (row <= _ROW_LOGITS or logits <= _SHORT_LOGITS)
+    if few:
         return "reference"
-    return "blockwise" if constant_keys else "sdpa"
+    return "blockwise" if constant_keys or wide else "sdpa"
 
 
 def attend(
