@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from data.batch import Batch, Field, Reference, Sequence
@@ -41,14 +41,15 @@ def training_bytes(
     config = copy.deepcopy(config)
     # What the kernels of a device keep; on the meta device they would fall back to the whole matrix of logits.
     config.model.attention = "blockwise"
+    gridded = _without_observations(layout)
     with torch.device("meta"):
         model = build_from_config(config, layout)
+        plain = model if gridded == layout else build_from_config(config, gridded)
     weights = _size(model)
-    activations = _activations(config, model, layout, batch_size)
-    if getattr(model.processor, "recomputed", ()):  # one block at a time is computed again
-        block = OmegaConf.merge(config, {"model": {"depth": 1, "processor": {"checkpoint": "none"}}})
-        with torch.device("meta"):
-            activations += _activations(block, build_from_config(block, layout), layout, batch_size)
+    if recomputed := getattr(model.processor, "recomputed", ()):  # one block at a time is computed again
+        model.processor.recomputed = plain.processor.recomputed = recomputed[1:]
+    activations = _activations(plain, gridded, batch_size, places=config.task.get("query_fraction", 1.0))
+    activations += _queries_bytes(model, batch_size)
     activations /= frame_parts
     kept = COPIES_IN_TRAINING * weights / weight_parts
     if weight_parts > 1:
@@ -71,15 +72,16 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def _activations(config: DictConfig, model: nn.Module, layout: Layout, batch_size: int) -> int:
-    """Bytes that autograd keeps for one backward pass, in float32."""
-    gridded = _without_observations(layout)
-    with torch.device("meta"):
-        plain = build_from_config(config, gridded).to("meta").train()
-    kept = KeptTensors(plain)
+def _activations(model: nn.Module, layout: Layout, batch_size: int, *, places: float) -> float:
+    """Bytes that autograd keeps for one backward pass, in float32. places: share of those that a training step decodes
+    where a decoder can leave the others out; what it keeps of the latents, far less, is taken to shrink with them."""
+    kept, decoding = KeptTensors(model.to("meta").train()), {}
+    for decoder in (part for part in model.decoder.values() if hasattr(part, "draw_places")):
+        decoder.register_forward_pre_hook(lambda part, _: decoding.update({part: kept.bytes}))
+        decoder.register_forward_hook(lambda part, *_: decoding.update({part: kept.bytes - decoding[part]}))
     with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
-        plain(_meta_batch(gridded, batch_size))
-    return kept.bytes + _queries_bytes(model, batch_size)
+        model(_meta_batch(layout, batch_size))
+    return kept.bytes - (1 - places) * sum(decoding.values())
 
 
 def available_bytes(device: torch.device, *, ranks: int = 1) -> int:

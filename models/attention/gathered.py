@@ -53,7 +53,7 @@ class _Gathered(torch.autograd.Function):
         attended = value.new_empty(*query.shape[:3], value.shape[3])
         log_total = query.new_empty(*query.shape[:3], 1, dtype=working_dtype(query))
         seen = query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool)
-        for rows, keys, reads in groups:
+        for rows, keys, reads in () if query.is_meta else groups:  # what is kept has its size without them
             if key_mask is not None:
                 reads = reads & key_mask[:, None, keys]  # (B, r, m)
                 seen[:, rows] = reads.any(dim=-1)
