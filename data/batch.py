@@ -58,6 +58,8 @@ class Field(Movable):
     scale, offset: broadcastable to values; normalisation towards physical units (None = values are physical).
     reference: what the model's residual is added to (targets only).
     second_of_day, day_of_year: (B, T) float32, computed from times unless given (other calendars give their own).
+    coordinates: (B, cells, 2), where the cells of every sample lie, as `Grid.coordinates` gives them: for crops, which
+    have a place of their own each and the spacing of `grid`. None = where the grid says.
     Raises ValueError on shapes that do not agree.
     """
 
@@ -74,6 +76,7 @@ class Field(Movable):
     second_of_day: Tensor | None = None
     day_of_year: Tensor | None = None
     transform: str | None = None
+    coordinates: Tensor | None = None
 
     def __post_init__(self):
         assert self.transform in (None, "log_rain"), self.transform
@@ -88,6 +91,9 @@ class Field(Movable):
                 f"times must be int64 of shape {tuple(self.values.shape[:2])}, got {self.times.dtype} "
                 f"{tuple(self.times.shape)}"
             )
+        crops = (self.values.shape[0], self.grid.num_points, 2)
+        if self.coordinates is not None and tuple(self.coordinates.shape) != crops:
+            raise ValueError(f"coordinates of crops must be {crops}, got {tuple(self.coordinates.shape)}")
         for name in ("valid", "domain", "scale", "offset"):
             tensor = getattr(self, name)
             if tensor is None:
@@ -145,7 +151,9 @@ class Field(Movable):
 
         whole = {name: getattr(self, name).repeat_interleave(count, dim=0) for name in ("values", "times")}
         parts = ("valid", "domain", "frame_valid", "scale", "offset", "second_of_day", "day_of_year")
-        return replace(self, reference=None, **whole, **{name: each(getattr(self, name)) for name in parts})
+        parts = {name: each(getattr(self, name)) for name in parts}
+        coordinates = None if self.coordinates is None else self.coordinates.repeat_interleave(count, dim=0)
+        return replace(self, reference=None, coordinates=coordinates, **whole, **parts)
 
     def of_frames(self, frames: list[int] | range) -> Field:
         """This field at some of its times, by their indices."""
@@ -184,6 +192,7 @@ class Field(Movable):
             self,
             values=chosen(self.values),
             grid=Points(self.grid.coordinates[places.cpu()]),
+            coordinates=None if self.coordinates is None else self.coordinates[:, places],
             valid=chosen(self.valid),
             domain=chosen(self.domain),
             scale=chosen(self.scale),
@@ -207,6 +216,7 @@ class Query(Movable):
     times: (B, L) int64 seconds since 1970 UTC. lead_time: (B, L) float32 seconds after the last input frame.
     features: (B, F, *grid.shape) or None: input channels on the query's own grid (all frames, layout order), from which
         a decoder may build its queries (Perceiver IO, section 3.2: the input itself as the query).
+    coordinates: (B, cells, 2), of crops (`Field.coordinates`), or None.
     """
 
     grid: Grid
@@ -217,6 +227,7 @@ class Query(Movable):
     day_of_year: Tensor
     features: Tensor | None = None
     places: Tensor | None = None
+    coordinates: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -229,8 +240,9 @@ class Query(Movable):
             name: getattr(self, name).flatten()[:, None]
             for name in ("times", "lead_time", "second_of_day", "day_of_year")
         }
-        features = None if self.features is None else self.features.repeat_interleave(leads, dim=0)
-        return replace(self, features=features, **each)
+        wide = {name: getattr(self, name) for name in ("features", "coordinates")}
+        wide = {name: part.repeat_interleave(leads, dim=0) for name, part in wide.items() if part is not None}
+        return replace(self, **wide, **each)
 
 
 @dataclass(frozen=True)
@@ -360,6 +372,7 @@ class Batch(Movable):
             day_of_year=target.day_of_year,
             features=torch.cat(shared, dim=1) if shared else None,
             places=self.places.get(name) if self.places else None,
+            coordinates=target.coordinates,
         )
 
     def wanted(self, name: str) -> Field:

@@ -118,6 +118,7 @@ class EncodeProcessDecode(nn.Module):
         Lead times may differ: they are data of the query; those beyond the trained ones are warned of.
         """
         warn_beyond_training(self.layout, batch.layout)
+        self._check_crops(batch)
         if batch.layout is self.layout:
             return
         for name, item in self.layout.inputs.items():
@@ -137,6 +138,20 @@ class EncodeProcessDecode(nn.Module):
                 raise ValueError(
                     f"target {name!r} of this batch is not what the model was built for ({_summary(item)}); "
                     "build the model with the layout of this data, or ask for the same variables on the same grid"
+                )
+
+    def _check_crops(self, batch: Batch) -> None:
+        fields = [*batch.inputs.values(), *batch.targets.values()]
+        if all(getattr(field, "coordinates", None) is None for field in fields):
+            return
+        for part, instead in (
+            (self.encoder, "model/encoder=perceiver"),
+            *((decoder, "model/decoder=lead_time") for decoder in self.decoder.values()),
+        ):
+            if not getattr(part, "reads_coordinates", False):
+                raise ValueError(
+                    f"samples of this batch are crops with coordinates of their own, which {type(part).__name__} does "
+                    f"not read; use {instead}"
                 )
 
     def _adapted(self, place: str, latents: Latents) -> Latents:

@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from data.batch import Batch
+from data.grids import LatLonGrid
 from models import build
 from models.attention import AttentionLayer
 from models.composition import build_from_config, compose
 from models.conditioning.lead_time import LeadTimeFeatures, LeadTimeFiLM
 from models.latents import Latents
-from tests.model_examples import COARSE, GLOBAL, HOUR, LEADS, STATIONS, observed_layout, tiny_batch, tiny_layout
+from tests.model_examples import COARSE, GLOBAL, HOUR, LEADS, REGION, STATIONS, observed_layout, tiny_batch, tiny_layout
 
 TINY = ["model/encoder=perceiver", "model/processor=latent_transformer", "model/decoder=lead_time", "model/size=tiny"]
 TINY += ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.num_latents=6", "model.patch_size=3"]
@@ -272,3 +274,50 @@ def test_film_takes_less_than_a_hundredth_of_the_parameters(size, condition):
         model = build(["model=hip_metnet", f"model/size={size}", f"model.condition={condition}"], tiny_layout())
     count = {name: parameter.numel() for name, parameter in model.named_parameters()}
     assert 0 < sum(number for name, number in count.items() if "film" in name) < 0.01 * sum(count.values())
+
+
+# Crops with their own coordinates
+
+
+def crops(layout, whole, rows: int, columns: int, starts):
+    """Windows of a batch on the whole grid, one a sample, with their places."""
+    grid = layout.inputs["prognostic"].grid
+    places = whole.inputs["prognostic"].grid.coordinates.unflatten(0, whole.inputs["prognostic"].grid.shape)
+
+    def cut(field):
+        cuts = [(slice(row, row + rows), slice(column, column + columns)) for row, column in starts]
+        values = torch.stack([field.values[b][..., r, c] for b, (r, c) in enumerate(cuts)])
+        where = torch.stack([places[cut].flatten(0, 1) for cut in cuts])
+        return replace(field, values=values, grid=grid, coordinates=where, reference=None, scale=None, offset=None)
+
+    inputs, targets = ({name: cut(field) for name, field in part.items()} for part in (whole.inputs, whole.targets))
+    return Batch(inputs, targets, layout)
+
+
+@pytest.mark.parametrize("encoder", ("perceiver", "hierarchical_perceiver"))
+def test_crops_are_read_and_predicted_at_their_own_places(encoder):
+    part = LatLonGrid(REGION.latitude[:4], REGION.longitude[:5])
+    layout, elsewhere = tiny_layout(part), tiny_layout(LatLonGrid(REGION.latitude[2:6], REGION.longitude[3:8]))
+    options = f"model/encoder={encoder}"
+    model, moved = built(options, layout=layout), built(options, layout=elsewhere)
+    whole = tiny_batch(tiny_layout(REGION))
+    output = model(crops(layout, whole, 4, 5, [(0, 0), (2, 3)]))["forecast"]
+    here = crops(layout, whole, 4, 5, [(0, 0), (0, 0)])
+    here = replace(here, inputs={"prognostic": replace(here.inputs["prognostic"], coordinates=None)})
+    here = replace(here, targets={"forecast": replace(here.targets["forecast"], coordinates=None)})
+    torch.testing.assert_close(output[0], model(here)["forecast"][0], rtol=1e-4, atol=1e-5)
+    there = crops(elsewhere, whole, 4, 5, [(2, 3), (2, 3)])
+    torch.testing.assert_close(output[1], moved(there)["forecast"][1], rtol=1e-4, atol=1e-5)
+    some = replace(crops(layout, whole, 4, 5, [(0, 0), (2, 3)]), places={"forecast": torch.tensor([7, 2])})
+    torch.testing.assert_close(model(some)["forecast"], output.flatten(3)[..., [7, 2]], rtol=1e-4, atol=1e-5)
+
+
+def test_parts_that_read_no_coordinates_refuse_crops():
+    layout = tiny_layout(LatLonGrid(REGION.latitude[:4], REGION.longitude[:5]))
+    batch = crops(layout, tiny_batch(tiny_layout(REGION)), 4, 5, [(0, 0), (2, 3)])
+    for given, sentence in (
+        ("model/encoder=grid_patch", "encoder=perceiver"),
+        ("model/decoder=grid_patch", "lead_time"),
+    ):
+        with pytest.raises(ValueError, match=f"coordinates of their own.*{sentence}"):
+            built(given, layout=layout)(batch)

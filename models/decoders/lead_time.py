@@ -33,6 +33,8 @@ class LeadTimeDecoder(PlaceQueries):
     Raises ValueError on values not allowed.
     """
 
+    reads_coordinates = True
+
     def __init__(
         self,
         layout: Layout,

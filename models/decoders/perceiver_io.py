@@ -101,6 +101,7 @@ class PerceiverIODecoder(PlaceQueries):
             own = fourier_features(2 * windows.own, [frequencies(4, 4.0).float()] * 2)
             self.register_buffer("own_features", own, persistent=False)  # (P, F)
             self.own_position = nn.Linear(own.shape[1], hidden_size, bias=False)
+        self.reads_coordinates = self.windows is None and self.position is not None
         self.moment = Moment(hidden_size, num_norms=2, calendar=calendar) if moment else None
         self.layer = AttentionLayer(
             hidden_size,

@@ -5,6 +5,8 @@ Perceiver IO (arXiv:2107.14795, section 3.2). Letters: B batch, P places, D quer
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -49,7 +51,10 @@ class PlaceQueries(nn.Module):
         if position == "table":
             self.table = nn.Parameter(torch.empty(self.grid.num_points, hidden_size))
         elif position == "fourier":
-            places = geographic_features(self.grid.coordinates, num_bands, self.grid, spacing=spacing)
+            # A window of an input knows its places as the input does, whose edges scale them in a plane.
+            around = [layout.inputs[name].grid for name in layout.windows[target]] or [self.grid]
+            self.features = partial(geographic_features, num_bands=num_bands, grid=around[0], spacing=spacing)
+            places = self.features(self.grid.coordinates)
             self.register_buffer("places", places, persistent=False)  # (P, F)
             self.position = nn.Linear(places.shape[1], hidden_size)
         channels = layout.query_features(target)
@@ -74,13 +79,21 @@ class PlaceQueries(nn.Module):
 
     def place_queries(self, query: Query, *more: Tensor) -> Tensor:
         """more: (P, D) that a subclass knows of the places that are asked for."""
-        parts = list(more)
+        parts = [part[None] for part in more]
         if self.table is not None:
-            parts.append(self.chosen(self.table, query))
+            parts.append(self.chosen(self.table, query)[None])
         if self.position is not None:
-            parts.append(self.position(self.chosen(self.places, query)))
-        places = sum(parts)[None]
-        return places if self.feature is None else places + self.feature(self._around(query))
+            parts.append(self.position(self._features(query)))
+        if self.feature is not None:
+            parts.append(self.feature(self._around(query)))
+        return sum(parts)
+
+    def _features(self, query: Query) -> Tensor:
+        """(B or 1, P, F): of the places that are asked for."""
+        if query.coordinates is None:
+            return self.chosen(self.places, query)[None]
+        places = query.coordinates if query.places is None else query.coordinates[:, query.places]
+        return self.features(places).to(self.places.dtype)
 
     @staticmethod
     def chosen(table: Tensor, query: Query) -> Tensor:

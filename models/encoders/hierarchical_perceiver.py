@@ -45,6 +45,7 @@ class HierarchicalPerceiverEncoder(nn.Module):
 
     reads_observations = True
     accepts_modulation = True
+    reads_coordinates = True
     frame_local = False
 
     def __init__(

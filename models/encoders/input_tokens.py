@@ -6,6 +6,8 @@ of observations, M rows of the largest group.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -30,7 +32,8 @@ class InputTokens(nn.Module):
     def __init__(self, described: InputLayout, hidden_size: int, *, num_bands: int, spacing: str, calendar: str):
         super().__init__()
         self.gaps = described.gaps
-        places = geographic_features(described.grid.coordinates, num_bands, described.grid, spacing=spacing)
+        self.features = partial(geographic_features, num_bands=num_bands, grid=described.grid, spacing=spacing)
+        places = self.features(described.grid.coordinates)
         self.register_buffer("places", places, persistent=False)  # (P, F)
         self.value = nn.Linear(described.channels, hidden_size)
         self.place = nn.Linear(places.shape[1], hidden_size, bias=False)
@@ -47,10 +50,12 @@ class InputTokens(nn.Module):
         return self.value(cells(field, gaps=self.gaps)) + place + moment, any_present(field)
 
     def positions(self, field: Field, base_time: Tensor) -> tuple[Tensor, Tensor]:
-        """What a token knows beside its values: place (P, D) and moment (B, T, 1, D)."""
+        """What a token knows beside its values: place (P, D), of crops (B, 1, P, D), and moment (B, T, 1, D)."""
         age = lead_features((field.times - base_time[:, None]).float())
         moment = self.age(age) + self.calendar(field.second_of_day, field.day_of_year)
-        return self.place(self.places), moment[:, :, None]
+        if field.coordinates is None:
+            return self.place(self.places), moment[:, :, None]
+        return self.place(self.features(field.coordinates).to(self.places.dtype))[:, None], moment[:, :, None]
 
 
 class ObservationRows(nn.Module):

@@ -38,6 +38,7 @@ class PerceiverEncoder(nn.Module):
 
     reads_observations = True
     accepts_modulation = True
+    reads_coordinates = True
 
     def __init__(
         self,
