@@ -151,7 +151,8 @@ def _encoder(model: Mapping[str, Any], layout: Layout) -> nn.Module:
     if "carries_context" in inspect.signature(encoder).parameters:
         injected["carries_context"] = getattr(processor, "accepts_context", False)
     if model["encoder"].get("frames") == "auto":
-        each = getattr(processor, "has_time_axis", False) and layout.frames > 1
+        recurrent = model["encoder"].get("inputs_per_iteration") == "timestep"
+        each = getattr(processor, "has_time_axis", False) and layout.frames > 1 and not recurrent
         model = {**model, "encoder": {**model["encoder"], "frames": "each" if each else "joint"}}
     return _part(model, "encoder", layout, **injected)
 

@@ -124,6 +124,23 @@ REFUSALS = (
     ),
     Refusal(
         lambda model, layout: (
+            _is(model, "encoder", "PerceiverEncoder")
+            and model["encoder"].get("inputs_per_iteration") == "timestep"
+            and len({item.frames for item in layout.inputs.values()} - {1}) > 1
+        ),
+        "model.encoder.inputs_per_iteration=timestep needs inputs of equally many frames; "
+        "use model.encoder.inputs_per_iteration=all",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "encoder", "PerceiverEncoder")
+            and model["encoder"].get("inputs_per_iteration") == "timestep"
+            and model["encoder"].get("frames") == "each"
+        ),
+        "model.encoder.frames=each reads one frame at a time already; use model.encoder.inputs_per_iteration=all",
+    ),
+    Refusal(
+        lambda model, layout: (
             _is(model, "decoder", "GridPatchDecoder")
             and not all(isinstance(item.grid, ROWS_AND_COLUMNS) for item in layout.targets.values())
         ),
@@ -174,6 +191,13 @@ REFUSALS = (
             and any(rows_of_target(layout, target) is None for target in layout.targets)
         ),
         "model/decoder=grouped_reconstruction writes inputs back, and a target is none; use model/decoder=perceiver_io",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "decoder", "PooledDecoder")
+            and any(target.grid.num_points > 1 for target in layout.targets.values())
+        ),
+        "model/decoder=pooled gives one answer a sample, and a target has many places; use model/decoder=perceiver_io",
     ),
     Refusal(
         lambda model, layout: (

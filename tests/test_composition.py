@@ -239,6 +239,7 @@ def _two_lengths() -> Layout:
 
 
 RECONSTRUCTED = tiny_layout(leads=(0,))
+RECURRENT = ["model/encoder=perceiver", "model.encoder.inputs_per_iteration=timestep"]
 SMALL_HIP = [f"model.encoder.{name}=16" for name in ("hidden_size", "num_latents", "num_heads", "embed_size")]
 
 # One entry a row of the table: overrides and a layout that it refuses.
@@ -267,6 +268,9 @@ REFUSED = {
         RECONSTRUCTED,
     ),
     "a forecast as reconstruction": (["model=hip_mini", *SMALL_HIP], tiny_layout()),
+    "one answer for many places": (["model=perceiver", "model/decoder=pooled"], tiny_layout()),
+    "a recurrence over frames that do not pair": ([*RECURRENT, "model.encoder.frames=joint"], _two_lengths()),
+    "a recurrence over single frames": ([*RECURRENT, "model.encoder.frames=each"], tiny_layout()),
     "streams and observations": (["model=hip_mini", *SMALL_HIP, "model/decoder=perceiver_io"], observed_layout()),
 }
 

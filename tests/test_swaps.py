@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from data.batch import Batch, Sequence
+from data.grids import Points
 from data.layout import Layout
 from models import load
 from models.composition import build_from_config, compose
@@ -35,7 +36,7 @@ TINY = [
 ]
 CPU_ATTENTION = ("auto", "reference", "sdpa", "flash")
 ALIASES = {"healpix_patch"}  # another name of video_patch
-REFUSED_FOR_FORECASTS = {"grouped_reconstruction"}  # writes its inputs back
+REFUSED_FOR_FORECASTS = {"grouped_reconstruction", "pooled"}  # write their inputs back, or one answer
 SIZED = ("hip_16", "hip_256", "hip_mini")  # the hierarchical perceiver with sizes of their own
 OF_TOKENS = {"encoder": "token", "processor": "perceiver_ar", "decoder": "token"}  # combined with each other only
 
@@ -90,6 +91,11 @@ RECONSTRUCTED = list(
         ("time", "stream"), ("fourier", "learned"), distinct("processor", "spatial_transformer", "local_transformer")
     )
 )
+POOLED = [
+    (encoder, processor)
+    for number, encoder in enumerate(distinct("encoder"))
+    for processor in distinct("processor")[number % 2 :: 2]
+]
 
 
 def parts(encoder: str, processor: str, decoder: str) -> list[str]:
@@ -203,6 +209,11 @@ def test_all_parts_with_observations(case, tmp_path):
 @pytest.mark.parametrize("case", RECONSTRUCTED, ids="-".join)
 def test_parts_that_write_their_inputs_back(case, tmp_path):
     exercise(*with_reconstruction(*case), tmp_path)
+
+
+@pytest.mark.parametrize("case", POOLED, ids="-".join)
+def test_parts_before_one_answer_a_sample(case, tmp_path):
+    exercise(parts(*case, "pooled"), tiny_layout(gaps=True, target_grid=Points([[10.0, 20.0]])), tmp_path)
 
 
 @pytest.mark.parametrize("preset", options("."))

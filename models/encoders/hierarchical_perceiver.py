@@ -20,7 +20,7 @@ from models.attention import AttentionLayer, Modulations
 from models.encoders.groups import GROUPINGS, STATICS, by_stream, by_time
 from models.encoders.hierarchy import GroupBlock
 from models.encoders.input_tokens import InputTokens, ObservationRows, any_present, cells
-from models.initialisation import linear_, table_
+from models.initialisation import linear_
 from models.latents import LatentLayout, Latents
 
 POSITIONS = ("fourier", "learned")
@@ -246,7 +246,7 @@ class LearnedPositions(nn.Module):
 
     def initialise(self) -> None:
         for table in self.tables.values():
-            table_(table)
+            nn.init.normal_(table)  # as wide as Fourier features: places must differ for attention to tell them apart
         for layer in self.projections.values():
             linear_(layer)
 

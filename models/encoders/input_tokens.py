@@ -18,8 +18,8 @@ from data.layout import InputLayout, ObservationLayout
 from data.observations import Observations
 from kernels.sort_and_pack import sort_and_pack
 from models.encoders.observation_tokenizer import ObservationTokenizer
-from models.initialisation import linear_
-from models.positions.fourier import geographic_features
+from models.initialisation import linear_, table_
+from models.positions.fourier import fourier_features, frequencies, geographic_features, grid_positions
 from models.positions.time import LEAD_WIDTH, CalendarEmbedding, lead_features
 
 
@@ -100,15 +100,57 @@ class ObservationRows(nn.Module):
         return torch.where(valid[..., None], rows[order][source], 0.0), valid
 
 
-class RawTokens(nn.Module):
-    """One input whose cells already are features: Field -> tokens (B, T, P, C), validity (B, T, P) or None."""
+class ConcatenatedTokens(nn.Module):
+    """One input as published Perceivers read it: Field -> tokens (B, T, P, size), validity (B, T, P) or None.
 
-    def __init__(self, described: InputLayout):
+    The values of a cell, or value_size channels that a linear layer makes of them, and its position: none, fourier
+    (further channels: features of its index along every axis, -1 to 1, both ends included; frames are the first axis
+    where there are several) or learned (a vector of the same width, added). max_frequency: of all axes; None: half the
+    cells along each.
+    """
+
+    def __init__(
+        self,
+        described: InputLayout,
+        *,
+        positions: str,
+        value_size: int | None,
+        num_bands: int,
+        spacing: str,
+        max_frequency: float | None,
+    ):
         super().__init__()
         self.gaps = described.gaps
+        self.value = None if value_size is None else nn.Linear(described.channels, value_size)
+        self.size = described.channels if value_size is None else value_size
+        frames, points = described.frames, described.grid.num_points
+        self.table = None
+        if positions == "learned":
+            self.table = nn.Parameter(torch.empty(frames, points, self.size))
+        features = torch.empty(frames, points, 0, device="cpu")
+        if positions == "fourier":
+            axes = described.grid.shape if frames == 1 else (frames, *described.grid.shape)
+            limits = [cells / 2 if max_frequency is None else max_frequency for cells in axes]
+            bands = [frequencies(num_bands, limit, spacing) for limit in limits]
+            features = fourier_features(grid_positions(axes), bands).float().unflatten(0, (frames, points))
+        self.register_buffer("features", features, persistent=False)  # (T, P, F)
+        self.size += features.shape[-1]
+        self.initialise()
+
+    def initialise(self) -> None:
+        if self.value is not None:
+            linear_(self.value)
+        if self.table is not None:
+            table_(self.table)
 
     def forward(self, field: Field, base_time: Tensor) -> tuple[Tensor, Tensor | None]:
-        return cells(field, gaps=self.gaps), any_present(field)
+        values = cells(field, gaps=self.gaps)
+        if self.value is not None:
+            values = self.value(values)
+        if self.table is not None:
+            values = values + self.table
+        features = self.features.to(values.dtype).expand(values.shape[0], -1, -1, -1)
+        return torch.cat([values, features], dim=-1), any_present(field)
 
 
 def cells(field: Field, *, gaps: bool) -> Tensor:
