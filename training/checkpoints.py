@@ -225,6 +225,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisation | InnovationStatistics:
     """The statistics that the run was trained with."""
     from data.analysis_normalisation import AnalysisNormalisation
+    from data.datasets.solar_stations import SolarStatistics
     from data.datasets.wc13_innovations import InnovationStatistics
     from data.normalisation import Normalisation
     from data.quantisation import FieldQuantiser
@@ -232,7 +233,12 @@ def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisatio
     with _readable(checkpoint):
         tensors = load((checkpoint / "normalisation.safetensors").read_bytes())
         description = json.loads((checkpoint / "normalisation.json").read_text())
-        kinds = {"analysis": AnalysisNormalisation, "innovations": InnovationStatistics, "tokens": FieldQuantiser}
+        kinds = {
+            "analysis": AnalysisNormalisation,
+            "innovations": InnovationStatistics,
+            "solar": SolarStatistics,
+            "tokens": FieldQuantiser,
+        }
         kind = kinds.get(description.get("kind"), Normalisation)
         return kind.from_state(tensors, description)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from data.layout import Layout
 from training.tasks.gridded import GriddedTask
+from training.tasks.lead_times import check_lead_times, in_steps
 
 if TYPE_CHECKING:
     from data.datasets.forecast import ForecastDataset
@@ -67,10 +67,8 @@ class ForecastTask(GriddedTask):
     ):
         if input_frames < 1:
             raise ValueError(f"task.input_frames={input_frames} must be at least 1")
-        if lead_times is not None and (not lead_times or lead_times[0] <= 0 or _unordered(lead_times)):
-            raise ValueError(
-                f"task.lead_times={list(lead_times)} must be increasing hours above 0, like task.lead_times=[6,24,72]"
-            )
+        if lead_times is not None:
+            check_lead_times("task.lead_times", lead_times, example="[6,24,72]")
         drawn = training_lead_times
         if isinstance(drawn, Mapping):
             if set(drawn) != {"from", "to"} or not 0 < drawn["from"] < drawn["to"]:
@@ -78,11 +76,8 @@ class ForecastTask(GriddedTask):
                     f"task.training_lead_times={dict(drawn)} must be a range of hours above 0, "
                     "like 'task.training_lead_times={from:6,to:72}'"
                 )
-        elif drawn is not None and (not drawn or drawn[0] <= 0 or _unordered(drawn)):
-            raise ValueError(
-                f"task.training_lead_times={list(drawn)} must be increasing hours above 0, "
-                "like task.training_lead_times=[6,24,72]"
-            )
+        elif drawn is not None:
+            check_lead_times("task.training_lead_times", drawn, example="[6,24,72]")
         if drawn is not None and lead_weights is not None:
             raise ValueError(
                 "task.lead_weights weighs lead times that every sample has; leave it out with task.training_lead_times"
@@ -111,7 +106,7 @@ class ForecastTask(GriddedTask):
 
     def lead_steps(self, data: GriddedData) -> tuple[int, ...]:
         """Lead times in steps of the data. Raises ValueError where one is not a whole number of steps."""
-        return DEFAULT_LEAD_STEPS if self.lead_times is None else _in_steps(self.lead_times, data)
+        return DEFAULT_LEAD_STEPS if self.lead_times is None else in_steps(self.lead_times, data.step)
 
     def drawn_steps(self, data: GriddedData) -> tuple[int, ...] | None:
         """What training samples draw from, in steps of the data; None: they have all lead times. Raises ValueError."""
@@ -119,10 +114,10 @@ class ForecastTask(GriddedTask):
         if drawn is None:
             return None
         if isinstance(drawn, Mapping):
-            first, last = _in_steps((drawn["from"], drawn["to"]), data)
+            first, last = in_steps((drawn["from"], drawn["to"]), data.step)
             drawn = tuple(range(first, last + 1))
         else:
-            drawn = _in_steps(drawn, data)
+            drawn = in_steps(drawn, data.step)
         if self.lead_draws > len(drawn):
             raise ValueError(
                 f"task.lead_draws={self.lead_draws} is more than the {len(drawn)} of task.training_lead_times; "
@@ -204,19 +199,3 @@ class ForecastTask(GriddedTask):
             for name, field in batch.inputs.items()
         }
         return replace(batch, inputs=noisy)
-
-
-def _in_steps(lead_times: Sequence[float], data: GriddedData) -> tuple[int, ...]:
-    """Hours in steps of the data. Raises ValueError where one is not a whole number of steps."""
-    step = data.step / 3600
-    for hours in lead_times:
-        if abs(hours / step - round(hours / step)) > 1e-6 or round(hours / step) < 1:
-            raise ValueError(
-                f"the lead time of {hours:g} h is not a multiple of the data's step of {step:g} h; "
-                f"use multiples of it, like task.lead_times=[{step:g},{4 * step:g}]"
-            )
-    return tuple(round(hours / step) for hours in lead_times)
-
-
-def _unordered(numbers: Sequence[float]) -> bool:
-    return any(later <= earlier for earlier, later in pairwise(numbers))

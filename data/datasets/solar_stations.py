@@ -1,0 +1,227 @@
+"""Photovoltaic stations under a synthetic sky: cloud images and irregular reports in, the stations' output later out.
+
+Inputs of a window: an image of the cloud cover and the sun's height every half hour, and the reports of the stations,
+some of which are missing or silent for days, each with what the sun does at its place and time. The output is added to
+smart persistence: the share of the clear-sky output that a station last reported, times the clear-sky output to come.
+Letters: N times, B samples, T frames, L lead times, H x W cells, S stations, n reports, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batch, Field, Reference
+from data.grids import LatLonGrid, Points
+from data.layout import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
+from data.observations import Observations, check
+from data.sources.synthetic_sky import Sky, clear_output, output, sun_height
+
+TARGET = "forecast"
+STEP = 1800
+START, DAYS = 1_017_619_200, 120  # 1 April 2002
+SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
+DAYLIGHT = 0.1  # sine of the sun's elevation above which outputs are forecast and scored
+_USUAL = 0.6  # share of the clear-sky output where a station reported nothing lately
+_FEATURES = ("sun", "clear_sky", "share", "morning", "age")
+_CLOUDS = (Variable("cloud_cover"), Variable("sun_height"))
+_OUTPUT = (Variable("pv_output"),)
+
+
+class SolarStations:
+    """seed: of sky, stations and their silences. stations: how many. missing: share of the reports that never arrive.
+    num_workers, fake, inspect, recommended: as in `GriddedData`. Raises ValueError on values not allowed."""
+
+    variables, splits, available = _OUTPUT, tuple(SPLITS), True
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        stations: int = 24,
+        missing: float = 0.2,
+        num_workers: int = 0,
+        fake: bool = False,
+        inspect: bool = False,
+        recommended: Mapping | None = None,
+    ):
+        if stations < 1:
+            raise ValueError(f"data.stations={stations} must be at least 1")
+        if not 0 <= missing < 1:
+            raise ValueError(f"data.missing={missing} must be at least 0 and below 1")
+        self.seed, self.missing = seed, missing
+        self.num_workers, self.fake, self.inspect = num_workers, fake, inspect
+        self.recommended = dict(recommended or {})
+        self.image = LatLonGrid(np.linspace(54, 46, 12), np.linspace(4, 16, 16))
+        random = np.random.default_rng((seed, 1))
+        self.grid = Points(np.stack([random.uniform(47, 53, stations), random.uniform(6, 14, stations)], axis=-1))
+        self.times = START + STEP * np.arange(DAYS * 86_400 // STEP)
+
+    @cached_property
+    def clouds(self) -> np.ndarray:
+        """(N, 2, H, W) float32: cloud cover and sine of the sun's elevation."""
+        places = self.image.coordinates.numpy().T
+        both = [Sky(self.seed, 50.0).cover(self.times, *places), sun_height(self.times, *places)]
+        return np.stack(both, axis=1).reshape(-1, 2, *self.image.shape).astype(np.float32)
+
+    @cached_property
+    def sun(self) -> np.ndarray:
+        """(N, S) sine of the sun's elevation at the stations."""
+        return sun_height(self.times, *self.grid.locations.T)
+
+    @cached_property
+    def output(self) -> np.ndarray:
+        """(N, S) share of its capacity that each station gives."""
+        random = np.random.default_rng((self.seed, 2))
+        made = output(self.sun, Sky(self.seed, 50.0).cover(self.times, *self.grid.locations.T))
+        return made * (1 + 0.03 * random.standard_normal(made.shape))
+
+    @cached_property
+    def reported(self) -> np.ndarray:
+        """(N, S) bool: whether a report arrived; each station is also silent for some days."""
+        random = np.random.default_rng((self.seed, 3))
+        arrived = random.random(self.output.shape) >= self.missing
+        day = np.arange(self.times.size) * STEP // 86_400
+        return arrived & (random.random((DAYS, self.grid.num_points)) >= self.missing / 4)[day]
+
+    def describe(self) -> str:
+        height, width = self.image.shape
+        return (
+            f"{self.grid.num_points} stations, {self.reported.mean():.0%} of their reports; cloud images of {height} x "
+            f"{width} cells; {DAYS} days, every {STEP // 60} minutes"
+        )
+
+
+@dataclass(frozen=True)
+class SolarStatistics:
+    """lead_steps: in steps of the data. scale: (L,), root mean square error of smart persistence in training."""
+
+    lead_steps: tuple[int, ...]
+    scale: Tensor
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict]:
+        """(tensors, plain JSON): what a checkpoint stores."""
+        return {"scale": self.scale}, {"kind": "solar", "lead_steps": list(self.lead_steps)}
+
+    @staticmethod
+    def from_state(tensors: dict[str, Tensor], description: dict) -> SolarStatistics:
+        return SolarStatistics(tuple(description["lead_steps"]), tensors["scale"])
+
+    @staticmethod
+    def fit(data: SolarStations, *, input_frames: int, lead_steps: Sequence[int]) -> SolarStatistics:
+        unscaled = SolarStatistics(tuple(lead_steps), torch.ones(len(lead_steps)))
+        windows = SolarWindows(data, "train", unscaled, input_frames=input_frames)
+        wanted = windows.base_indices[:, None] + np.array(lead_steps)
+        error = data.output[wanted] - windows.smart_persistence(windows.base_indices)
+        scale = [
+            np.sqrt((error[:, lead][data.sun[wanted[:, lead]] > DAYLIGHT] ** 2).mean())
+            for lead in range(len(lead_steps))
+        ]
+        return SolarStatistics(tuple(lead_steps), torch.tensor(np.array(scale), dtype=torch.float32))
+
+
+class SolarWindows:
+    """Windows of one split whose last input frame, and some of whose target times, are in daylight.
+
+    Batches: input `clouds` (B, T, 2, H, W), observations with features of their own, target `forecast` (B, L, 1, S),
+    valid in daylight. Raises ValueError where the split holds no window.
+    """
+
+    target = TARGET
+
+    def __init__(self, data: SolarStations, split: str, statistics: SolarStatistics, *, input_frames: int):
+        self.data, self.statistics, self.input_frames = data, statistics, input_frames
+        self.lead_steps = statistics.lead_steps
+        self.layout = solar_layout(data, input_frames=input_frames, lead_steps=self.lead_steps)
+        first, last = (round(share * data.times.size) for share in SPLITS[split])
+        bases = np.arange(first + input_frames - 1, last - max(self.lead_steps))
+        ahead = data.sun[bases[:, None] + np.array(self.lead_steps)].mean(axis=2) > DAYLIGHT
+        self.base_indices = bases[(data.sun[bases].mean(axis=1) > DAYLIGHT) & ahead.any(axis=1)]
+        if not self.base_indices.size:
+            raise ValueError(
+                f"the {split} split holds no window of {input_frames} frames with a target in daylight; "
+                "shorten task.input_frames or task.lead_times"
+            )
+
+    def __len__(self) -> int:
+        return self.base_indices.size
+
+    def smart_persistence(self, bases: np.ndarray) -> np.ndarray:
+        """(B, L, S): the share of the clear-sky output last reported within the window, kept."""
+        data = self.data
+        share = np.full((bases.size, data.grid.num_points), _USUAL)
+        for age in range(self.input_frames - 1, -1, -1):
+            frame = bases - age
+            told = data.reported[frame] & (data.sun[frame] > DAYLIGHT)
+            share = np.where(told, data.output[frame] / clear_output(data.sun[frame]).clip(1e-3), share)
+        return share[:, None] * clear_output(data.sun[bases[:, None] + np.array(self.lead_steps)])
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        data, bases = self.data, self.base_indices[np.asarray(indices)]
+        frames = bases[:, None] + np.arange(1 - self.input_frames, 1)
+        ahead = bases[:, None] + np.array(self.lead_steps)
+        images = Field(_tensor(data.clouds[frames]), _CLOUDS, data.image, torch.from_numpy(data.times[frames]))
+        target = Field(
+            _tensor(data.output[ahead])[:, :, None],
+            _OUTPUT,
+            data.grid,
+            torch.from_numpy(data.times[ahead]),
+            valid=torch.from_numpy(data.sun[ahead] > DAYLIGHT)[:, :, None],
+            reference=Reference(
+                _tensor(self.smart_persistence(bases))[:, :, None], self.statistics.scale[:, None, None]
+            ),
+        )
+        return Batch({"clouds": images}, {TARGET: target}, self.layout, observations=self._observations(frames))
+
+    def _observations(self, frames: np.ndarray) -> Observations:
+        """The reports of windows (B, T), a row each."""
+        data = self.data
+        batch, frame, station = np.nonzero(data.reported[frames])
+        time = frames[batch, frame]
+        sun, given = data.sun[time, station], data.output[time, station]
+        clear = clear_output(sun)
+        share = np.where(sun > DAYLIGHT, given / clear.clip(1e-3), _USUAL)
+        rising = data.sun[np.minimum(time + 1, data.times.size - 1), station] - sun
+        age = (frame + 1 - self.input_frames) / self.input_frames
+        made = Observations(
+            value=_tensor(given),
+            batch=torch.from_numpy(batch),
+            frame=torch.from_numpy(frame),
+            channel=torch.zeros(batch.size, dtype=torch.int64),
+            platform=torch.zeros(batch.size, dtype=torch.int64),
+            type=torch.zeros(batch.size, dtype=torch.int64),
+            times=torch.from_numpy(data.times[frames]),
+            latitude=_tensor(data.grid.locations[station, 0]),
+            longitude=_tensor(data.grid.locations[station, 1]),
+            time=torch.from_numpy(data.times[time]),
+            solar_zenith=_tensor(np.rad2deg(np.arccos(sun.clip(-1, 1)))),
+            features=_tensor(np.stack([sun, clear, share, 20 * rising, age], axis=-1)),
+        )
+        check(made, self.layout.observations, grid=data.image)
+        return made
+
+
+def solar_layout(data: SolarStations, *, input_frames: int, lead_steps: Sequence[int]) -> Layout:
+    """What the batches of `SolarWindows` look like, without making the sky."""
+    return Layout(
+        inputs={"clouds": InputLayout(_CLOUDS, data.image, input_frames, STEP)},
+        targets={TARGET: TargetLayout(_OUTPUT, data.grid, tuple(step * STEP for step in lead_steps))},
+        observations=ObservationLayout(
+            num_channels=1,
+            num_platforms=1,
+            num_types=1,
+            num_features=len(_FEATURES),
+            frames=input_frames,
+            step=STEP,
+            channels=("pv_output",),
+        ),
+    )
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
