@@ -1,5 +1,6 @@
 """Tokens from the numbers that observations come with: PyTorch's paths and Triton's, under its interpreter."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 from torch.library import opcheck
 
 from data.observations import Observations
+from kernels import tuning
 from kernels.film_tokenizer import LAYOUTS, features, film_tokenizer
 from tests.interpreter import interpreted, needs_triton, run_interpreted
 
 START = 1_700_000_000
 SIZES = (3, 9, 4)  # of the tables of types, channels and platforms
+ROWWISE = ("latitude", "longitude", "time", "batch", "frame", "height", "pressure", "scan", "view", "sun")
 MEASURED, SEEN = ("height", "pressure"), ("scan_angle", "satellite_zenith", "solar_zenith")
 
 
@@ -127,6 +130,19 @@ def test_triton_equals_float64(num_features):
 
 
 @interpreted
+@pytest.mark.parametrize("number", (1, 2))
+def test_one_launch_or_two_compute_all_gradients(number, monkeypatch):
+    """Of rows alike, which add their sum to a table, and of rows that differ."""
+    from kernels.film_tokenizer import launches
+
+    monkeypatch.setattr(launches, "INTERPRETED", {**launches.INTERPRETED, "launches": number})
+    rows = _rows(70)
+    alike = {"type": torch.full((70,), 2), "platform": torch.full((70,), 1, dtype=torch.int16)}
+    for changes in ({}, alike):
+        _compare(replace(rows, **changes), _operands(30), "triton", 2e-5)
+
+
+@interpreted
 def test_triton_with_few_rows_odd_widths_and_missing_columns():
     _compare(_rows(1), _operands(50), "triton", 2e-5)
     odd = {"widths": (3, 5, 0), "hidden": 20, "width": 6}
@@ -226,7 +242,7 @@ def _compilation(num_features: int, factor: str) -> tuple[dict[str, str], dict]:
     types = dict.fromkeys(names, "*fp32")
     types |= dict.fromkeys(("type", "channel", "platform", "time", "times", "batch", "frame"), "*i64")
     types |= dict.fromkeys(("copies", "num_types", "num_channels", "num_platforms"), "i32")
-    types |= {**dict.fromkeys(("rows", "num_frames", "hidden", "width"), "i32"), "eps": "fp32"}
+    types |= {"rows": "i32", "num_frames": "i32", "eps": "fp32"}
     shape = {**launches.tile(num_features, [4, 16, 8], 64, 32), "FACTOR": getattr(tl, factor), "given": None}
     return types, {**shape, "PRECISION": "ieee" if factor == "bfloat16" else "tf32"}
 
@@ -235,34 +251,39 @@ def _compilation(num_features: int, factor: str) -> tuple[dict[str, str], dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("num_features", LAYOUTS)
 @pytest.mark.parametrize("factor", ("bfloat16", "float32"))
-def test_no_register_spills_on_hopper(num_features, factor):
+def test_shipped_configurations_spill_no_registers(num_features, factor):
     from kernels.film_tokenizer import device_code, launches
     from tests.kernel_resources import resources
 
     types, shape = _compilation(num_features, factor)
-    launch = {"num_warps": launches.NUM_WARPS, "num_stages": launches.NUM_STAGES}
-    forward = {**shape, "ROWS": launches.rows("forward", exact=False)}
-    assert resources(device_code.forward, types, forward, **launch)["stack"] == 0
-    for part in (0, 1):
-        backward = {
-            **shape,
-            "ROWS": launches.rows("backward", exact=False),
-            "PART": part,
-            "towards_rows": None,
-        }
-        assert resources(device_code.backward, types, backward, **launch)["stack"] == 0
+    kind = {"bfloat16": "16", "float32": "32"}[factor]
+    calls = [(device_code.forward, launches.FORWARD[kind], {})]
+    shipped = tuning.shipped("nvidia_h200")[launches.BACKWARD[kind].name]["any"]
+    calls += [(device_code.backward, launches.BACKWARD[kind], part) for part in launches.passes(shipped)]
+    for kernel, of_kernel, part in calls:
+        config = tuning.shipped("nvidia_h200")[of_kernel.name]["any"]
+        warps, programs = config["num_warps"], config["programs"]
+        constants = {**shape, **part, "ROWS": config["ROWS"], "towards_rows": None}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        needs = resources(kernel, types, constants, num_warps=warps, num_stages=launches.NUM_STAGES)
+        assert needs["stack"] == 0
+        # All programs that the configuration asks of a multiprocessor run at once.
+        assert programs * 32 * warps * needs["registers"] <= 65_536 and programs * needs["shared"] <= 227 * 1024
 
 
 @needs_triton
 @pytest.mark.slow
-def test_offsets_of_rows_have_64_bits():
+def test_rows_beyond_two_to_the_31_are_reached():
+    """Every address in what grows with rows starts from an offset of 64 bits."""
     from kernels.film_tokenizer import device_code, launches
-    from tests.kernel_resources import compiled, offset_types
+    from tests.kernel_resources import compiled
 
     types, shape = _compilation(50, "bfloat16")
-    types |= {"value": "*fp16", "tokens": "*bf16", "gradient": "*bf16", "latitude": "*fp16", "longitude": "*fp16"}
-    backward = {"PART": 1, "towards_rows": None}
-    for kernel, options, read in ((device_code.forward, {}, 3), (device_code.backward, backward, 3)):
-        result = compiled(kernel, types, {**shape, **options, "ROWS": 16}, num_warps=launches.NUM_WARPS)
-        assert offset_types(result, "16", "f16") == ["i64"] * read
-        assert offset_types(result, "16x1", "bf16") == ["i64"]
+    parts = {"PROJECTS": True, "EXPANDS": True, "ROWS": 16}
+    for kernel, constants in ((device_code.forward, {"ROWS": 16}), (device_code.backward, parts)):
+        code = compiled(kernel, types, {**shape, **constants}, num_warps=4, num_stages=launches.NUM_STAGES).asm["ttir"]
+        names = ("gradient", "value", "tokens", "towards_rows", "type", "channel", "platform", *ROWWISE)
+        for argument in set(names) & set(kernel.arg_names):
+            uses = re.findall(rf"[^\n]*%{argument}[,) ][^\n]*", code[code.index("{", code.index("tt.func")) :])
+            assert uses, argument
+            assert all(re.search(rf"tt\.addptr %{argument}, %\w+ : !tt\.ptr<\w+>, i64", use) for use in uses), uses

@@ -1,5 +1,6 @@
 """Launch configurations: kept in files, found again, never waited for. The device and its clock are stand-ins."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -145,10 +146,12 @@ for number in range(40):
 
 
 def test_shipped_defaults_name_their_origin_and_are_candidates():
-    from kernels.pixel_attention import launches
+    from kernels.film_tokenizer import launches as film
+    from kernels.pixel_attention import launches as pixel
     from kernels.sort_and_pack import TUNING
 
-    kernels = {kernel.name: kernel for kernel in (*launches.FORWARD.values(), *launches.BACKWARD.values(), TUNING)}
+    groups = (part.values() for launches in (film, pixel) for part in (launches.FORWARD, launches.BACKWARD))
+    kernels = {kernel.name: kernel for kernel in (TUNING, *itertools.chain(*groups))}
     files = sorted(tuning.DEFAULTS.glob("*.json"))
     assert {path.stem for path in files} >= {"h100", "h200"}
     for path in files:
@@ -156,6 +159,7 @@ def test_shipped_defaults_name_their_origin_and_are_candidates():
         assert "not measured" in content["chosen_by"]
         for device in content["devices"]:
             assert tuning.shipped(device) == content["configurations"]
-        for name in kernels.keys() & content["configurations"].keys():
+        assert content["configurations"].keys() == kernels.keys()
+        for name in kernels:
             assert all(config in kernels[name].candidates for config in content["configurations"][name].values())
     assert tuning.shipped("nvidia_a100") == {}

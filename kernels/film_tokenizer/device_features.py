@@ -37,12 +37,12 @@ def beside(left, right, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def column(start, row, exists, ROWS: tl.constexpr):
+def column(start, first, row, exists, ROWS: tl.constexpr):
     """Numbers of rows; NaN where there is no such column."""
     if start is None:
         numbers = tl.full((ROWS,), float("nan"), tl.float32)
     else:
-        numbers = tl.load(start + row, mask=exists, other=0.0).to(tl.float32)
+        numbers = tl.load(start + first + row, mask=exists, other=0.0).to(tl.float32)
     return numbers
 
 
@@ -80,41 +80,41 @@ def fraction(x, unit: tl.constexpr):
 
 
 @triton.jit
-def moment(time, times, batch, frame, longitude, row, exists, num_frames):
+def moment(time, times, batch, frame, longitude, first, row, exists, num_frames):
     """Local solar time (turns, float64) and days from the frame."""
-    second = tl.load(time + row, mask=exists, other=0).to(tl.int64)
-    sample = tl.load(batch + row, mask=exists, other=0).to(tl.int64)
-    index = sample * num_frames + tl.load(frame + row, mask=exists, other=0).to(tl.int64)
+    second = tl.load(time + first + row, mask=exists, other=0).to(tl.int64)
+    sample = tl.load(batch + first + row, mask=exists, other=0).to(tl.int64)
+    index = sample * num_frames + tl.load(frame + first + row, mask=exists, other=0).to(tl.int64)
     days = (second - tl.load(times + index, mask=exists, other=0)).to(tl.float32) / 86400.0
     second = second % 86400
     second = tl.where(second < 0, second + 86400, second)
-    degrees = tl.load(longitude + row, mask=exists, other=0.0).to(tl.float64)
+    degrees = tl.load(longitude + first + row, mask=exists, other=0.0).to(tl.float64)
     return second.to(tl.float64) * (1.0 / 86400.0) + degrees * (1.0 / 360.0), days
 
 
 @triton.jit
 def features(
-    latitude, longitude, time, times, batch, frame, height, pressure, scan, view, sun, row, exists, num_frames,
+    latitude, longitude, time, times, batch, frame, height, pressure, scan, view, sun, first, row, exists, num_frames,
     LAYOUT: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """(ROWS, 32), of layout 50 (ROWS, 64); columns behind the features are 0; of dtype FACTOR."""
-    phase, d = moment(time, times, batch, frame, longitude, row, exists, num_frames)
+    phase, d = moment(time, times, batch, frame, longitude, first, row, exists, num_frames)
     ls1, lc1 = turn(phase)
     ls2, lc2 = onwards(ls1, lc1, ls1, lc1)
     z = tl.zeros((ROWS,), tl.float32)
-    height = column(height, row, exists, ROWS)
+    height = column(height, first, row, exists, ROWS)
     in_place = height == height
     hs1, hc1 = turn(fraction(height, 60000.0))
     hs2, hc2 = onwards(hs1, hc1, hs1, hc1)
     hs3, hc3 = onwards(hs2, hc2, hs1, hc1)
     hs4, hc4 = onwards(hs3, hc3, hs1, hc1)
-    ps1, pc1 = turn(fraction(column(pressure, row, exists, ROWS), 1100.0))
+    ps1, pc1 = turn(fraction(column(pressure, first, row, exists, ROWS), 1100.0))
     ps2, pc2 = onwards(ps1, pc1, ps1, pc1)
     ps3, pc3 = onwards(ps2, pc2, ps1, pc1)
     ps4, pc4 = onwards(ps3, pc3, ps1, pc1)
-    scan = column(scan, row, exists, ROWS)
-    view = column(view, row, exists, ROWS).to(tl.float64)
-    sun = column(sun, row, exists, ROWS).to(tl.float64)
+    scan = column(scan, first, row, exists, ROWS)
+    view = column(view, first, row, exists, ROWS).to(tl.float64)
+    sun = column(sun, first, row, exists, ROWS).to(tl.float64)
     if LAYOUT == 28:
         scan = tl.where(scan == scan, scan / 50.0, 0.0)
         _, view = turn(view * (1.0 / 360.0))
@@ -139,7 +139,7 @@ def features(
         ss1, sc1 = turn(sun * (1.0 / 180.0))
         ss2, sc2 = onwards(ss1, sc1, ss1, sc1)
         ss3, sc3 = onwards(ss2, sc2, ss1, sc1)
-        north, across = turn(tl.load(latitude + row, mask=exists, other=0.0).to(tl.float64) * (1.0 / 360.0))
+        north, across = turn(tl.load(latitude + first + row, mask=exists, other=0.0).to(tl.float64) * (1.0 / 360.0))
         ds, dc = turn(d.to(tl.float64) * 0.15915494309189535)
         first = join_columns(
             ls1, ls2, lc1, lc2, d, d * d, ds, dc, north, across, as1, as2, as3, ac1, ac2, ac3, ROWS, FACTOR
