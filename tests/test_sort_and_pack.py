@@ -51,6 +51,10 @@ def test_strides_and_small_types_of_cells_do_not_matter(path):
         assert offsets.tolist() == [0, 20, 40, 40, 40, 80]
 
 
+def test_the_operator_of_the_cpu_describes_itself_truly():
+    torch.library.opcheck(torch.ops.hydrasphere.packed_sort.default, (torch.tensor([3, 1, 2, 1, 4]), 4))
+
+
 @interpreted
 def test_the_operators_describe_themselves_truly():
     torch.library.opcheck(torch.ops.hydrasphere.counting_sort.default, (torch.tensor([3, 1, 2, 1]), 4))

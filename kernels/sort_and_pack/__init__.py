@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,12 +34,33 @@ def sort_and_pack(cell: Tensor, num_cells: int, *, path: str = "auto") -> tuple[
         order = sorted(range(len(cell)), key=cell.tolist().__getitem__)
         order = torch.tensor(order, dtype=torch.int64, device=cell.device)
         return order, _offsets(cell[order], num_cells)
+    if cell.device.type == "cpu":
+        return torch.ops.hydrasphere.packed_sort(cell, num_cells)
     ordered, order = torch.sort(cell, stable=True)
     return order, _offsets(ordered, num_cells)
 
 
 def _offsets(ordered: Tensor, num_cells: int) -> Tensor:
     return torch.searchsorted(ordered, torch.arange(num_cells + 1, device=ordered.device, dtype=ordered.dtype))
+
+
+@torch.library.custom_op("hydrasphere::packed_sort", mutates_args=())
+def _packed_sort(cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
+    """Order and offsets of `sort_and_pack`. One number holds a row's cell and, in its low bits, the row: as no two are
+    alike, any sort is stable, and NumPy's of such numbers (vector instructions) is the fastest."""
+    bits = len(cell).bit_length()
+    assert num_cells.bit_length() + bits < 64, "so many rows and cells fit no memory"
+    keys = cell.long().numpy() << bits
+    keys |= np.arange(len(keys))
+    keys.sort()
+    offsets = np.searchsorted(keys, np.arange(num_cells + 1) << bits)
+    keys &= (1 << bits) - 1
+    return torch.from_numpy(keys), torch.from_numpy(offsets)
+
+
+@_packed_sort.register_fake
+def _(cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(cell, dtype=torch.int64), cell.new_empty(num_cells + 1, dtype=torch.int64)
 
 
 def digits(highest: int) -> list[tuple[int, int]]:
