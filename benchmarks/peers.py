@@ -48,14 +48,17 @@ class _Mean(nn.Module):
         return self.encoder(x, **self.arguments).mean(dim=1)
 
 
-def _krasserm(case: Case) -> nn.Module:
-    if (
-        "fairscale" not in sys.modules and importlib.util.find_spec("fairscale") is None
-    ):  # imported by perceiver-io, called only for checkpointing
+def provide_fairscale() -> None:
+    """perceiver-io imports it and calls it only for checkpointing: an empty one does where it is not installed."""
+    if "fairscale" not in sys.modules and importlib.util.find_spec("fairscale") is None:
         stand_in = ModuleType("fairscale.nn")
         stand_in.checkpoint_wrapper = lambda module, **_: module
         sys.modules.setdefault("fairscale", ModuleType("fairscale"))
         sys.modules.setdefault("fairscale.nn", stand_in)
+
+
+def _krasserm(case: Case) -> nn.Module:
+    provide_fairscale()
     from perceiver.model.core.adapter import InputAdapter, OutputAdapter, TrainableQueryProvider
     from perceiver.model.core.modules import PerceiverDecoder, PerceiverEncoder, PerceiverIO
 

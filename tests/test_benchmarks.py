@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, perceiver
+from benchmarks import measure, perceiver, perceiver_ar
 from benchmarks.cases import CASES
 from benchmarks.peers import installed
 
@@ -44,6 +44,24 @@ def test_peers_have_our_weights_and_outputs(peer):
     row = perceiver.times(case, "float32", [peer], rounds=1)
     error = row["largest_error"][peer]
     assert error is None if peer == "lucidrains" else error <= perceiver.TOLERANCE
+
+
+TINY_SEQUENCES = perceiver_ar.Case(
+    prompt=20, latents=3, tokens=2, length=30, max_latents=10, width=16, layers=2, heads=2, vocabulary=7
+)
+
+
+@pytest.mark.parametrize("peers", [[], [perceiver_ar.PEER]], ids=["alone", "beside the peer"])
+def test_sequences_are_trained_on_and_generated(peers):
+    if peers and not installed(perceiver_ar.PEER):
+        pytest.skip(f"{perceiver_ar.PEER} is not installed")
+    trained = perceiver_ar.train(TINY_SEQUENCES, peers, rounds=1)
+    generated = perceiver_ar.generation(TINY_SEQUENCES, peers, rounds=2)
+    assert set(trained["cpu_ms"]) == set(generated["tokens_per_second"]) == {"ours", *peers}
+    if peers:
+        assert generated["largest_error"] <= perceiver_ar.TOLERANCE
+    table = perceiver_ar.table([{"case": "train", **trained}, {"case": "generate", **generated}])
+    assert "ms" in table.splitlines()[2] and "tokens/s" in table.splitlines()[3]
 
 
 def test_the_full_cases_have_the_weights_of_the_published_comparison():

@@ -30,7 +30,8 @@ class BlockFrames:
 
 
 class TokenWindows:
-    """Windows of one split: `input_frames` frames and the `forecast_frames` frames after them, as in `ForecastDataset`.
+    """Windows of one split: `input_frames` frames and those at `lead_steps` 1, 2, ... after them, as in
+    `ForecastDataset`; of its windows every stride-th.
 
     Batches: input `tokens`, all tokens of a window but the last, of which those before the last input token are the
     prefix; target `tokens`, those of the forecast frames. Each latent predicts the token after its own.
@@ -39,7 +40,15 @@ class TokenWindows:
     target = "tokens"
 
     def __init__(
-        self, data: GriddedData, split: str, quantiser: FieldQuantiser, blocks: Blocks, *, input_frames: int, lead_steps
+        self,
+        data: GriddedData,
+        split: str,
+        quantiser: FieldQuantiser,
+        blocks: Blocks,
+        *,
+        input_frames: int,
+        lead_steps: Indices[int],
+        stride: int = 1,
     ):
         self.windows = ForecastDataset(
             data,
@@ -51,13 +60,14 @@ class TokenWindows:
         )
         self.data, self.split, self.quantiser, self.blocks = data, split, quantiser, blocks
         self.input_frames, self.lead_steps = input_frames, self.windows.lead_steps
-        self.base_indices, self.lead_hours = self.windows.base_indices, self.windows.lead_hours
+        self._stride, self.lead_hours = stride, self.windows.lead_hours
+        self.base_indices = self.windows.base_indices[::stride]
         self.layout = token_layout(
             blocks, vocab_size=quantiser.vocab_size, input_frames=input_frames, forecast_frames=len(self.lead_steps)
         )
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return self.base_indices.size
 
     def __getitem__(self, index: int) -> Batch:
         return self.__getitems__([index])
@@ -75,7 +85,7 @@ class TokenWindows:
 
     def frames(self, indices: Indices[int]) -> BlockFrames:
         """What windows hold, block by block."""
-        batch = self.windows.__getitems__(indices)
+        batch = self.windows.__getitems__(np.asarray(indices) * self._stride)
         fields = batch.inputs["prognostic"], batch.targets["forecast"]
         blocks, present = self.blocks, [_present(field) for field in fields]
         centre = self.quantiser.normalisation.coefficients[0]

@@ -163,11 +163,16 @@ def _sdpa(query, key, value, *, scale, key_mask, bias, dropout, causal=False):
         mask = mask.expand(-1, -1, query.shape[2], -1)
     # The tiled kernels take one width only; zero columns change neither logits nor values.
     width, head_width = value.shape[3], max(query.shape[3], value.shape[3])
-    query, key, value = (F.pad(x, (0, head_width - x.shape[3])) for x in (query, key, value))
+    query, key, value = (_widened(x, head_width) for x in (query, key, value))
     attended = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
     )
     return attended[..., :width]
+
+
+def _widened(heads: Tensor, width: int) -> Tensor:
+    """Zero columns added where there are fewer; `F.pad` would copy also what has enough."""
+    return heads if heads.shape[3] == width else F.pad(heads, (0, width - heads.shape[3]))
 
 
 def _kernel(name):

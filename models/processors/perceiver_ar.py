@@ -136,12 +136,14 @@ class PerceiverAR(nn.Module):
         """An empty cache for the longest sequence that starts with tokens (B, n, D), of which valid (B, n) are not
         padding."""
         attention = self.cross.attention
-        shape = (tokens.shape[0], attention.num_heads, self.read.length, attention.qk_width // attention.num_heads)
-        window = (*shape[:2], self.predicted.length, shape[3])
+        heads = attention.num_heads, attention.qk_width // attention.num_heads
+        longest, window = ((tokens.shape[0], item.length, *heads) for item in (self.read, self.predicted))
         if valid is not None:
             more = valid.new_ones(valid.shape[0], self.read.length - valid.shape[1])
             valid = torch.cat([valid, more], dim=1)
-        return SequenceCache(KeyValueCache(shape, tokens), [KeyValueCache(window, tokens) for _ in self.layers], valid)
+        return SequenceCache(
+            KeyValueCache(longest, tokens), [KeyValueCache(window, tokens) for _ in self.layers], valid
+        )
 
     def _kept(self, batch: int, prefix_len: int, device: torch.device) -> Tensor:
         """(B, p - int(p * prefix_dropout)) ascending positions of the prefix, others for every sample."""

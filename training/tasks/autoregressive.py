@@ -29,7 +29,8 @@ class AutoregressiveTask:
     input_frames: consecutive frames that a forecast reads; forecast_frames: those it writes, a step of the data apart.
     block: cells a side; the mean anomaly of a block of each variable is a token. bins: of a variable, with equally many
     training values each; edges: {variable: increasing numbers between its bins}, in standard deviations from the
-    climatology, instead. members: of an ensemble. temperature, top_k, top_p: how they are drawn
+    climatology, instead. members: of an ensemble. stride: steps of the data from one validation or test window to the
+    next; training windows start at every one. temperature, top_k, top_p: how they are drawn
     (`models/generation.py`).
     head: token. loss: cross_entropy. Raises ValueError where a value is not allowed.
     """
@@ -44,6 +45,7 @@ class AutoregressiveTask:
         block: int,
         bins: int,
         members: int,
+        stride: int,
         head: str,
         loss: str,
         edges: Mapping[str, Sequence[float]] | None = None,
@@ -53,7 +55,8 @@ class AutoregressiveTask:
     ):
         from models.generation import Sampling
 
-        for name, value in (("input_frames", input_frames), ("forecast_frames", forecast_frames)):
+        counts = {"input_frames": input_frames, "forecast_frames": forecast_frames, "stride": stride}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"task.{name}={value} must be at least 1")
         if bins < 2:
@@ -63,7 +66,7 @@ class AutoregressiveTask:
         if head != "token":
             raise ValueError(f"task.head={head} does not predict tokens; leave it out")
         self.input_frames, self.forecast_frames = input_frames, forecast_frames
-        self.block, self.bins, self.members, self.loss_name = block, bins, members, loss
+        self.block, self.bins, self.members, self.stride, self.loss_name = block, bins, members, stride, loss
         self.edges = dict(edges or {})
         self.sampling: Sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
 
@@ -113,6 +116,7 @@ class AutoregressiveTask:
             self.blocks(data),
             input_frames=self.input_frames,
             lead_steps=self.lead_steps,
+            stride=1 if split == "train" else self.stride,
         )
 
     # Training
