@@ -1,4 +1,4 @@
-"""Cases of `python -m benchmarks kernels` that are larger than a kernel: attention within a disk, a block, a step.
+"""Cases of `python -m benchmarks kernels` that are larger than a kernel: attention within a disk, a block.
 
 Letters: T frames, X places of a frame, N = T X, C hidden, n observations, q query heads, d head width, c token width.
 """
@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks import kernel_peer as peer
 from benchmarks.kernel_cases import (
@@ -30,7 +29,7 @@ from benchmarks.roofline import largest_error, poisoned
 from data.healpix import cell_to_angles, num_cells
 from kernels.segments import plan
 from models.attention.disk import Disk
-from models.latents import Latents, ObservationContext
+from models.latents import ObservationContext
 from models.positions.fourier import unit_sphere
 from models.positions.rotary import FrameRotary
 from models.processors.video_dit import VideoDiT
@@ -72,7 +71,7 @@ def disk_case(setting: Setting, *, frames: int, level: int, heads: int, width: i
 
 
 def processor(setting: Setting, depth: int, frames: int, hidden: int, heads: int, queries: int) -> VideoDiT:
-    """With weights that show every part in the output, gates included."""
+    """With weights of every size, gates included."""
     latents = SimpleNamespace(
         hidden_size=hidden, observation_size=TOKEN, frames=frames, condition_size=CONDITION, num_tokens=None
     )
@@ -80,11 +79,16 @@ def processor(setting: Setting, depth: int, frames: int, hidden: int, heads: int
         made = VideoDiT(
             None, latents, depth=depth, num_heads=heads, observation_heads=queries, checkpoint="all"
         ).train()
-    for parameter in made.parameters():
+    randomise(setting, made)
+    return made
+
+
+def randomise(setting: Setting, module: nn.Module) -> None:
+    """Weights that let every part show in the output."""
+    for parameter in module.parameters():
         fan_in = parameter.numel() / parameter.shape[0]
         drawn = setting.normal(*parameter.shape, dtype=torch.float32)
         parameter.data = drawn * (0.5 * fan_in**-0.5 if parameter.ndim > 1 else 0.1)
-    return made
 
 
 def their_block(ours: nn.Module, hidden: int, heads: int, queries: int) -> nn.Module:
@@ -138,7 +142,7 @@ def block_case(
     for name, whole in runs.items():
         with poisoned(setting.device), torch.no_grad():
             found[name] = whole()
-    notes = _difference(found, errors)
+    notes = difference(found, errors)
     steps = {FORWARD: {}, BOTH: {}}
     for name, whole in runs.items():
         leaves = [x, tokens, *modules[name].parameters()]
@@ -147,16 +151,16 @@ def block_case(
     return Prepared(errors, steps, floors(setting, frames, places, hidden, queries, rows), notes=notes)
 
 
-def _difference(found: dict[str, Tensor], errors: dict[str, float]) -> dict[str, float]:
+def difference(found: dict[str, Tensor], errors: dict[str, float]) -> dict[str, float]:
     """At full size no float64 is at hand: ours and the peer's output are compared with each other, and no number may be
     NaN. Adds to the errors where that is not so."""
     errors |= {name: float("nan") for name, output in found.items() if not output.isfinite().all()}
     if len(found) < 2:
         return {}
-    difference = largest_error([found[OURS]], [found[peer.NAME]])
-    if not difference <= DIFFERENCE:
-        errors[OURS] = difference
-    return {"difference": difference}
+    between = largest_error([found[OURS]], [found[peer.NAME]])
+    if not between <= DIFFERENCE:
+        errors[OURS] = between
+    return {"difference": between}
 
 
 def _block_errors(
@@ -208,47 +212,3 @@ def floors(setting: Setting, frames: int, places: int, hidden: int, queries: int
     forward.append((2 * wide * one + long, 2 * per_row))
     backward.append((4 * wide * one + 2 * long, 5 * per_row))
     return {FORWARD: forward, BOTH: forward + backward}
-
-
-def step_case(
-    setting: Setting, *, frames: int, places: int, hidden: int, heads: int, queries: int, rows: int, layers: int
-) -> Prepared:
-    """All blocks, each computed again in the backward pass, loss and AdamW: a training step of HealDA v2 without the
-    tokenizers and the read-out, which together are less than a block."""
-    ours = processor(setting, layers, frames, hidden, heads, queries)
-    x, condition, tokens, offsets = inputs(setting, frames, places, hidden, rows)
-    times = torch.arange(frames, device=setting.device)[None] * 21_600
-    latents = Latents(x, times, condition=condition, context=context_of(tokens, offsets))
-    runs = {OURS: (ours, lambda: ours(latents).tokens)}
-    if setting.theirs:
-        theirs = nn.ModuleList(their_block(block, hidden, heads, queries) for block in ours.blocks)
-        rotary = FrameRotary(frames, hidden // heads, 100.0).to(setting.device)
-        arguments = their_arguments(tokens, offsets, rotary)
-
-        def through_theirs() -> Tensor:
-            hidden_states = x
-            for block in theirs:
-                hidden_states = checkpoint(block, hidden_states, condition, **arguments, use_reentrant=False)
-            return hidden_states
-
-        runs[peer.NAME] = (theirs, through_theirs)
-    found, steps = {}, {}
-    for name, (module, run) in runs.items():
-        run = setting.autocast()(run)
-        with poisoned(setting.device), torch.no_grad():
-            found[name] = run().float()
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=setting.device.type == "cuda")
-        steps[name] = _training_step(run, optimizer)
-    errors: dict[str, float] = {}  # the blocks alone were compared with float64
-    notes = {"layers": layers, **_difference(found, errors)}
-    parts = floors(setting, frames, places, hidden, queries, rows)
-    return Prepared(errors, {BOTH: steps}, {BOTH: layers * (parts[FORWARD] + parts[BOTH])}, notes=notes)
-
-
-def _training_step(run: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    def step() -> None:
-        run().float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step

@@ -56,14 +56,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """what: its row. shape: numbers that `prepare` takes. needs: bytes of memory. takes: seconds on a GPU that it may
-    need, compiling included; allowances, not measurements."""
+    """what: its row. shape: numbers that `prepare` takes. needs: bytes of memory; layer_needs: of each layer, of
+    which as many are measured as fit. takes: seconds on a GPU that it may need, compiling included; allowances, not
+    measurements."""
 
     what: str
     shape: dict[str, int | str]
     prepare: Callable[..., Prepared]
     needs: float = 0.0
     takes: float = 20.0
+    layer_needs: float = 0.0
 
 
 @dataclass(frozen=True)

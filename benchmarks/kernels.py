@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import kernel_peer as peer
 from benchmarks import measure
-from benchmarks.kernel_blocks import block_case, disk_case, step_case
+from benchmarks.kernel_blocks import block_case, disk_case
 from benchmarks.kernel_cases import (
     BOTH,
     GIGA,
@@ -37,11 +37,13 @@ from benchmarks.kernel_cases import (
     sort_case,
     temporal_case,
 )
+from benchmarks.kernel_step import step_case
 from benchmarks.roofline import Rates, free_bytes, measured_rates, paired_seconds
 
 NAME = "kernels"
 TOLERANCES = {torch.bfloat16: 5e-2, torch.float32: 2e-4}  # of the largest number of a tensor
 NOT_MEASURED = "not measured: no GPU"
+STEP = "model=healda_v2, training step, blocks recomputed"
 LONGEST = 10.0  # seconds that the rounds of a case may take; a slower step is not repeated
 
 
@@ -87,8 +89,17 @@ def production() -> list[Case]:
         )
         for frames, level in ((8, 5), (1, 6))
     ]
-    needs = 50 * GIGA + 32 * 2.2 * GIGA
-    cases.append(Case("training step, blocks recomputed", {**whole, "layers": 32}, step_case, needs=needs, takes=60))
+    cases += [
+        Case(
+            STEP,
+            {**whole, "layers": layers, "variables": 74},
+            step_case,
+            needs=60 * GIGA,
+            layer_needs=2.2 * GIGA,
+            takes=20 + 2 * layers,
+        )
+        for layers in (32, 8)
+    ]
     cases.append(blocks[1])
     return cases
 
@@ -118,7 +129,7 @@ def reduced() -> list[Case]:
         Case("temporal attention", {"frames": 8, "places": 1536, "heads": 4, "width": 32}, temporal_case),
         Case("disk attention, 10.46 degrees", {"frames": 1, "level": 4, "heads": 4, "width": 32}, disk_case),
         Case("VideoDiT block, eager", {**whole, "compiled": "eager"}, block_case),
-        Case("training step, blocks recomputed", {**whole, "layers": 2}, step_case),
+        *(Case(STEP, {**whole, "layers": layers, "variables": 6}, step_case) for layers in (4, 1)),
     ]
 
 
@@ -131,6 +142,7 @@ def rows_of(case: Case, setting: Setting, rates: Rates, rounds: int, absent: str
     """One row a mode; a single row that says why where the case does not fit, fails or is wrong. A peer that fails is
     left out: it must not cost our numbers, and no case those of the others."""
     free = free_bytes(setting.device)
+    case = fitting(case, free)
     row = {"what": case.what, "shape": labelled(case.shape), "mode": BOTH}
     if case.needs > free:
         return [row | {"skipped": f"needs {case.needs / GIGA:.0f} GiB, {free / GIGA:.0f} GiB are free"}]
@@ -142,6 +154,30 @@ def rows_of(case: Case, setting: Setting, rates: Rates, rounds: int, absent: str
         return [row | {"skipped": f"failed: {reason}"}]
     gc.collect()
     return rows_of(case, replace(setting, theirs=False), rates, rounds, f"failed beside {peer.NAME}: {reason}")
+
+
+def fitting(case: Case, free: float) -> Case:
+    """With as many of its layers as fit, and what those need."""
+    if not case.layer_needs:
+        return case
+    layers = max(1, min(case.shape["layers"], int((free - case.needs) // case.layer_needs)))
+    needs = case.needs + layers * case.layer_needs
+    return replace(case, shape=case.shape | {"layers": layers}, needs=needs, layer_needs=0.0)
+
+
+def layer_costs(rows: list[dict]) -> str:
+    """What one layer more adds to a training step, from the steps of most and fewest layers; empty without two."""
+    steps = sorted((row for row in rows if row["what"] == STEP and "seconds" in row), key=lambda row: row["layers"])
+    if len(steps) < 2 or steps[0]["layers"] == steps[-1]["layers"]:
+        return ""
+    few, many = steps[0], steps[-1]
+    more = many["layers"] - few["layers"]
+    costs = [
+        f"{name} {1000 * (many['seconds'][name] - few['seconds'][name]) / more:.3g} ms"
+        for name in many["seconds"]
+        if name in few["seconds"]
+    ]
+    return f"One layer more adds to a training step: {', '.join(costs)}."
 
 
 def _measured_rows(case: Case, setting: Setting, rates: Rates, rounds: int, absent: str, row: dict) -> list[dict]:
@@ -221,13 +257,15 @@ def page(stored: dict[str, dict]) -> str:
         rates = f"{result['copy_rate'] / 1e9:.0f} GB/s copied, {result['matrix_rate'] / 1e12:.3g} TFLOP/s in products"
         line = f"{result['device']}, {rates}, {result['threads']} CPU threads, {result['date'][:10]}"
         commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in result["rows"]))
-        texts.append(f"{title}:\n\n{table(result['rows'])}\n\n{line}: {commands}")
+        parts = [f"{title}:", table(result["rows"]), layer_costs(result["rows"]), f"{line}: {commands}"]
+        texts.append("\n\n".join(part for part in parts if part))
     return "\n\n".join(texts)
 
 
 def publish(result: dict[str, dict]) -> None:
     """Into results/kernels.json and the page. What the same device, versions and threads measured before stays where
-    this run has no row for it, as does what the other kind of device measured."""
+    this run has no row for it and the case still exists, as does what the other kind of device measured."""
+    known = {case.what for case in (*production(), *reduced())}
     path = measure.RESULTS / f"{NAME}.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     for kind, found in result.items():
@@ -235,7 +273,7 @@ def publish(result: dict[str, dict]) -> None:
         if any(before.get(same) != found[same] for same in ("device", "versions", "threads")):
             before = {"rows": []}
         mine = [(row["what"], row["shape"]) for row in found["rows"]]
-        kept = [row for row in before["rows"] if (row["what"], row["shape"]) not in mine]
+        kept = [row for row in before["rows"] if (row["what"], row["shape"]) not in mine and row["what"] in known]
         stored[kind] = found | {"rows": sorted(kept + found["rows"], key=_place)}
     measure.RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(stored, indent=1) + "\n")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from benchmarks import kernel_cases, kernel_peer, kernels, measure
-from benchmarks.kernel_blocks import block_case, disk_case, floors, step_case
+from benchmarks.kernel_blocks import block_case, disk_case, floors
 from benchmarks.kernel_cases import BOTH, FORWARD, OURS, Case, Setting
+from benchmarks.kernel_step import TARGET, batch_of, layout_of, model_of, step_case
 from benchmarks.roofline import Rates, largest_error, poisoned
 
 ROOT = measure.ROOT
@@ -45,7 +46,7 @@ TINY = [
     Case("temporal", {**GRID, "heads": 2, "width": 4}, kernel_cases.temporal_case),
     Case("disk", {"frames": 2, "level": 3, "heads": 2, "width": 4}, disk_case),
     Case("block", {**BLOCK, "compiled": "eager"}, block_case),
-    Case("step", {**BLOCK, "layers": 2}, step_case),
+    Case("step", {**BLOCK, "layers": 2, "variables": 3}, step_case),
 ]
 
 
@@ -127,17 +128,42 @@ def test_production_floors_are_those_of_the_arithmetic():
     assert rates.floor(parts[BOTH]) == pytest.approx(72.3e-3, rel=0.02)  # 4.15 ms below 76: projections absorbed
 
 
+def test_the_step_is_that_of_the_preset(setting):
+    """The model of the training step has the parameters of model=healda_v2 and its outputs under the same weights."""
+    from models import build
+
+    layout = layout_of(2, 1, 3)
+    sizes = {"hidden": 32, "heads": 2, "queries": 4, "layers": 2}
+    ours = model_of(layout, **sizes).eval()
+    named = {"hidden": "hidden_size", "heads": "num_heads", "queries": "observation_heads", "layers": "depth"}
+    overrides = [f"model.{named[name]}={size}" for name, size in sizes.items()]
+    preset = build(["model=healda_v2", "model/size=production", "task.frames=2", *overrides], layout).eval()
+    preset.load_state_dict(ours.state_dict())
+    batch = batch_of(setting, layout, 50)
+    torch.testing.assert_close(preset(batch)[TARGET], ours(batch)[TARGET])
+
+
+def test_as_many_layers_are_measured_as_fit():
+    case = Case(kernels.STEP, {"layers": 8}, step_case, needs=10.0, layer_needs=4.0)
+    for free, layers in ((100, 8), (30, 5), (11, 1)):
+        fits = kernels.fitting(case, free)
+        assert fits.shape["layers"] == layers and fits.needs == 10 + 4 * layers
+    rows = [{"what": kernels.STEP, "layers": n, "seconds": {OURS: 0.1 + 0.02 * n, "peer": 0.05 * n}} for n in (8, 3)]
+    assert kernels.layer_costs(rows) == "One layer more adds to a training step: ours 20 ms, peer 50 ms."
+    assert kernels.layer_costs(rows[:1]) == ""
+
+
 def test_it_needs_torch_triton_einops_and_numpy_only(tmp_path):
     code = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); from benchmarks.__main__ import main\n"
     output = tmp_path / "found.json"
-    options = ["kernels", "--only", "gated", "--rounds", "1", "--device", "cpu", "--output", str(output)]
+    options = ["kernels", "--only", "gated", "healda", "--rounds", "1", "--device", "cpu", "--output", str(output)]
     code += f"sys.exit(main({options!r}))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(output.read_text())["cpu"]
     rows = found["rows"]
-    assert found["command"] == "python -m benchmarks kernels --only gated --rounds 1 --device cpu"
-    assert [row["mode"] for row in rows] == [FORWARD, BOTH]
+    assert found["command"] == "python -m benchmarks kernels --only gated healda --rounds 1 --device cpu"
+    assert [row["mode"] for row in rows] == [FORWARD, BOTH, BOTH, BOTH] and all("seconds" in row for row in rows)
 
 
 def test_what_another_machine_measured_is_published_beside_the_rest(tmp_path, monkeypatch):
@@ -157,7 +183,9 @@ def test_what_another_machine_measured_is_published_beside_the_rest(tmp_path, mo
     kernels.publish({"cpu": result})
     assert page.read_text().count(kernels.NOT_MEASURED) == len(kernels.production())
     assert "needs 9 GiB" in page.read_text() and page.read_text().endswith("after\n")
-    kernels.publish({"cpu": result | {"rows": [row | {"what": "sort", "command": "made again"}]}})
+    kernels.publish({"cpu": result | {"rows": [row | {"what": "no case any more"}]}})
+    kernels.publish({"cpu": result | {"rows": [row | {"what": "sort_and_pack", "command": "made again"}]}})
+    assert "no case any more" not in page.read_text()
     assert page.read_text().count("needs 9 GiB") == 2 and "`made`, `made again`" in page.read_text()
     kernels.publish({"cuda": result | {"device": "one GPU"}})
     assert "one GPU" in page.read_text() and "one CPU" in page.read_text()
