@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from kernels import tuning
 from kernels.modulated_norm import gated, modulated_norm
 from models.conditioning.adaptive_norm import AdaptiveNorm
 from tests.interpreter import interpreted, needs_triton, run_interpreted
@@ -165,10 +166,11 @@ def test_no_register_spills_on_hopper(width, stream, branch):
     numbers = dict.fromkeys(("rows", "programs", "steps", "shift_stride", "scale_stride", "gate_stride"), "i32")
     tensors = dict.fromkeys(("shift", "scale", "gate", "branch", "towards_branch", "gradient"), branch)
     types = {**numbers, **tensors, "x": stream, "y": stream, "towards_x": stream, "sums": "*fp32", "eps": "fp32"}
-    constants = {"D": width, **launches.tile(width)}
-    for name in ("norm_forward", "norm_backward", "gated_forward", "gated_backward"):
+    for name, of_kernel in launches.TUNING.items():
+        config = tuning.shipped("nvidia_h200")[of_kernel.name]["any"]
+        constants = {"D": width, **launches.tile(width, config)}
         kernel = getattr(device_code, name)
-        assert resources(kernel, types, constants, num_warps=launches.NUM_WARPS)["stack"] == 0, name
+        assert resources(kernel, types, constants, num_warps=config["num_warps"])["stack"] == 0, name
 
 
 @needs_triton
@@ -182,5 +184,7 @@ def test_offsets_of_rows_have_64_bits():
     types |= {**dict.fromkeys(("shift", "scale", "gate", "sums"), "*fp32"), "eps": "fp32"}
     accesses = {"norm_forward": 2, "norm_backward": 3, "gated_forward": 3, "gated_backward": 3}
     for name, count in accesses.items():
-        result = compiled(getattr(device_code, name), types, {"D": 64, **launches.tile(64)}, num_warps=8)
+        result = compiled(
+            getattr(device_code, name), types, {"D": 64, **launches.tile(64, {"TILE": 4096})}, num_warps=8
+        )
         assert offset_types(result, "64x64", "bf16") == ["i64"] * count

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from kernels import tuning
 from kernels.temporal_attention import temporal_attention
 from models.attention.self_attention import TemporalAttention
 from models.latents import LatentLayout
@@ -167,14 +168,15 @@ def test_no_register_spills_on_hopper(frames, width, dtype, precision):
     tensors = dict.fromkeys(("qkv", "output", "gradient", "towards"), dtype)
     types = {**tensors, "cos": "*fp32", "sin": "*fp32", "places": "i32", "heads": "i32", "scale": "fp32"}
     tile = launches.tile(frames, width)
-    launch = {
-        "num_warps": launches.num_warps(tile["R"], 16 if dtype == "*bf16" else 32),
-        "num_stages": launches.NUM_STAGES,
-    }
+    bits = 16 if dtype == "*bf16" else 32
     for softmax in (False, True):
         constants = {**tile, "SOFTMAX": softmax, "CAUSAL": True, "WINDOW": frames, "PRECISION": precision}
-        for kernel in (device_code.forward, device_code.backward):
-            assert resources(kernel, types, constants, **launch)["stack"] == 0
+        for name in ("forward", "backward"):
+            of_kernel = launches.TUNING[name, tile["R"], bits]
+            config = tuning.shipped("nvidia_h200")[of_kernel.name]["any"]
+            launch = {"num_warps": config["num_warps"], "num_stages": launches.NUM_STAGES}
+            constants["CHUNK"] = config["CHUNK"]
+            assert resources(getattr(device_code, name), types, constants, **launch)["stack"] == 0
 
 
 @needs_triton
@@ -187,5 +189,5 @@ def test_offsets_of_rows_have_64_bits():
     types |= {"cos": "*fp32", "sin": "*fp32", "places": "i32", "heads": "i32", "scale": "fp32"}
     options = {"SOFTMAX": False, "CAUSAL": True, "WINDOW": 8, "PRECISION": "ieee"}
     for kernel, accesses in ((device_code.forward, 4), (device_code.backward, 10)):
-        result = compiled(kernel, types, {**launches.tile(8, 96), **options}, num_warps=1)
+        result = compiled(kernel, types, {**launches.tile(8, 96), **options, "CHUNK": 32}, num_warps=1)
         assert offset_types(result, "16x1", "bf16") == ["i64"] * accesses

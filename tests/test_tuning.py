@@ -1,6 +1,5 @@
 """Launch configurations: kept in files, found again, never waited for. The device and its clock are stand-ins."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -147,11 +146,13 @@ for number in range(40):
 
 def test_shipped_defaults_name_their_origin_and_are_candidates():
     from kernels.film_tokenizer import launches as film
+    from kernels.modulated_norm import launches as norm
     from kernels.pixel_attention import launches as pixel
     from kernels.sort_and_pack import TUNING
+    from kernels.temporal_attention import launches as temporal
 
-    groups = (part.values() for launches in (film, pixel) for part in (launches.FORWARD, launches.BACKWARD))
-    kernels = {kernel.name: kernel for kernel in (TUNING, *itertools.chain(*groups))}
+    groups = [film.FORWARD, film.BACKWARD, pixel.FORWARD, pixel.BACKWARD, norm.TUNING, temporal.TUNING]
+    kernels = {kernel.name: kernel for group in groups for kernel in group.values()} | {TUNING.name: TUNING}
     files = sorted(tuning.DEFAULTS.glob("*.json"))
     assert {path.stem for path in files} >= {"h100", "h200"}
     for path in files:

@@ -44,7 +44,21 @@ def gated(x: Tensor, gate: Tensor, branch: Tensor, *, path: str = "auto") -> Ten
     gate = _over_rows(gate, x)
     if path == "reference":
         return (x + gate * branch).to(x.dtype)
-    return torch.addcmul(x, gate.to(x.dtype), branch.to(x.dtype))
+    return _VectorisedGate.apply(x, gate.to(x.dtype), branch.to(x.dtype))
+
+
+class _VectorisedGate(torch.autograd.Function):
+    """`torch.addcmul`, whose own backward pass reads and writes more than there is to read and write."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, branch)
+        return torch.addcmul(x, gate, branch)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate, branch = ctx.saved_tensors
+        return gradient, (gradient * branch).sum_to_size(gate.shape), gradient * gate
 
 
 def _over_rows(part: Tensor, x: Tensor) -> Tensor:

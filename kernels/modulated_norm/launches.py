@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 import triton
 from torch import Tensor
 
 from kernels.modulated_norm import device_code
+from kernels.tuning import Config, Tuning
 
-TILE = 4096  # numbers of a tile: 16 a thread
-NUM_WARPS = 8
+_SOURCES = (Path(__file__), Path(__file__).with_name("device_code.py"))
+# Numbers of a tile, 16 a thread and more, and warps: none spills at widths up to the tile.
+TUNING = {
+    name: Tuning(f"modulated_norm_{name}", [{"TILE": size, "num_warps": warps} for size, warps in choices], _SOURCES)
+    for name, choices in {
+        "norm_forward": ((4096, 8), (2048, 4), (4096, 4), (8192, 8)),
+        "norm_backward": ((4096, 8), (2048, 4), (2048, 8)),
+        "gated_forward": ((4096, 8), (2048, 4), (4096, 4), (8192, 8)),
+        "gated_backward": ((4096, 8), (2048, 4), (2048, 8)),
+    }.items()
+}
 FORWARD_TILES = 4  # of a program: scale and shift are loaded once for them
 BACKWARD_PROGRAMS = 2048  # about, of all samples: their partial sums stay a few percent of the traffic
 
@@ -17,10 +30,10 @@ BACKWARD_PROGRAMS = 2048  # about, of all samples: their partial sums stay a few
 class _Launch:
     """How the rows of B samples (B, ..., D) are spread over programs, none of which serves two samples."""
 
-    def __init__(self, x: Tensor, *, backward: bool):
+    def __init__(self, x: Tensor, config: Config, *, backward: bool):
         self.batch, self.width = x.shape[0], x.shape[-1]
-        self.rows = x.numel() // max(self.batch * self.width, 1)
-        self.shape = {"D": self.width, **tile(self.width)}
+        self.rows, self.num_warps = x.numel() // max(self.batch * self.width, 1), config["num_warps"]
+        self.shape = {"D": self.width, **tile(self.width, config)}
         tiles = triton.cdiv(self.rows, self.shape["R"])
         self.steps = max(1, tiles * self.batch // BACKWARD_PROGRAMS) if backward else FORWARD_TILES
         self.programs = triton.cdiv(tiles, self.steps)
@@ -28,50 +41,76 @@ class _Launch:
     def __call__(self, kernel, *arguments) -> None:
         tensors = [part for part in arguments if isinstance(part, Tensor)]
         strides = [part for part in arguments if not isinstance(part, Tensor)]
-        if self.batch * self.programs:
-            with torch.cuda.device_of(tensors[0]):
-                grid = (self.batch * self.programs,)
-                spread = (self.rows, self.programs, self.steps)
-                kernel[grid](*tensors, *spread, *strides, **self.shape, num_warps=NUM_WARPS)
+        grid = (self.batch * self.programs,)
+        spread = (self.rows, self.programs, self.steps)
+        kernel[grid](*tensors, *spread, *strides, **self.shape, num_warps=self.num_warps)
 
     def sums(self, x: Tensor, *parts: int) -> Tensor:
         """Room for what programs add up: (B, programs, *parts, D)."""
         return x.new_empty(self.batch, self.programs, *parts, self.width, dtype=torch.float32)
 
 
-def tile(width: int) -> dict[str, int]:
+def tile(width: int, config: Config) -> dict[str, int]:
     block = triton.next_power_of_2(width)
-    return {"R": max(1, TILE // block), "BLOCK": block}
+    return {"R": max(1, config["TILE"] // block), "BLOCK": block}
+
+
+def _launch(name: str, x: Tensor, types: tuple, run: Callable[[Config], None]) -> None:
+    """run: launches the kernel with a configuration; what is written is the same for each."""
+    if x.numel():
+        with torch.cuda.device_of(x):
+            run(TUNING[name].config((triton.next_power_of_2(x.shape[-1]), *types), x.device, run))
 
 
 def norm_forward(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
     x, shift, scale = x.contiguous(), _dense_rows(shift), _dense_rows(scale)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _Launch(x, backward=False)(device_code.norm_forward, x, shift, scale, y, shift.stride(0), scale.stride(0), eps)
+
+    def run(config: Config) -> None:
+        launch = _Launch(x, config, backward=False)
+        launch(device_code.norm_forward, x, shift, scale, y, shift.stride(0), scale.stride(0), eps)
+
+    _launch("norm_forward", x, (x.dtype, dtype), run)
     return y
 
 
 def norm_backward(gradient: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     gradient, x, scale = gradient.contiguous(), x.contiguous(), _dense_rows(scale)
-    launch, towards_x = _Launch(x, backward=True), torch.empty_like(x)
-    sums = launch.sums(x, 2)
-    launch(device_code.norm_backward, gradient, x, scale, towards_x, sums, scale.stride(0), eps)
-    return towards_x, sums[:, :, 0].sum(dim=1), sums[:, :, 1].sum(dim=1)
+    towards_x, found = torch.empty_like(x), [scale.new_zeros(len(x), 2, x.shape[-1], dtype=torch.float32)]
+
+    def run(config: Config) -> None:
+        launch = _Launch(x, config, backward=True)
+        sums = launch.sums(x, 2)
+        launch(device_code.norm_backward, gradient, x, scale, towards_x, sums, scale.stride(0), eps)
+        found[0] = sums.sum(dim=1)
+
+    _launch("norm_backward", x, (x.dtype, gradient.dtype), run)
+    return towards_x, found[0][:, 0].clone(), found[0][:, 1].clone()
 
 
 def gated_forward(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     x, gate, branch = x.contiguous(), _dense_rows(gate), branch.contiguous()
     y = torch.empty_like(x)
-    _Launch(x, backward=False)(device_code.gated_forward, x, gate, branch, y, gate.stride(0))
+
+    def run(config: Config) -> None:
+        _Launch(x, config, backward=False)(device_code.gated_forward, x, gate, branch, y, gate.stride(0))
+
+    _launch("gated_forward", x, (x.dtype, branch.dtype), run)
     return y
 
 
 def gated_backward(gradient: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
     gradient, gate, branch = gradient.contiguous(), _dense_rows(gate), branch.contiguous()
-    launch, towards_branch = _Launch(gradient, backward=True), torch.empty_like(branch)
-    sums = launch.sums(gradient)
-    launch(device_code.gated_backward, gradient, gate, branch, towards_branch, sums, gate.stride(0))
-    return sums.sum(dim=1), towards_branch
+    towards_branch, found = torch.empty_like(branch), [gate.new_zeros(gate.shape, dtype=torch.float32)]
+
+    def run(config: Config) -> None:
+        launch = _Launch(gradient, config, backward=True)
+        sums = launch.sums(gradient)
+        launch(device_code.gated_backward, gradient, gate, branch, towards_branch, sums, gate.stride(0))
+        found[0] = sums.sum(dim=1)
+
+    _launch("gated_backward", gradient, (gradient.dtype, branch.dtype), run)
+    return found[0], towards_branch
 
 
 def _dense_rows(part: Tensor) -> Tensor:
