@@ -9,6 +9,7 @@ import sys
 NAMES = {
     "perceiver": "Perceiver IO, forward and backward on CPU, against krasserm's, lucidrains' and transformers'",
     "perceiver_ar": "Perceiver AR, a training step and generation with a cache on CPU, against krasserm's",
+    "lead_times": "one encoding for 1, 12 and 48 lead times against one for each (MetNet) and a recurrent encoder",
     "loader": "samples/s from RAM, memmap, NetCDF and Zarr against xbatcher, and the share of a step spent waiting",
     "healda_cpu": "HealDA v2, forward and backward on CPU, with and without observations, against PhysicsNeMo's",
     "attention": "every backend of attention over lengths, heads and dtypes, and what `model.attention=auto` picks",

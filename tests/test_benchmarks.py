@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, perceiver, perceiver_ar
+from benchmarks import lead_times, measure, perceiver, perceiver_ar
 from benchmarks.cases import CASES
 from benchmarks.peers import installed
 
@@ -68,6 +68,17 @@ def test_the_full_cases_have_the_weights_of_the_published_comparison():
     with torch.device("meta"):
         counts = {name: sum(p.numel() for p in perceiver.Ours(CASES[name]).parameters()) for name in ("rep_h8",)}
     assert counts == {"rep_h8": 4_149_780}  # krasserm's with the same arguments
+
+
+def test_lead_times_are_measured_and_weigh_little(capsys):
+    lead_times.main(["--context", "8", "--window", "4", "--frames", "2", "--rounds", "1", "--no-store"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["model"] for row in rows] == list(lead_times.MODELS)
+    for row in rows:
+        assert {"forward 1", "forward 12", "training 12"} <= set(row["cpu_ms"]) and 0 < row["film"] < 0.01 * row[
+            "parameters"
+        ]
+    assert "forward 48" in rows[0]["cpu_ms"] and "forward 48" not in rows[1]["cpu_ms"]
 
 
 def test_turns_are_taken_and_every_round_is_kept():
