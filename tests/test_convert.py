@@ -226,3 +226,60 @@ def test_transformers_imports_beside_our_folder_called_kernels():
     program = "from transformers import PerceiverModel; print(PerceiverModel.__name__)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "PerceiverModel", done.stderr
+
+
+# lucidrains
+
+
+def lucidrains(version: str) -> tuple[dict, dict]:
+    """(weights, config) of the golden file, by the names of a release."""
+    with np.load(ROOT / "tests" / "golden" / "lucidrains_video.npz", allow_pickle=False) as stored:
+        state = {name.removeprefix("state/"): stored[name] for name in stored.files if name.startswith("state/")}
+        config = json.loads(str(stored["config"]))
+    if version == "lucidrains":
+        parts = {"0": "cross_attn", "1": "cross_ff", "2": "self_attns"}
+        renamed = {}
+        for name, array in state.items():
+            place = name.split(".")
+            if place[0] == "layers":
+                place[2] = parts[place[2]]
+            renamed[".".join(place)] = array
+        state = renamed
+    return state, config
+
+
+def test_releases_with_other_names_give_the_same_weights_and_get_their_own_back():
+    converted = {}
+    for source in ("lucidrains", "lucidrains_0.9"):
+        state, config = lucidrains(source)
+        assert recognise(state) == source
+        overrides, layout, weights = convert(source, state, config)
+        converted[source] = overrides, weights
+        model = build(overrides, layout)
+        model.load_state_dict(weights)
+        returned = export(source, model, config)
+        assert set(returned) == set(state)
+        assert all(np.array_equal(returned[name], array) for name, array in state.items())
+    (overrides, weights), (others, same) = converted.values()
+    assert overrides == others and all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def test_channels_of_fourier_positions_are_put_in_our_order():
+    state, config = lucidrains("lucidrains_0.9")
+    _, _, weights = convert("lucidrains_0.9", state, config)
+    given, found = state["layers.0.0.norm_context.weight"], weights["encoder.cross.0.context_norm.weight"]
+    assert config["input_channels"] == 2 and config["num_freq_bands"] == 2
+    # Two values, then (sine, sine, cosine, cosine, position) of time, row and column.
+    theirs = [0, 1, 6, 11, 16, 2, 3, 7, 8, 12, 13, 4, 5, 9, 10, 14, 15]
+    np.testing.assert_array_equal(found.numpy(), given[theirs])
+    keys = state["layers.0.0.fn.to_kv.weight"][: len(state["layers.0.0.fn.to_kv.weight"]) // 2]
+    np.testing.assert_array_equal(weights["encoder.cross.0.attention.key.weight"].numpy(), keys[:, theirs])
+
+
+@pytest.mark.parametrize("option", ("inverted_cross_attn", "attn_residual"))
+def test_what_our_model_has_not_is_refused(option):
+    state, config = lucidrains("lucidrains")
+    with pytest.raises(ValueError, match=f"lucidrains {option}=True is not known here"):
+        convert("lucidrains", state, config | {option: True})
+    with pytest.raises(ValueError, match="has no output"):
+        convert("lucidrains", state, config | {"final_classifier_head": False})

@@ -6,8 +6,9 @@
     state_dict = export("transformers", model, config)
 
 A source is an entry of `SOURCES`: a `model` (what its weights are of), a key prefix that `recognises` it,
-`canonical(state_dict)` (tensors, by the names that the rule knows), `names(config)` (our name of a weight -> theirs),
-`overrides(config, weights)` and `layout(config, weights, num_tokens)`.
+`canonical(state_dict, config)` (tensors, by the names that the rule knows), where that changes tensors also
+`original(tensors, config)`, its inverse, `names(config)` (our name of a weight -> theirs), `overrides(config, weights)`
+and `layout(config, weights, num_tokens)`.
 """
 
 from __future__ import annotations
@@ -19,34 +20,38 @@ import torch
 from torch import Tensor, nn
 
 from data.layout import Layout
-from models.convert import healda, krasserm, perceiver_ar, physicsnemo, transformers
+from models.convert import healda, krasserm, lucidrains, perceiver_ar, physicsnemo, transformers
+from models.convert.lucidrains import LucidrainsSource
 from models.convert.perceiver import TARGET, PerceiverSource, token_batch
 from models.convert.perceiver_ar import PerceiverARSource
 from models.convert.physicsnemo import PhysicsNeMoSource
 
 __all__ = ["SOURCES", "TARGET", "convert", "export", "recognise", "token_batch"]
 
-SOURCES: dict[str, PerceiverSource | PerceiverARSource | PhysicsNeMoSource] = {
+SOURCES: dict[str, PerceiverSource | PerceiverARSource | PhysicsNeMoSource | LucidrainsSource] = {
     "transformers": transformers.SOURCE,
     "perceiver_io": krasserm.SOURCE,
     "perceiver_ar": perceiver_ar.SOURCE,
     "physicsnemo": physicsnemo.SOURCE,
     "healda": healda.SOURCE,
+    "lucidrains": lucidrains.SOURCE,
+    "lucidrains_0.9": lucidrains.SOURCE_0_9,
 }
 
 
 def convert(
-    source: str, state_dict: Mapping[str, Any], config: Mapping[str, Any], *, num_tokens: int = 1
+    source: str, state_dict: Mapping[str, Any], config: Mapping[str, Any], *, num_tokens: int | tuple[int, ...] = 1
 ) -> tuple[list[str], Layout, dict[str, Tensor]]:
     """(overrides, layout, state dict) of our model that computes the same function.
 
     state_dict: tensors or arrays by the source's names. config: the source's configuration as plain values. num_tokens:
-    length of the input sequence in the layout; no weight depends on it. Raises ValueError for unknown sources, for
-    weights that the rule leaves unused or misses, and for options that our model does not have.
+    length of the input sequence in the layout, or sizes of the axes of an image or video; no weight depends on it.
+    Raises ValueError for unknown sources, for weights that the rule leaves unused or misses, and for options that our
+    model does not have.
     """
     rule = _source(source)
     names = rule.names(config)
-    tensors = rule.canonical(state_dict)
+    tensors = rule.canonical(state_dict, config)
     unused, missing = set(tensors) - set(names.values()), set(names.values()) - set(tensors)
     if unused or missing:
         kind, keys = ("missing", missing) if missing else ("unknown", unused)
@@ -73,7 +78,7 @@ def export(source: str, model: nn.Module, config: Mapping[str, Any]) -> dict[str
                 f"{source} shares {theirs!r}, but the model's {ours!r} differs from it; export an untied copy"
             )
         exported[theirs] = weights[ours].clone()
-    return exported
+    return rule.original(exported, config) if hasattr(rule, "original") else exported
 
 
 def recognise(state_dict: Mapping[str, Any]) -> str:
@@ -86,7 +91,7 @@ def recognise(state_dict: Mapping[str, Any]) -> str:
     )
 
 
-def _source(name: str) -> PerceiverSource | PerceiverARSource | PhysicsNeMoSource:
+def _source(name: str) -> PerceiverSource | PerceiverARSource | PhysicsNeMoSource | LucidrainsSource:
     if name not in SOURCES:
         raise ValueError(f"unknown source of weights {name!r}; use one of {', '.join(SOURCES)}")
     return SOURCES[name]

@@ -62,7 +62,7 @@ class HealDASource(PhysicsNeMoSource):
         given = {name: value for name, value in config.items() if name != "temporal_attn_legacy_scaling_bug"}
         return super().overrides(given, weights)
 
-    def canonical(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    def canonical(self, state: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         parts: dict[str, dict[str, Tensor]] = {}
         for key, array in state.items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch, Field
-from data.grids import Points
+from data.grids import PlanarGrid, Points
 from data.layout import InputLayout, Layout, TargetLayout, Variable
 
 INPUT, TARGET = "tokens", "output"
@@ -84,14 +84,16 @@ class PerceiverSource:
             names[f"decoder.{TARGET}.head.{kind}"] = f"{described.head}.{kind}"
         return names
 
-    def canonical(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    def canonical(self, state: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Tensor]:
         return {name: torch.as_tensor(array).detach() for name, array in state.items()}
 
     def overrides(self, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[str]:
         """What to type to build it. weights: by our names; widths are theirs."""
         return _overrides(self.describe(config), weights)
 
-    def layout(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], num_tokens: int) -> Layout:
+    def layout(
+        self, config: Mapping[str, Any], weights: Mapping[str, Tensor], num_tokens: int | tuple[int, ...]
+    ) -> Layout:
         return token_layout(
             channels=weights["encoder.cross.0.context_norm.weight"].shape[0],
             num_tokens=num_tokens,
@@ -101,17 +103,19 @@ class PerceiverSource:
 
 
 def token_batch(layout: Layout, tokens: Tensor, valid: Tensor | None = None) -> Batch:
-    """A batch of raw token sequences. tokens: (B, M, channels). valid: (B, M) bool, True = keep, or None."""
-    batch = tokens.shape[0]
+    """A batch of raw token sequences. tokens: (B, M, channels), or (B, *axes, channels) of images or videos. valid:
+    (B, M) or (B, *axes) bool, True = keep, or None."""
+    batch, described, target = tokens.shape[0], layout.inputs[INPUT], layout.targets[TARGET]
+    age = torch.arange(1 - described.frames, 1) * described.step
+    shape = (batch, described.frames, *described.grid.shape)
     now = torch.zeros(batch, 1, dtype=torch.int64)
-    target = layout.targets[TARGET]
     empty = torch.zeros(batch, 1, len(target.variables), target.grid.num_points)
     given = Field(
-        values=tokens.transpose(1, 2)[:, None],  # a view: (B, 1, channels, M)
-        variables=layout.inputs[INPUT].variables,
-        grid=layout.inputs[INPUT].grid,
-        times=now,
-        valid=None if valid is None else valid[:, None, None],
+        values=tokens.reshape(*shape, -1).movedim(-1, 2),  # a view: (B, T, channels, *grid.shape)
+        variables=described.variables,
+        grid=described.grid,
+        times=age.expand(batch, -1),
+        valid=None if valid is None else valid.reshape(shape)[:, :, None],
     )
     wanted = Field(values=empty, variables=target.variables, grid=target.grid, times=now)
     return Batch(inputs={INPUT: given}, targets={TARGET: wanted}, layout=layout)
@@ -171,20 +175,28 @@ def _overrides(described: Perceiver, weights: Mapping[str, Tensor]) -> list[str]
     return [
         "model=perceiver",
         "model/size=small",
-        *(f"model.{name}={_typed(value)}" for name, value in options.items()),
+        *(f"model.{name}={typed(value)}" for name, value in options.items()),
     ]
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def token_layout(*, channels: int, num_tokens: int, outputs: int, queries: int) -> Layout:
-    """Layout of a token sequence in and a sequence of outputs: points without a place, which nothing reads."""
-    nowhere = [Points(np.zeros((count, 2))) for count in (num_tokens, queries)]
+def token_layout(*, channels: int, num_tokens: int | tuple[int, ...], outputs: int, queries: int) -> Layout:
+    """Layout of a token sequence, an image (two axes) or a video (three) in, and a sequence of outputs.
+
+    Points have no place, which nothing reads; pixels have one.
+    """
+    axes = (num_tokens,) if isinstance(num_tokens, int) else num_tokens
+    frames = axes[0] if len(axes) == 3 else 1
+    if len(axes) == 1:
+        grid = Points(np.zeros((axes[0], 2)))
+    else:
+        grid = PlanarGrid.regular(*axes[-2:], units="pixels")
     return Layout(
-        inputs={INPUT: InputLayout(_variables("feature", channels), nowhere[0], frames=1, step=STEP)},
-        targets={TARGET: TargetLayout(_variables("output", outputs), nowhere[1], lead_times=(0,))},
+        inputs={INPUT: InputLayout(_variables("feature", channels), grid, frames, step=STEP)},
+        targets={TARGET: TargetLayout(_variables("output", outputs), Points(np.zeros((queries, 2))), lead_times=(0,))},
     )
 
 

@@ -38,7 +38,7 @@ class PerceiverARSource:
     model = "krasserm's CausalSequenceModel"
     recognises = "input_adapter.txt_embedding."
 
-    def canonical(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    def canonical(self, state: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Tensor]:
         return {name: torch.as_tensor(array).detach() for name, array in state.items()}
 
     def names(self, config: Mapping[str, Any]) -> dict[str, str]:

@@ -88,7 +88,7 @@ class PhysicsNeMoSource:
                 layer(f"processor.blocks.{index}.{ours}", f"dit.blocks.{index}.{theirs}", kinds)
         return names
 
-    def canonical(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    def canonical(self, state: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Tensor]:
         """The state dict with every tensor of `names` under its name there."""
         tensors = {name: torch.as_tensor(array).detach() for name, array in state.items()}
         embedder = "dit.conditioning_embedder"

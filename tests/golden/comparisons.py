@@ -78,6 +78,20 @@ class TokenIds:
         return {"": logits, "logits": logits}
 
 
+class PooledImages(TokenSequences):
+    """lucidrains' Perceivers: sequences, images or videos (B, *axes, channels) in; one row of logits out."""
+
+    def num_tokens(self, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
+        return tuple(inputs["x"].shape[1:-1])
+
+    def batch(self, layout: Layout, inputs: Mapping[str, Tensor], golden: Golden) -> Batch:
+        return token_batch(layout, inputs["x"], inputs["mask"].bool() if "mask" in inputs else None)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        logits = model(batch)[TARGET][:, 0, :, 0]
+        return {"": logits, "logits": logits, "latents": model.encoder(batch).tokens[:, 0]}
+
+
 class HEALPixFrames:
     """HealDA: frames (B, C, T, X), observations with their flat cell ids, and a noise level in; frames out."""
 
@@ -127,4 +141,6 @@ COMPARISONS = {
     "perceiver_ar": TokenIds(),
     "physicsnemo": HEALPixFrames(),
     "healda": HEALPixFrames(),
+    "lucidrains": PooledImages(),
+    "lucidrains_0.9": PooledImages(),
 }
