@@ -43,7 +43,8 @@ class RadarNormalisation:
             raise ValueError("the training period of the radar data holds no rain; widen data.split.train")
         scale = rain.std()
         frames = data.frames
-        bases = [frame for frame in period if data.present[frame] and frame + max(lead_steps) <= period[-1]]
+        # From the third frame on: before, the motion is hardly known.
+        bases = [frame for frame in period[2:] if data.present[frame] and frame + max(lead_steps) <= period[-1]]
         if not bases:
             raise ValueError(
                 f"the training period ({period.size} frames) is shorter than the longest lead time ({max(lead_steps)} "

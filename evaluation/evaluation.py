@@ -190,7 +190,7 @@ def forecasts(
     values = len(data.variables) * len(dataset.lead_steps) * data.grid.num_points
     size = int(np.clip(_VALUES_PER_BATCH // values, 1, 64))
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, positions.size, size):
             chosen = positions[start : start + size]
             batch = dataset.__getitems__(chosen)
@@ -202,7 +202,7 @@ def forecasts(
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
+def evaluating(model: nn.Module):
     training = model.training
     model.eval()
     try:

@@ -23,7 +23,7 @@ FAINT = 1e-5  # of the largest power
 TITLES = {"rmse": "RMSE", "mae": "MAE", "bias": "Bias", "acc": "Anomaly correlation"}
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
     """(figure, axes (rows, columns)) drawn in memory; needs no display and leaves pyplot's global state alone."""
     from matplotlib.figure import Figure
 
@@ -43,7 +43,7 @@ def data_address(image: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
-def _style(methods: Sequence[str], method: str) -> dict:
+def line_style(methods: Sequence[str], method: str) -> dict:
     if method == OURS:
         return {"color": OUR_COLOUR, "marker": "o", "linewidth": 2.2, "zorder": 3}
     place = [name for name in methods if name != OURS].index(method)
@@ -73,13 +73,13 @@ def lead_labels(hours: Sequence[float]) -> list[str]:
 def lead_time_curves(found: Evaluation, channel: int):
     """RMSE, bias and anomaly correlation of one variable against lead time, every method."""
     variable = found.variables[channel]
-    figure, axes = _figure(11, 3.4, 1, 3)
+    figure, axes = new_figure(11, 3.4, 1, 3)
     values = {method: scores.values() for method, scores in found.scores.items()}
     for axis, score in zip(axes[0], ("rmse", "bias", "acc"), strict=True):
         for method in found.methods:
             curve = values[method][score][0, :, channel].numpy()
             if np.isfinite(curve).any():
-                axis.plot(found.hours, curve, label=method.replace("_", " "), **_style(found.methods, method))
+                axis.plot(found.hours, curve, label=method.replace("_", " "), **line_style(found.methods, method))
         _lead_axis(axis, found.hours)
         axis.set_ylabel(f"{TITLES[score]}" + (f" ({variable.units or 'data units'})" if score != "acc" else ""))
         axis.grid(alpha=0.25)
@@ -118,7 +118,7 @@ def maps(
     largest = (np.percentile(np.abs(error[np.isfinite(error)]), 99) if np.isfinite(error).any() else 0) or 1.0
     height, width = np.ptp(grid.latitude_bounds), np.ptp(grid.longitude_bounds)
     row_height = float(np.clip(3.9 * height / width, 1.4, 3.6))
-    figure, axes = _figure(12.5, row_height * len(leads) + 1.4, len(leads), 3)
+    figure, axes = new_figure(12.5, row_height * len(leads) + 1.4, len(leads), 3)
     for row, lead in enumerate(leads):
         for column, (name, values) in enumerate((("truth", truth), (made, forecast), ("error", error))):
             axis = axes[row, column]
@@ -185,7 +185,7 @@ def spectra(found: ZonalSpectra, label: str, units: str, channel: int, leads: Se
 
     forecast, truth = (values[:, channel].numpy() for values in found.values())
     waves = found.wavenumbers.numpy()
-    figure, axes = _figure(11, 3.8, 1, 2)
+    figure, axes = new_figure(11, 3.8, 1, 2)
     power, ratio = axes[0]
     # Scales that the data hardly hold (beyond a spectral model's truncation) would show the ratio of two noises.
     shown = np.where(truth > FAINT * truth[:, 1:].max(axis=1, keepdims=True), forecast / truth, np.nan)
@@ -217,7 +217,7 @@ def training_curve(metrics: Sequence[dict]):
         return None
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(8, 3.4)
+    figure, axes = new_figure(8, 3.4)
     axis = axes[0, 0]
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.plot(train[:, 0], train[:, 1], color="0.75", linewidth=0.8, label="training, every step")

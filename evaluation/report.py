@@ -15,7 +15,7 @@ from evaluation.evaluation import OURS, Evaluation, rivals
 from evaluation.intervals import difference_interval, method_interval, read_windows
 from evaluation.run_folder import RunFolder
 from evaluation.scores import SCORES
-from evaluation.summary import WINDOWS_FILE
+from evaluation.summary import WINDOWS_FILE, better_of
 
 REPORT_FILE = "report.html"
 MAX_FIGURE_VARIABLES = 12
@@ -53,15 +53,20 @@ def write_report(
         _score_tables(found, folder),
     ]
     body += _pictures(found, run, data, example)
-    body += [
+    write_page(folder, run, body)
+
+
+def write_page(folder: Path, run: RunFolder, body: Sequence[str]) -> None:
+    """`report.html` of a run with these parts, which ends with its configuration."""
+    title = escape(f"{run.path.resolve().name}: evaluation")
+    ending = [
         "<h2>Configuration</h2>",
         f"<p class=note>Overrides: {escape(' '.join(run.overrides)) or 'none'}</p>",
         f"<details><summary>config.yaml</summary><pre>{escape((run.path / 'config.yaml').read_text())}</pre></details>",
     ]
-    title = escape(f"{run.path.resolve().name}: evaluation")
     page = (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+        f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join([*body, *ending]) + "\n</body>\n</html>\n"
     )
     (folder / REPORT_FILE).write_text(page, encoding="utf-8")
 
@@ -99,7 +104,7 @@ def _score_tables(found: Evaluation, folder: Path) -> str:
         for score in SCORES:
             units = "" if score == "acc" else f" ({variable.units or 'data units'})"
             caption = f"{plots.TITLES[score]} of {variable.label}{units}"
-            tables.append(_table(caption, content[variable.label][score], score))
+            tables.append(score_table(caption, _in_hours(content[variable.label][score]), score))
             if score == "rmse":
                 tables.append(_comparison(content[variable.label][score], windows, channel))
     html = "".join(tables)
@@ -109,7 +114,7 @@ def _score_tables(found: Evaluation, folder: Path) -> str:
     for region in found.regions[1:]:
         content = found.content(region)
         inside = "".join(
-            _table(f"{plots.TITLES[score]} of {name}, {region}", content[name][score], score)
+            score_table(f"{plots.TITLES[score]} of {name}, {region}", _in_hours(content[name][score]), score)
             for name in content
             for score in ("rmse", "bias", "acc")
         )
@@ -117,9 +122,14 @@ def _score_tables(found: Evaluation, folder: Path) -> str:
     return html
 
 
-def _table(caption: str, leads: dict, score: str) -> str:
+def _in_hours(leads: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {f"{hours} h": by_method for hours, by_method in leads.items()}
+
+
+def score_table(caption: str, leads: dict[str, dict[str, float]], score: str) -> str:
+    """leads: {heading of a column: {method: value}}; the best of each column is bold."""
     methods = list(dict.fromkeys(method for by_method in leads.values() for method in by_method))
-    head = "".join(f"<th>{hours} h</th>" for hours in leads)
+    head = "".join(f"<th>{heading}</th>" for heading in leads)
     rows = []
     for method in methods:
         cells = []
@@ -127,7 +137,7 @@ def _table(caption: str, leads: dict, score: str) -> str:
             if method not in by_method:
                 cells.append("<td>-</td>")
                 continue
-            best = (max if score == "acc" else min)(by_method.values(), key=abs if score == "bias" else None)
+            best = better_of(score)(by_method.values(), key=abs if score == "bias" else None)
             cells.append(f"<td{' class=best' if by_method[method] == best else ''}>{by_method[method]:.4g}</td>")
         name = escape(method.replace("_", " "))
         rows.append(f"<tr{' class=ours' if method == OURS else ''}><td>{name}</td>{''.join(cells)}</tr>")
@@ -165,7 +175,7 @@ def _pictures(found: Evaluation, run: RunFolder, data, example: tuple[int, Tenso
     body = ["<h2>Scores by lead time</h2>"]
     if len(found.variables) > len(channels):
         body.append(f"<p class=note>Pictures show the first {len(channels)} of {len(found.variables)} variables.</p>")
-    body += [_image(plots.lead_time_curves(found, channel), "scores against lead time") for channel in channels]
+    body += [picture(plots.lead_time_curves(found, channel), "scores against lead time") for channel in channels]
     body.append(f"<h2>A typical {found.product}</h2>")
     started = f"{_dated(found, 1)} {format_time(data.times[base], data.calendar)}"
     for channel in channels:
@@ -180,17 +190,17 @@ def _pictures(found: Evaluation, run: RunFolder, data, example: tuple[int, Tenso
             started,
             made=found.product,
         )
-        body.append(_image(figure, f"maps of truth, {found.product} and error of {variable.label}"))
+        body.append(picture(figure, f"maps of truth, {found.product} and error of {variable.label}"))
     body.append(f"<p class=note>The {found.product} whose error is the median of all. Grey: no truth.</p>")
     if found.spectra is not None:
         body.append("<h2>Zonal spectra</h2>")
         for channel in channels:
             variable = found.variables[channel]
             figure = plots.spectra(found.spectra, variable.label, variable.units, channel, leads, made=found.product)
-            body.append(_image(figure, "zonal spectra"))
+            body.append(picture(figure, "zonal spectra"))
     curve = plots.training_curve(run.metrics)
     if curve is not None:
-        body += ["<h2>Training</h2>", _image(curve, "training and validation loss")]
+        body += ["<h2>Training</h2>", picture(curve, "training and validation loss")]
     return body
 
 
@@ -201,7 +211,8 @@ def _dated(found: Evaluation, number: int) -> str:
     return "forecast started" if number == 1 else "forecasts started"
 
 
-def _image(figure, description: str) -> str:
+def picture(figure, description: str) -> str:
+    """A figure inside the page."""
     return f'<p><img alt="{escape(description)}" src="{plots.data_address(plots.png(figure))}"></p>'
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,16 +45,24 @@ def _variable_table(name: str, leads: dict, score: str) -> str:
     return table(f"{score.upper()} of {name}", columns, score=score, decimals=decimals)
 
 
+def better_of(score: str) -> Callable:
+    """max where higher values of a score are better, else min."""
+    return max if score.startswith(("acc", "csi", "fss")) else min
+
+
 def table(heading: str, leads: dict[str, dict[str, float]], *, decimals: int, score: str = "rmse") -> str:
     """leads: {column: {method: value}}; `*` at the best of each column, our difference in the last row."""
     methods = list(dict.fromkeys(method for by_method in leads.values() for method in by_method))
     rows = [[heading, *leads]]
-    better = max if score == "acc" else min
+    better = better_of(score)
     for method in methods:
         cells = []
         for by_method in leads.values():
-            best = by_method.get(method) == better(by_method.values(), key=abs if score == "bias" else None)
-            cells.append(f"{by_method[method]:.{decimals}f}{'*' if best else ' '}" if method in by_method else "- ")
+            if method not in by_method:
+                cells.append("- ")
+                continue
+            best = by_method[method] == better(by_method.values(), key=abs if score == "bias" else None)
+            cells.append(f"{by_method[method]:.{decimals}f}{'*' if best else ' '}")
         rows.append([method, *cells])
     baselines = [rivals(by_method) for by_method in leads.values()]
     if score in ("rmse", "mae") and all(baselines):

@@ -87,7 +87,7 @@ def build_from_config(config: DictConfig | Mapping, layout: Layout) -> EncodePro
     """
     config = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
     model = OmegaConf.to_container(config.model, resolve=True, throw_on_missing=True)
-    head = build_head(config.task.head, loss=config.task.loss)
+    head = build_head(config.task.head, loss=config.task.loss, bins=config.task.get("bins"))
     refuse(model, layout)
     if isinstance(head, TokenHead) != bool(layout.sequences):
         kind = "tokens" if layout.sequences else "fields"

@@ -7,7 +7,10 @@ Letters: B batch, L lead times, C variables, K outputs per variable.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +23,13 @@ LOSSES = ("mse", "l1", "huber")
 
 @dataclass(frozen=True)
 class Prediction:
-    """point: a Field in physical units (no scale, offset or reference), at the target's times and on its grid."""
+    """point: a Field in physical units (no scale, offset or reference), at the target's times and on its grid.
+
+    probabilities: (B, L, C, K, *grid.shape) of the K bins, where the head is categorical.
+    """
 
     point: Field
+    probabilities: Tensor | None = None
 
 
 class DeterministicHead:
@@ -58,8 +65,79 @@ class DeterministicHead:
         values = output.float()
         if target.reference is not None:
             values = target.reference.values + target.reference.scale * values
-        plain = replace(target, values=target.physical(values), scale=None, offset=None, reference=None, valid=None)
-        return Prediction(point=plain)
+        return Prediction(point=_plain(target, target.physical(values)))
+
+
+class CategoricalHead:
+    """Probabilities of bins between increasing edges (MetNet, arXiv:2003.12140, section 4), K = edges + 1 a variable.
+
+    bins: the edges in physical units; the first bin is all below the first edge, the last one all from the last edge
+    up. loss: cross_entropy, in nats. References are not read: a model that needs one reads it as an input.
+    Raises ValueError where the edges do not increase.
+    """
+
+    def __init__(self, *, loss: str = "cross_entropy", bins: list[float]):
+        if loss != "cross_entropy":
+            raise ValueError(f"task.loss={loss} is unknown for task.head=categorical; use task.loss=cross_entropy")
+        if not bins or any(upper <= lower for lower, upper in pairwise(bins)):
+            raise ValueError(f"task.bins={list(bins or [])} must be increasing edges, like task.bins=[0.1,0.5,1,2,5]")
+        edges = [float(edge) for edge in bins]
+        # What a bin stands for: 0, the geometric middle of its edges, and a quarter above the last edge.
+        middles = [math.sqrt(max(lower, 0.0) * max(upper, 0.0)) for lower, upper in pairwise(edges)]
+        self.edges = torch.tensor(edges, device="cpu")
+        self.values = torch.tensor([0.0, *middles, 1.25 * edges[-1]], device="cpu")
+        self.outputs_per_variable = len(bins) + 1
+
+    def loss(self, output: Tensor, target: Field, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(weighted sum of errors in nats, sum of weights), each (L, C). output: (B, L, C K, *grid.shape).
+
+        Values that are not present are never read.
+        """
+        truth, presence = target.physical(), target.presence
+        weight = torch.ones_like(truth) if weights is None else weights.to(truth.dtype).expand_as(truth)
+        if presence is not None:
+            truth, weight = torch.where(presence, truth, 0.0), weight * presence
+        wanted = torch.bucketize(truth.contiguous(), self.edges.to(truth.device), right=True)
+        logits = self._by_bin(output)
+        if presence is not None:
+            logits = torch.where(presence.expand_as(truth).unsqueeze(3), logits, 0.0)
+        error = -logits.log_softmax(dim=3).gather(3, wanted.unsqueeze(3)).squeeze(3)
+        places = (0, *range(3, truth.ndim))
+        return (weight * error).sum(places), weight.sum(places)
+
+    def predict(self, output: Tensor, target: Field) -> Prediction:
+        """The point forecast is the median: the bin that half of the probability reaches."""
+        probabilities = self._by_bin(output).softmax(dim=3)
+        median = self.point(probabilities, torch.full_like(self.edges, 0.5))
+        return Prediction(_plain(target, median), probabilities)
+
+    def point(self, probabilities: Tensor, levels: Tensor) -> Tensor:
+        """(B, L, C, K, ...) -> (B, L, C, ...): the highest edge that is exceeded with at least its level, as its bin.
+
+        levels: (K - 1,) or (L, K - 1), a probability for each edge.
+        """
+        levels = levels.to(probabilities)
+        if levels.ndim == 2:
+            levels = levels[:, None]  # (L, 1, K - 1): the same for all variables
+        levels = levels.reshape(*levels.shape, *[1] * (probabilities.ndim - 4))
+        reached = self.exceedance(probabilities) >= levels
+        order = torch.arange(1, reached.shape[3] + 1, device=reached.device)
+        highest = (reached * order.reshape(-1, *[1] * (probabilities.ndim - 4))).amax(dim=3)
+        return self.values.to(probabilities)[highest]
+
+    @staticmethod
+    def exceedance(probabilities: Tensor) -> Tensor:
+        """(B, L, C, K, ...) of bins -> (B, L, C, K - 1, ...) of reaching each edge."""
+        return probabilities.flip(3).cumsum(dim=3).flip(3)[:, :, :, 1:]
+
+    def _by_bin(self, output: Tensor) -> Tensor:
+        """(B, L, C K, ...) -> (B, L, C, K, ...)"""
+        return output.float().unflatten(2, (-1, self.outputs_per_variable))
+
+
+def _plain(target: Field, values: Tensor) -> Field:
+    """Physical values in place of a target's."""
+    return replace(target, values=values, scale=None, offset=None, reference=None, valid=None, transform=None)
 
 
 def residual(target: Field) -> Tensor:
@@ -107,11 +185,18 @@ class TokenHead:
         return TokenPrediction(output.float().softmax(dim=-1))
 
 
-HEADS = {"deterministic": DeterministicHead, "token": TokenHead}
+HEADS = {"deterministic": DeterministicHead, "categorical": CategoricalHead, "token": TokenHead}
 
 
-def build_head(name: str, *, loss: str, huber_delta: float = 1.0) -> DeterministicHead | TokenHead:
-    """The head of `task.head` with the loss of `task.loss`. Raises ValueError for unknown names."""
+def build_head(
+    name: str, *, loss: str, huber_delta: float = 1.0, bins: Iterable[float] | None = None
+) -> DeterministicHead | CategoricalHead | TokenHead:
+    """The head of `task.head` with the loss of `task.loss` and, where it is categorical, the edges of `task.bins`.
+
+    Raises ValueError for unknown names.
+    """
     if name not in HEADS:
         raise ValueError(f"task.head={name} is unknown; use one of {', '.join(HEADS)}")
+    if name == "categorical":
+        return CategoricalHead(loss=loss, bins=list(bins or []))
     return HEADS[name](loss=loss, huber_delta=huber_delta)

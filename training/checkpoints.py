@@ -229,6 +229,7 @@ def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisatio
     from data.datasets.wc13_innovations import InnovationStatistics
     from data.normalisation import Normalisation
     from data.quantisation import FieldQuantiser
+    from data.radar_normalisation import RadarNormalisation
 
     with _readable(checkpoint):
         tensors = load((checkpoint / "normalisation.safetensors").read_bytes())
@@ -236,6 +237,7 @@ def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisatio
         kinds = {
             "analysis": AnalysisNormalisation,
             "innovations": InnovationStatistics,
+            "radar": RadarNormalisation,
             "solar": SolarStatistics,
             "tokens": FieldQuantiser,
         }

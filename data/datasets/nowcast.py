@@ -45,8 +45,7 @@ class NowcastWindow:
     motion: bool
     reference: str
 
-    def layout(self, data: RadarData, *, trained: Sequence[int] = ()) -> Layout:
-        """trained: lead times in frames, where they are not those of the window."""
+    def layout(self, data: RadarData) -> Layout:
         side = self.crop + 2 * self.context
         spacing = float(np.abs(np.diff(data.grid.y)).mean())
         grid = PlanarGrid.regular(side, side, spacing=spacing, units=data.grid.units)
@@ -58,8 +57,7 @@ class NowcastWindow:
             arrivals = tuple(Variable(f"log_rain_{step}_later") for step in self.lead_steps)
             inputs["extrapolation"] = InputLayout(arrivals, grid, 1, data.step)
         times = tuple(step * data.step for step in self.lead_steps)
-        trained = tuple(step * data.step for step in trained)
-        return Layout(inputs, {TARGET: TargetLayout(data.variables, grid.window(inside, inside), times, trained)})
+        return Layout(inputs, {TARGET: TargetLayout(data.variables, grid.window(inside, inside), times)})
 
 
 SCALES = (
@@ -172,10 +170,37 @@ class NowcastDataset:
 
     def batch(self, bases: Sequence[int], leads: Sequence[int], corners: np.ndarray) -> Batch:
         """bases, leads: (B,) as in `pairs`; corners: (B, 2) first row and column of each target in the image."""
+        size = (self.window.crop,) * 2
         made = [
-            self._sample(int(base), int(lead), corner) for base, lead, corner in zip(bases, leads, corners, strict=True)
+            self._sample(int(base), int(lead), _area(corner, size))
+            for base, lead, corner in zip(bases, leads, corners, strict=True)
         ]
-        joined = {name: torch.stack([sample[name] for sample in made]) for name in made[0]}
+        return self._joined({name: torch.stack([sample[name] for sample in made]) for name in made[0]})
+
+    def tiles(self, base: int, lead: int) -> tuple[Batch, np.ndarray]:
+        """The whole window of the data as samples: (a batch of tiles, their corners (B, 2) in the window).
+
+        The last row and column of tiles end with the window, whatever they overlap.
+        """
+        data, crop = self.data, self.window.crop
+        rows, columns = (
+            np.unique(np.minimum(np.arange(0, side, crop), side - crop)) for side in data.target_grid.shape
+        )
+        corners = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
+        whole, side = self._sample(base, lead, (data.rows, data.columns)), crop + 2 * self.window.context
+
+        def cut(name: str, values: Tensor) -> Tensor:
+            if values.ndim < 3:
+                return values.expand(len(corners), *values.shape)
+            own = side if name in ("radar", "valid", "scales", "extrapolation") else crop
+            return torch.stack(
+                [values[..., row : row + own, column : column + own] for row, column in corners.tolist()]
+            )
+
+        return self._joined({name: cut(name, values) for name, values in whole.items()}), corners
+
+    def _joined(self, joined: dict[str, Tensor]) -> Batch:
+        """Samples (B, ...) as a batch."""
         scale, described = self.normalisation.scale, self.layout.inputs
 
         def field(values: Tensor, times: Tensor, variables, grid: PlanarGrid, **given) -> Field:
@@ -211,12 +236,11 @@ class NowcastDataset:
         )
         return Batch(inputs, {TARGET: truth}, self.layout)
 
-    def _sample(self, base: int, lead: int, corner: np.ndarray) -> dict[str, Tensor]:
-        """One sample without its first axis; logarithms of rain in units of the training period's spread."""
+    def _sample(self, base: int, lead: int, inner: tuple[slice, slice]) -> dict[str, Tensor]:
+        """One sample without its first axis, of the rows and columns `inner` of the image and the context around."""
         window, frames, data = self.window, self.data.frames, self.data
         leads = slice(None) if lead < 0 else [lead]
         steps = np.array(window.lead_steps)[leads].tolist()
-        inner = tuple(slice(first, first + window.crop) for first in corner.tolist())
         outer = tuple(slice(side.start - window.context, side.stop + window.context) for side in inner)
         past = np.arange(base + 1 - window.input_frames, base + 1)
         last = int(past[data.present[past]][-1])
@@ -267,6 +291,11 @@ class NowcastDataset:
             change = torch.zeros_like(mean) if before is None else (mean - seen[before][0]) / (last - before)
             channels += [mean / scale, wet, change / scale]
         return torch.stack([*channels, torch.full_like(channels[0], ahead * data.step / 3600)])
+
+
+def _area(corner: Sequence[int], size: Sequence[int]) -> tuple[slice, slice]:
+    rows, columns = (slice(int(first), int(first) + side) for first, side in zip(corner, size, strict=True))
+    return rows, columns
 
 
 def _stacked(values: Tensor, known: Tensor) -> Tensor:
