@@ -1,4 +1,4 @@
-"""Scores of ensembles that a model of tokens draws: their mean and their spread, beside persistence and climatology.
+"""Scores of ensembles that a model of tokens draws: their mean and their spread, beside simple forecasts.
 
 Everything is scored on block means, the resolution of the tokens. Letters: B windows, G forecast frames, K tokens of a
 frame, M members.
@@ -60,8 +60,9 @@ def score_ensembles(
 ) -> EnsembleScores:
     """RMSE of the ensemble mean and CRPS of each variable and lead time, over all blocks by area.
 
-    persistence: the last input frame. climatology: for the CRPS the anomalies of frames drawn from the training period,
-    for the RMSE none. max_windows: that many, evenly spread. Raises ValueError where it is not at least 1.
+    persistence: the last input frame, of blocks that it observed; damped_persistence: its anomaly times the factor of
+    the training period; climatology: for the CRPS the anomalies of frames drawn from the training period, for the RMSE
+    none. max_windows: that many, evenly spread. Raises ValueError where it is not at least 1.
     """
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows} must be at least 1; null takes the whole split")
@@ -69,18 +70,22 @@ def score_ensembles(
     positions = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int))
     sums = _Sums(dataset)
     climatology = _climatology(dataset, seed)
+    normalisation = dataset.quantiser.normalisation
+    damping = normalisation.damping[normalisation.lead_index(dataset.lead_steps)][:, dataset.blocks.variable]  # (G, K)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     for chosen in np.array_split(positions, -(-positions.size * members // _SEQUENCES)):
         frames, batch = dataset.frames(chosen), dataset.__getitems__(chosen)
         last, truth = dataset.input_frames - 1, frames.anomalies[:, dataset.input_frames :]
         drawn = _ensemble(model, dataset, batch.inputs["tokens"], members, sampling, generator)  # (M, B, G, K)
-        kept = frames.anomalies[:, last] + frames.climatology[:, last]
-        persistence = kept.nan_to_num(0.0)[:, None] - frames.climatology[:, dataset.input_frames :]
         sums.add(OURS, "rmse", (drawn.mean(dim=0) - truth).square(), truth)
         sums.add(OURS, "crps", crps(drawn, truth), truth)
-        sums.add("persistence", "rmse", (persistence - truth).square(), truth)
-        sums.add("persistence", "crps", (persistence - truth).abs(), truth)
+        now = frames.anomalies[:, last : last + 1]
+        change = frames.climatology[:, last : last + 1] - frames.climatology[:, dataset.input_frames :]
+        for name, forecast in (("persistence", now + change), ("damped_persistence", damping * now)):
+            forecast = forecast.nan_to_num(0.0)
+            sums.add(name, "rmse", (forecast - truth).square(), truth)
+            sums.add(name, "crps", (forecast - truth).abs(), truth)
         sums.add("climatology", "rmse", truth.square(), truth)
         sums.add("climatology", "crps", crps(climatology[:, None, None].expand(-1, *truth.shape[:2], -1), truth), truth)
     return EnsembleScores(sums.content(), positions.size)

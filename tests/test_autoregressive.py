@@ -166,6 +166,10 @@ def test_scores_are_those_of_the_members_that_were_drawn(task, data, quantiser, 
         np.testing.assert_allclose(
             score[hours]["persistence"], scale * (weights * error.abs()).sum() / weights.sum(), rtol=1e-5
         )
+        damped = quantiser.normalisation.damping[lead, 0] * frames.anomalies[:, 1].nan_to_num(0.0)
+        error = torch.where(known, damped - truth[:, lead], 0).double()
+        wanted = scale * ((weights * error.square()).sum() / weights.sum()).sqrt()
+        np.testing.assert_allclose(rmse[hours]["damped_persistence"], wanted, rtol=1e-5)
         assert score[hours]["climatology"] < rmse[hours]["climatology"]
     assert "CRPS of t2m" in format_scores(found.scores)
 
@@ -199,7 +203,7 @@ def test_an_evaluation_writes_its_scores(task, data, quantiser, tmp_path):
     found = task.evaluate(RunFolder(tmp_path), model_of(task, data), data, quantiser, Choices(max_windows=3))
     assert found.folder.name == "evaluation_3_windows" and "3 members each" in found.heading
     scores = json.loads((found.folder / "scores.json").read_text())
-    assert set(scores["t2m"]["crps"]["6"]) == {"ours", "persistence", "climatology"}
+    assert set(scores["t2m"]["crps"]["6"]) == {"ours", "persistence", "damped_persistence", "climatology"}
     with pytest.raises(ValueError, match=r"weights=cos has no effect for task=autoregressive; leave it out"):
         task.evaluate(RunFolder(tmp_path), None, data, quantiser, Choices(weights="cos"))
     with pytest.raises(ValueError, match="max_windows=0 must be at least 1"):
