@@ -1,8 +1,8 @@
 """`predictions.nc`: forecasts and analyses in physical units, in the dimensions that WeatherBench scripts read.
 
-Dimensions (init_time, lead_time, [level,] latitude, longitude), or (..., cell) on HEALPix with the latitude and
-longitude of each cell's centre; `valid_time` (init_time, lead_time) holds the exact target times, which for monthly
-data are not init_time plus the nominal lead. CF conventions, missing = NaN.
+Dimensions (init_time, lead_time, [level,] latitude, longitude), (..., y, x) on a plane, or (..., cell) on HEALPix with
+the latitude and longitude of each cell's centre; `valid_time` (init_time, lead_time) holds the exact target times,
+which for monthly data are not init_time plus the nominal lead. CF conventions, missing = NaN.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from data.grids import Grid, LatLonGrid
+from data.grids import Grid, LatLonGrid, PlanarGrid
 from data.layout import Variable
 
 
@@ -63,7 +63,13 @@ class PredictionsFile:
         self._targets = self._data_variables(variables)
 
     def _axes(self, grid: Grid) -> tuple[str, ...]:
-        """Creates latitude and longitude; returns the dimensions of a field."""
+        """Creates latitude and longitude, or y and x; returns the dimensions of a field."""
+        if isinstance(grid, PlanarGrid):
+            for name, values in (("y", grid.y), ("x", grid.x)):
+                self._file.createDimension(name, values.size)
+                created = self._coordinate(name, "f8", long_name=f"{name} of the plane", units=grid.units)
+                created[:] = values
+            return "y", "x"
         regular = isinstance(grid, LatLonGrid)
         if not regular:
             self._file.createDimension("cell", grid.num_points)

@@ -64,6 +64,8 @@ def radar(tmp_path):
 
 
 def test_a_run_trains_scores_reports_and_is_evaluated_again(command, radar, tmp_path):
+    import xarray as xr
+
     folder = tmp_path / "run"
     code, out, err = command("train", *SMALL, radar, "model=perceiver_io", f"hydra.run.dir={folder}")
     assert code == 0, err
@@ -78,6 +80,9 @@ def test_a_run_trains_scores_reports_and_is_evaluated_again(command, radar, tmp_
     page = (folder / "report.html").read_text()
     assert "data:image/gif;base64," in page and page.count("data:image/png;base64,") >= 4 and "http" not in page
     assert "CSI of 0.5 mm/h" in out
+    with xr.open_dataset(folder / "predictions.nc") as predictions:
+        assert predictions["rain_rate"].dims == ("init_time", "lead_time", "y", "x")
+        assert predictions["rain_rate"].shape == (5, 2, 48, 56) and float(predictions["rain_rate"].min()) >= 0
 
     code, out, err = command("evaluate", f"run={folder}", "max_windows=1", "report=false")
     assert code == 0, err

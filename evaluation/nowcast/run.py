@@ -7,7 +7,8 @@ Letters: L lead times, K bins, E edges, H x W pixels of the window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from evaluation.baselines.nowcasts import RadarSituation
 from evaluation.evaluation import NETWORK, OURS, evaluating
 from evaluation.nowcast.levels import fit_levels, read_levels, write_levels
 from evaluation.nowcast.scores import NowcastScores, crps_of_bins
-from evaluation.run_evaluation import Choices, Findings, output_folder
+from evaluation.predictions import PredictionsFile
+from evaluation.run_evaluation import PREDICTIONS_FILE, Choices, Findings, output_folder
 from evaluation.run_folder import RunFolder
 from evaluation.summary import SCORES_FILE, table, write_json
 from models.heads import CategoricalHead
@@ -112,13 +114,27 @@ def _assembled(tiles: Tensor, corners: np.ndarray, size: tuple[int, int]) -> Ten
 
 
 def evaluate_nowcasts(run: RunFolder, model: nn.Module, task, data, normalisation, choices: Choices) -> Findings:
-    """Scores the windows of a split and writes scores.json, reliability.json and report.html. Raises ValueError."""
+    """Scores the windows of a split and writes the files of an evaluation and reliability.json. Raises ValueError."""
     choices.only("checkpoint", "split", "baselines", "max_windows", "report", "predictions", task="nowcast")
     folder = output_folder(run, choices)
     folder.mkdir(exist_ok=True)
-    with evaluating(model):
+    file = nullcontext()
+    if choices.predictions:
+        steps = task.scored_steps(data)
+        file = PredictionsFile(
+            folder / PREDICTIONS_FILE,
+            variables=data.variables,
+            grid=data.target_grid,
+            times=data.times,
+            lead_steps=steps,
+            hours=[step * data.step / 3600 for step in steps],
+            calendar=data.calendar,
+            attributes={"title": f"nowcasts of {run.path.resolve().name}", "source": str(data.path)},
+        )
+    with evaluating(model), file as predictions:
         levels = _levels(run.checkpoint(choices.checkpoint), model, task, data, normalisation)
-        found = score_nowcasts(model, task, data, normalisation, choices, levels=levels)
+        append = None if predictions is None else predictions.append
+        found = score_nowcasts(model, task, data, normalisation, choices, levels=levels, on_forecast=append)
     content = found.content()
     write_json(folder / SCORES_FILE, content)
     write_json(folder / RELIABILITY_FILE, _reliability(found))
@@ -132,9 +148,19 @@ def evaluate_nowcasts(run: RunFolder, model: nn.Module, task, data, normalisatio
 
 
 def score_nowcasts(
-    model: nn.Module, task, data, normalisation, choices: Choices, *, levels: Tensor | None
+    model: nn.Module,
+    task,
+    data,
+    normalisation,
+    choices: Choices,
+    *,
+    levels: Tensor | None,
+    on_forecast: Callable[[np.ndarray, Tensor], None] | None = None,
 ) -> NowcastFindings:
-    """One pass over the base frames of a split, every method on the same pixels."""
+    """One pass over the base frames of a split, every method on the same pixels.
+
+    on_forecast(bases (1,), our rates (1, L, 1, H, W)) sees every one.
+    """
     dataset = task.scored(data, choices.split, normalisation)
     bases = _bases(dataset, choices.max_windows)
     left_out: dict[str, str] = {}
@@ -177,6 +203,8 @@ def score_nowcasts(
         made = {name: torch.where(in_range, rates, 0.0) for name, rates in made.items()}
         for method in methods:
             scores[method].update(made[method], truth, valid, **(given if method in (OURS, NETWORK) else {}))
+        if on_forecast is not None:
+            on_forecast(np.array([base]), made[OURS][None, :, None])
         if base == example_base:
             unknown = torch.where(valid & in_range, truth, torch.nan)
             example = {"radar": unknown, **made}
