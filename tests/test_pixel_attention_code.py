@@ -18,10 +18,10 @@ SUMS = ("logsum", "piece_mixed", "piece_logsum", "piece_gradient", "weight_gradi
 OF_ALL_CELLS = ("query", "tokens", "output", "gradient", "query_gradient", "token_gradient", "items", *SUMS)
 
 
-def _arguments(kernel, precision: str, **constants) -> tuple[dict[str, str], dict]:
+def _arguments(kernel, precision: str, heads: int = 64, groups: int = 2, **constants) -> tuple[dict[str, str], dict]:
     from kernels.pixel_attention import launches
 
-    of_call = launches.constants(64, 32, torch.empty(64, 32, device="meta"), precision, bias=True)
+    of_call = launches.constants(heads, 32, torch.empty(32 * groups, 32, device="meta"), precision, bias=True)
     constants = {name: value for name, value in {**of_call, **constants}.items() if name in kernel.arg_names}
     number = {"bf16": "*bf16", "fp16": "*fp16"}.get(precision, "*fp32")
     types = {name: "*fp32" if name in SUMS else number for name in kernel.arg_names}
@@ -57,15 +57,18 @@ def test_more_than_two_to_the_31_rows_are_sorted(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+@pytest.mark.parametrize(
+    "precision, heads, groups", [("bf16", 64, 2), ("fp16", 64, 2), ("tf32", 64, 2), ("bf16", 64, 4), ("bf16", 128, 2)]
+)
 @pytest.mark.parametrize("name", ["attend", "attend_backward"])
-def test_shipped_configurations_spill_no_registers(name, precision):
+def test_shipped_configurations_spill_no_registers(name, precision, heads, groups):
     from kernels.pixel_attention import device_code, launches
 
-    by_bits = launches.FORWARD if name == "attend" else launches.BACKWARD
+    of_kind = launches.FORWARD if name == "attend" else launches.BACKWARD
     kernel = getattr(device_code, name)
-    config = tuning.shipped("nvidia_h200")[by_bits[launches.BITS[precision]].name]["any"]
-    types, constants = _arguments(kernel, precision, TILE=config["TILE"])
+    of_call = launches.constants(heads, 32, torch.empty(32 * groups, 32, device="meta"), precision, bias=True)
+    config = tuning.shipped("nvidia_h200")[of_kind[launches.kind(precision, of_call)].name]["any"]
+    types, constants = _arguments(kernel, precision, heads, groups, TILE=config["TILE"])
     warps, stages = config["num_warps"], config["num_stages"]
     needs = resources(kernel, types, constants, num_warps=warps, num_stages=stages)
     assert needs["stack"] == 0

@@ -29,14 +29,25 @@ def _tuning(name: str, *choices: tuple[int, int, int, int]) -> Tuning:
 
 # Tokens of a tile, warps, stages, programs a multiprocessor, for products of 16 and of 32 bits. At the sizes of HealDA
 # v2 the first of each spills no registers (exact float32, backward: 32 bytes a thread, none in the loop over tokens).
+# Wide: more than 64 heads, or keys of all heads wider than 64. 16 bits spill nothing there either (128 heads of 2
+# groups, 64 of 4); 32 bits, backward, spill 120 bytes a thread.
 FORWARD = {
-    16: _tuning("forward_16", (64, 4, 3, 4), (64, 4, 2, 6), (32, 4, 3, 4), (32, 4, 2, 8), (128, 8, 2, 2)),
-    32: _tuning("forward_32", (32, 4, 3, 4), (64, 4, 2, 3), (32, 4, 2, 2)),
+    "16": _tuning("forward_16", (64, 4, 3, 4), (64, 4, 2, 6), (32, 4, 3, 4), (32, 4, 2, 8), (128, 8, 2, 2)),
+    "16_wide": _tuning("forward_16_wide", (64, 4, 3, 2), (64, 8, 2, 1), (32, 8, 2, 1)),
+    "32": _tuning("forward_32", (32, 4, 3, 4), (64, 4, 2, 3), (32, 4, 2, 2)),
+    "32_wide": _tuning("forward_32_wide", (32, 8, 2, 1), (64, 8, 2, 1)),
 }
 BACKWARD = {
-    16: _tuning("backward_16", (32, 4, 2, 2), (16, 4, 3, 2), (32, 4, 3, 2), (64, 8, 2, 1), (64, 4, 2, 2)),
-    32: _tuning("backward_32", (16, 4, 2, 2), (16, 8, 2, 1), (32, 4, 3, 2)),
+    "16": _tuning("backward_16", (32, 4, 2, 2), (16, 4, 3, 2), (32, 4, 3, 2), (64, 8, 2, 1), (64, 4, 2, 2)),
+    "16_wide": _tuning("backward_16_wide", (32, 8, 2, 1), (16, 8, 2, 1)),
+    "32": _tuning("backward_32", (16, 4, 2, 2), (16, 8, 2, 1), (32, 4, 3, 2)),
+    "32_wide": _tuning("backward_32_wide", (32, 8, 2, 1), (16, 8, 2, 1)),
 }
+
+
+def kind(precision: str, constant: dict) -> str:
+    """Whose configurations a call takes."""
+    return f"{BITS[precision]}_wide" if max(constant["H"], constant["E"]) > 64 else str(BITS[precision])
 
 
 def suits(query: Tensor, key_weight: Tensor) -> bool:
@@ -125,7 +136,7 @@ def _forward(
         device_code.attend[(programs,)](*given, **constant, **_options(config))
 
     with torch.cuda.device_of(query):
-        launch(FORWARD[BITS[precision]].config(_key(query, tokens, constant), query.device, launch))
+        launch(FORWARD[kind(precision, constant)].config(_key(query, tokens, constant), query.device, launch))
         if pieces:
             programs = _programs(pieces, JOINING, query.device)
             device_code.join[(programs, constant["H"] // JOINED_ROWS)](
@@ -185,7 +196,7 @@ def _backward(
         )
 
     with torch.cuda.device_of(query):
-        launch(BACKWARD[BITS[precision]].config(_key(query, tokens, constant), query.device, launch))
+        launch(BACKWARD[kind(precision, constant)].config(_key(query, tokens, constant), query.device, launch))
         if pieces:
             blocks = math.ceil(heads * width / ADDED_NUMBERS)
             device_code.add_pieces[(_programs(pieces, JOINING, query.device), blocks)](
