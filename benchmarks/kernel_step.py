@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import kernel_peer as peer
 from benchmarks.kernel_blocks import CONDITION, TOKEN, difference, floors, randomise, their_arguments, their_block
-from benchmarks.kernel_cases import BOTH, FORWARD, OURS, Parts, Prepared, Setting, raw_rows
+from benchmarks.kernel_cases import BOTH, FORWARD, OURS, Case, Parts, Prepared, Setting, raw_rows
 from benchmarks.roofline import poisoned
 from data.batch import Batch, Field, Reference
 from data.healpix import HEALPixGrid
@@ -32,7 +32,8 @@ from models.latents import Latents
 from models.positions.rotary import FrameRotary
 from models.processors.video_dit import VideoDiT
 
-PATCH, STEP, FIXED, TARGET = 2, 21_600, 2, "analysis"
+STEP = "model=healda_v2, training step, blocks recomputed"  # its row
+PATCH, SECONDS, FIXED, TARGET = 2, 21_600, 2, "analysis"
 FEATURES, TYPES, CHANNELS, PLATFORMS = 50, 16, 543, 64  # ids as `raw_rows` draws them
 
 
@@ -40,9 +41,9 @@ def layout_of(frames: int, level: int, variables: int) -> Layout:
     """Fixed fields and observations of T frames; V variables at the times of all."""
     grid = HEALPixGrid(level, "padxy")
     fields = tuple(Variable(f"v{number}") for number in range(variables))
-    times = tuple((frame + 1 - frames) * STEP for frame in range(frames))
+    times = tuple((frame + 1 - frames) * SECONDS for frame in range(frames))
     return Layout(
-        inputs={"static": InputLayout((Variable("orography"), Variable("land")), grid, 1, STEP)},
+        inputs={"static": InputLayout((Variable("orography"), Variable("land")), grid, 1, SECONDS)},
         targets={TARGET: TargetLayout(fields, grid, times)},
         observations=ObservationLayout(
             num_channels=CHANNELS,
@@ -50,7 +51,7 @@ def layout_of(frames: int, level: int, variables: int) -> Layout:
             num_types=TYPES,
             num_features=FEATURES,
             frames=frames,
-            step=STEP,
+            step=SECONDS,
         ),
     )
 
@@ -99,10 +100,14 @@ def batch_of(setting: Setting, layout: Layout, rows: int) -> Batch:
     """One sample of random fields and observations."""
     columns = raw_rows(setting, rows)
     columns |= {name: columns[name].long() for name in ("batch", "frame", "type", "channel", "platform")}
-    last = columns["times"].new_full((1, 1), int(columns["times"][0, 0]) + (layout.frames - 1) * STEP)
+    last = columns["times"].new_full((1, 1), int(columns["times"][0, 0]) + (layout.frames - 1) * SECONDS)
     times = last + torch.tensor(layout.targets[TARGET].lead_times, device=setting.device)
     frame = columns["frame"] % layout.frames
-    columns |= {"times": times, "frame": frame, "time": times[0, frame] + setting.integers(STEP, rows) - STEP // 2}
+    columns |= {
+        "times": times,
+        "frame": frame,
+        "time": times[0, frame] + setting.integers(SECONDS, rows) - SECONDS // 2,
+    }
 
     def field(item: InputLayout | TargetLayout, at: Tensor) -> Field:
         shape = (1, at.shape[1], len(item.variables), *item.grid.shape)
@@ -186,3 +191,27 @@ def step_floors(setting: Setting, layout: Layout, hidden: int, queries: int, row
     tokens = (rows * (48 + TOKEN * setting.size), 2 * rows * (described * film + film * 2 * TOKEN))
     once = [ends, (2 * ends[0], 2 * ends[1]), tokens, (tokens[0], 2 * tokens[1])]
     return once + layers * (parts[FORWARD] + parts[BOTH])
+
+
+def fitting(case: Case, free: float) -> Case:
+    """With as many of its layers as fit, and what those need."""
+    if not case.layer_needs:
+        return case
+    layers = max(1, min(case.shape["layers"], int((free - case.needs) // case.layer_needs)))
+    needs = case.needs + layers * case.layer_needs
+    return replace(case, shape=case.shape | {"layers": layers}, needs=needs, layer_needs=0.0)
+
+
+def layer_costs(rows: list[dict]) -> str:
+    """What one layer more adds to a training step, from the steps of most and fewest layers; empty without two."""
+    steps = sorted((row for row in rows if row["what"] == STEP and "seconds" in row), key=lambda row: row["layers"])
+    if len(steps) < 2 or steps[0]["layers"] == steps[-1]["layers"]:
+        return ""
+    few, many = steps[0], steps[-1]
+    more = many["layers"] - few["layers"]
+    costs = [
+        f"{name} {1000 * (many['seconds'][name] - few['seconds'][name]) / more:.3g} ms"
+        for name in many["seconds"]
+        if name in few["seconds"]
+    ]
+    return f"One layer more adds to a training step: {', '.join(costs)}."

@@ -37,13 +37,12 @@ from benchmarks.kernel_cases import (
     sort_case,
     temporal_case,
 )
-from benchmarks.kernel_step import step_case
+from benchmarks.kernel_step import STEP, fitting, layer_costs, step_case
 from benchmarks.roofline import Rates, free_bytes, measured_rates, paired_seconds
 
 NAME = "kernels"
 TOLERANCES = {torch.bfloat16: 5e-2, torch.float32: 2e-4}  # of the largest number of a tensor
 NOT_MEASURED = "not measured: no GPU"
-STEP = "model=healda_v2, training step, blocks recomputed"
 LONGEST = 10.0  # seconds that the rounds of a case may take; a slower step is not repeated
 
 
@@ -154,30 +153,6 @@ def rows_of(case: Case, setting: Setting, rates: Rates, rounds: int, absent: str
         return [row | {"skipped": f"failed: {reason}"}]
     gc.collect()
     return rows_of(case, replace(setting, theirs=False), rates, rounds, f"failed beside {peer.NAME}: {reason}")
-
-
-def fitting(case: Case, free: float) -> Case:
-    """With as many of its layers as fit, and what those need."""
-    if not case.layer_needs:
-        return case
-    layers = max(1, min(case.shape["layers"], int((free - case.needs) // case.layer_needs)))
-    needs = case.needs + layers * case.layer_needs
-    return replace(case, shape=case.shape | {"layers": layers}, needs=needs, layer_needs=0.0)
-
-
-def layer_costs(rows: list[dict]) -> str:
-    """What one layer more adds to a training step, from the steps of most and fewest layers; empty without two."""
-    steps = sorted((row for row in rows if row["what"] == STEP and "seconds" in row), key=lambda row: row["layers"])
-    if len(steps) < 2 or steps[0]["layers"] == steps[-1]["layers"]:
-        return ""
-    few, many = steps[0], steps[-1]
-    more = many["layers"] - few["layers"]
-    costs = [
-        f"{name} {1000 * (many['seconds'][name] - few['seconds'][name]) / more:.3g} ms"
-        for name in many["seconds"]
-        if name in few["seconds"]
-    ]
-    return f"One layer more adds to a training step: {', '.join(costs)}."
 
 
 def _measured_rows(case: Case, setting: Setting, rates: Rates, rounds: int, absent: str, row: dict) -> list[dict]:

@@ -12,7 +12,7 @@ import torch
 from benchmarks import kernel_cases, kernel_peer, kernels, measure
 from benchmarks.kernel_blocks import block_case, disk_case, floors
 from benchmarks.kernel_cases import BOTH, FORWARD, OURS, Case, Setting
-from benchmarks.kernel_step import TARGET, batch_of, layout_of, model_of, step_case
+from benchmarks.kernel_step import STEP, TARGET, batch_of, fitting, layer_costs, layout_of, model_of, step_case
 from benchmarks.roofline import Rates, largest_error, poisoned
 
 ROOT = measure.ROOT
@@ -144,13 +144,13 @@ def test_the_step_is_that_of_the_preset(setting):
 
 
 def test_as_many_layers_are_measured_as_fit():
-    case = Case(kernels.STEP, {"layers": 8}, step_case, needs=10.0, layer_needs=4.0)
+    case = Case(STEP, {"layers": 8}, step_case, needs=10.0, layer_needs=4.0)
     for free, layers in ((100, 8), (30, 5), (11, 1)):
-        fits = kernels.fitting(case, free)
+        fits = fitting(case, free)
         assert fits.shape["layers"] == layers and fits.needs == 10 + 4 * layers
-    rows = [{"what": kernels.STEP, "layers": n, "seconds": {OURS: 0.1 + 0.02 * n, "peer": 0.05 * n}} for n in (8, 3)]
-    assert kernels.layer_costs(rows) == "One layer more adds to a training step: ours 20 ms, peer 50 ms."
-    assert kernels.layer_costs(rows[:1]) == ""
+    rows = [{"what": STEP, "layers": n, "seconds": {OURS: 0.1 + 0.02 * n, "peer": 0.05 * n}} for n in (8, 3)]
+    assert layer_costs(rows) == "One layer more adds to a training step: ours 20 ms, peer 50 ms."
+    assert layer_costs(rows[:1]) == ""
 
 
 def test_it_needs_torch_triton_einops_and_numpy_only(tmp_path):
