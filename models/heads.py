@@ -185,7 +185,39 @@ class TokenHead:
         return TokenPrediction(output.float().softmax(dim=-1))
 
 
-HEADS = {"deterministic": DeterministicHead, "categorical": CategoricalHead, "token": TokenHead}
+class ClassHead:
+    """Logits of classes that exclude each other, which are the variables of the target; the loss is the cross-entropy.
+
+    The target holds 1 at the class that came and 0 elsewhere.
+    """
+
+    outputs_per_variable = 1
+
+    def __init__(self, *, loss: str = "cross_entropy", huber_delta: float = 1.0):
+        if loss != "cross_entropy":
+            raise ValueError(f"task.loss={loss} is unknown for task.head=classes; use task.loss=cross_entropy")
+
+    def loss(self, output: Tensor, target: Field, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(weighted sum of errors in nats, sum of weights), (L, C) each: quotients have the cross-entropy as mean.
+
+        output: (B, L, C, *grid.shape). Values that are not present are never read.
+        """
+        truth, presence = target.values, target.presence
+        weight = torch.ones_like(truth) if weights is None else weights.to(truth.dtype).expand_as(truth)
+        if presence is not None:
+            output, truth = torch.where(presence, output, 0.0), torch.where(presence, truth, 0.0)
+            weight = weight * presence
+        error = -output.shape[2] * truth * output.float().log_softmax(dim=2)
+        places = (0, *range(3, truth.ndim))
+        return (weight * error).sum(places), weight.sum(places)
+
+    def predict(self, output: Tensor, target: Field) -> Prediction:
+        """The point forecast is the probability of each class."""
+        plain = replace(target, values=output.float().softmax(dim=2), valid=None)
+        return Prediction(point=plain)
+
+
+HEADS = {"deterministic": DeterministicHead, "classes": ClassHead, "categorical": CategoricalHead, "token": TokenHead}
 
 
 def build_head(

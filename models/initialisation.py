@@ -12,6 +12,13 @@ def linear_(layer: nn.Linear) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def lecun_(layer: nn.Linear) -> None:
+    """Truncated normal of variance 1/inputs, biases zero: attention tells its keys apart from the first step on."""
+    nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
 def table_(table: Tensor) -> None:
     """Learned tables (latents, trainable queries): normal of width 0.02, as the Perceiver papers."""
     nn.init.trunc_normal_(table, std=0.02)

@@ -225,6 +225,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisation | InnovationStatistics:
     """The statistics that the run was trained with."""
     from data.analysis_normalisation import AnalysisNormalisation
+    from data.datasets.regimes import RegimeStatistics
     from data.datasets.solar_stations import SolarStatistics
     from data.datasets.wc13_innovations import InnovationStatistics
     from data.normalisation import Normalisation
@@ -237,6 +238,7 @@ def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisatio
         kinds = {
             "analysis": AnalysisNormalisation,
             "innovations": InnovationStatistics,
+            "regimes": RegimeStatistics,
             "radar": RadarNormalisation,
             "solar": SolarStatistics,
             "tokens": FieldQuantiser,

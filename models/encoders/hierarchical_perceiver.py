@@ -20,7 +20,7 @@ from models.attention import AttentionLayer, Modulations
 from models.encoders.groups import GROUPINGS, STATICS, by_stream, by_time
 from models.encoders.hierarchy import GroupBlock
 from models.encoders.input_tokens import InputTokens, ObservationRows, any_present, cells
-from models.initialisation import linear_
+from models.initialisation import lecun_
 from models.latents import LatentLayout, Latents
 
 POSITIONS = ("fourier", "learned")
@@ -157,9 +157,10 @@ class HierarchicalPerceiverEncoder(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        if self.learned is not None:
-            for layer in self.inputs.values():
-                linear_(layer)
+        for module in (self.inputs, self.learned, self.blocks, self.read_back):
+            for layer in () if module is None else module.modules():
+                if isinstance(layer, nn.Linear):
+                    lecun_(layer)  # as released; gentler ones leave all latents of a group alike for long
 
     def forward(self, batch: Batch, *, modulation: Modulations | None = None) -> Latents:
         tokens, positions, present = self._rows(batch)
@@ -247,8 +248,6 @@ class LearnedPositions(nn.Module):
     def initialise(self) -> None:
         for table in self.tables.values():
             nn.init.normal_(table)  # as wide as Fourier features: places must differ for attention to tell them apart
-        for layer in self.projections.values():
-            linear_(layer)
 
     def forward(self, name: str) -> Tensor:
         """(F, P, E) of one input."""

@@ -1,0 +1,180 @@
+"""Windows of a gridded series with a class each: in which range an index, the mean anomaly of a box, lies later.
+
+Letters: B batch, C classes, n frames of the training period.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batch, Field
+from data.datasets.cache import time_blocks
+from data.datasets.forecast import ForecastDataset, forecast_layout
+from data.datasets.gridded import GriddedData
+from data.grids import Points
+from data.layout import Layout, TargetLayout, Variable
+from data.normalisation import Normalisation
+
+
+@dataclass(frozen=True)
+class RegimeIndex:
+    """The area-weighted mean of one variable's normalised anomalies over a box.
+
+    channel: the variable's number. weights: (H, W) float32, 0 outside the box.
+    """
+
+    channel: int
+    weights: Tensor
+
+    @staticmethod
+    def of(data: GriddedData, variable: str | None, box: Sequence[float] | None) -> RegimeIndex:
+        """box: [south, north, west, east] in degrees; None: everywhere. Raises ValueError where there is none such."""
+        names = [item.label for item in data.variables]
+        if variable is not None and variable not in names:
+            raise ValueError(f"task.variable={variable} is not in the data; use one of {', '.join(names)}")
+        weights = data.grid.area_weights.float().clone()
+        if box is not None:
+            south, north, west, east = box
+            latitude, longitude = data.grid.coordinates.T.reshape(2, *data.grid.shape)
+            inside = (latitude >= south) & (latitude <= north) & ((longitude - west) % 360 <= (east - west) % 360)
+            weights = weights * inside
+        if not weights.any():
+            raise ValueError(f"task.box={list(box)} holds no cell; give [south,north,west,east] inside the data's grid")
+        return RegimeIndex(names.index(variable) if variable else 0, weights)
+
+    def __call__(self, anomalies: Tensor) -> Tensor:
+        """(..., C, H, W) normalised anomalies -> (...); NaN where nothing of the box is there."""
+        values = anomalies[..., self.channel, :, :]
+        weights = self.weights * values.isfinite()
+        return (weights * values.nan_to_num(0.0)).sum((-2, -1)) / weights.sum((-2, -1))
+
+
+@dataclass(frozen=True)
+class RegimeStatistics:
+    """Fitted on the training period. edges: (C - 1,) of the index between classes. frequency: (C,) of each class.
+    transition: (C, C), how often each class follows a class after the lead time."""
+
+    normalisation: Normalisation
+    edges: Tensor
+    frequency: Tensor
+    transition: Tensor
+
+    @staticmethod
+    def fit(data: GriddedData, index: RegimeIndex, *, quantiles: Sequence[float], lead_step: int) -> RegimeStatistics:
+        normalisation = Normalisation.fit(data, lead_steps=[lead_step])
+        period, values = data.training_period, []
+        for block in time_blocks(period, 4 * data.grid.num_points * len(data.variables)):
+            values.append(index(normalisation.anomalies(data.read(block), data.times[block])))
+        found = torch.full((data.times.size,), torch.nan)
+        found[period] = torch.cat(values)
+        known = found[found.isfinite()]
+        edges = torch.quantile(known.double(), torch.tensor(quantiles, dtype=torch.float64)).float()
+        classes = torch.bucketize(found.nan_to_num(0.0), edges, right=True)
+        number = len(quantiles) + 1
+        frequency = torch.bincount(classes[found.isfinite()], minlength=number) / known.numel()
+        start = torch.from_numpy(period[period + lead_step < data.times.size])
+        end = start + lead_step
+        gap = torch.from_numpy(data.segments[start.numpy()] != data.segments[end.numpy()])
+        pairs = found[start].isfinite() & found[end].isfinite() & ~gap
+        counts = torch.bincount(classes[start[pairs]] * number + classes[end[pairs]], minlength=number**2)
+        # One more of each class, as often as it is at all: a class that was never left has no certain end.
+        counts = counts.view(number, number) + frequency
+        return RegimeStatistics(normalisation, edges, frequency, counts / counts.sum(dim=1, keepdim=True))
+
+    def classes(self, index: Tensor) -> Tensor:
+        """Numbers of the classes, int64; of NaN, any."""
+        return torch.bucketize(index.nan_to_num(0.0).contiguous(), self.edges, right=True)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict]:
+        """(tensors, plain JSON): what a checkpoint stores."""
+        tensors, description = self.normalisation.state_dict()
+        own = {"edges": self.edges, "frequency": self.frequency, "transition": self.transition}
+        return {**tensors, **own}, {**description, "kind": "regimes"}
+
+    @staticmethod
+    def from_state(tensors: dict[str, Tensor], description: dict) -> RegimeStatistics:
+        """The inverse of `state_dict`."""
+        own = {name: tensors[name] for name in ("edges", "frequency", "transition")}
+        rest = {name: tensor for name, tensor in tensors.items() if name not in own}
+        plain = {name: value for name, value in description.items() if name != "kind"}
+        return RegimeStatistics(Normalisation.from_state(rest, plain), **own)
+
+
+class RegimeWindows:
+    """Windows of one split as `ForecastDataset` makes them, with the class after the lead time as target.
+
+    Batches: its inputs; target `class` (B, 1, C, 1), 1 at the class and 0 elsewhere, at one place without geography.
+    Raises ValueError when the split holds no window.
+    """
+
+    target = "class"
+
+    def __init__(
+        self,
+        data: GriddedData,
+        split: str,
+        statistics: RegimeStatistics,
+        index: RegimeIndex,
+        *,
+        input_frames: int,
+        lead_step: int,
+    ):
+        self.data, self.statistics, self.index = data, statistics, index
+        self.windows = ForecastDataset(
+            data,
+            split,
+            statistics.normalisation,
+            input_frames=input_frames,
+            lead_steps=[lead_step],
+            reference="climatology",
+        )
+        self.lead_steps, self.lead_hours = self.windows.lead_steps, self.windows.lead_hours
+        self.base_indices = self.windows.base_indices
+        self.layout = regime_layout(
+            data, input_frames=input_frames, lead_step=lead_step, classes=statistics.frequency.numel()
+        )
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """One batch of the samples `indices` (B,), positions in `base_indices`."""
+        batch = self.windows.__getitems__(indices)
+        ahead, described = batch.targets[self.windows.target], self.layout.targets[self.target]
+        present = ahead.values if ahead.presence is None else ahead.values.where(ahead.presence, torch.nan)
+        index = self.index(present)  # (B, 1)
+        classes = self.statistics.classes(index)
+        wanted = torch.nn.functional.one_hot(classes, len(described.variables)).float()[..., None]
+        target = Field(
+            wanted,
+            described.variables,
+            described.grid,
+            ahead.times,
+            valid=index.isfinite()[..., None, None],
+            second_of_day=ahead.second_of_day,
+            day_of_year=ahead.day_of_year,
+        )
+        return replace(batch, targets={self.target: target}, layout=self.layout)
+
+    def class_now(self, batch: Batch) -> Tensor:
+        """(B,) the classes at the last input frames; -1 where nothing of the box is there."""
+        given = batch.inputs["prognostic"]
+        present = given.values if given.presence is None else given.values.where(given.presence, torch.nan)
+        index = self.index(present[:, -1])
+        return torch.where(index.isfinite(), self.statistics.classes(index), -1)
+
+
+def regime_layout(data: GriddedData, *, input_frames: int, lead_step: int, classes: int) -> Layout:
+    """What the batches of `RegimeWindows` look like, without fitting anything."""
+    inputs = forecast_layout(data, input_frames=input_frames, lead_steps=[lead_step]).inputs
+    variables = tuple(Variable(f"class_{number}") for number in range(classes))
+    nowhere = Points(np.zeros((1, 2)))
+    return Layout(inputs, {RegimeWindows.target: TargetLayout(variables, nowhere, (lead_step * data.step,))})

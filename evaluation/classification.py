@@ -1,0 +1,58 @@
+"""Scores of class probabilities beside the climatological frequencies and what usually follows the class of now.
+
+Letters: B windows, C classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.datasets.regimes import RegimeWindows
+from evaluation.evaluation import OURS
+from evaluation.summary import format_table
+
+SCORES = ("accuracy", "brier")
+_BATCH = 64
+
+
+@torch.inference_mode()
+def score_classes(model: nn.Module, dataset: RegimeWindows) -> dict:
+    """{"class": {score: {hours: {method: value}}}} of all windows whose class is known.
+
+    accuracy: share of windows whose likeliest class came. brier: mean over windows of the squared differences from what
+    came, summed over classes (Brier 1950). climatology: frequencies of the training period. persistence: how often the
+    classes followed that of the last input frame.
+    """
+    statistics, device = dataset.statistics, next(model.parameters()).device
+    made: dict[str, list[Tensor]] = {OURS: [], "climatology": [], "persistence": []}
+    truth = []
+    model.eval()
+    for indices in np.array_split(np.arange(len(dataset)), -(-len(dataset) // _BATCH)):
+        batch = dataset.__getitems__(indices)
+        target = batch.targets[dataset.target]
+        known = target.valid[:, 0, 0, 0]
+        ours = model.predict(batch.to(device))[dataset.target].point.values[:, 0, :, 0].cpu()
+        now = dataset.class_now(batch)
+        climatology = statistics.frequency.expand(len(now), -1)
+        following = torch.where(now[:, None] >= 0, statistics.transition[now.clamp(min=0)], climatology)
+        for name, probabilities in ((OURS, ours), ("climatology", climatology), ("persistence", following)):
+            made[name].append(probabilities[known])
+        truth.append(target.values[:, 0, :, 0][known])
+    came = torch.cat(truth)
+    found = {name: _scores(torch.cat(parts), came) for name, parts in made.items()}
+    hours = f"{dataset.lead_hours[0]:g}"
+    return {dataset.target: {score: {hours: {name: item[score] for name, item in found.items()}} for score in SCORES}}
+
+
+def _scores(probabilities: Tensor, came: Tensor) -> dict[str, float]:
+    """Both (B, C); came: 1 at the class that came."""
+    hit = probabilities.argmax(dim=1) == came.argmax(dim=1)
+    brier = (probabilities.double() - came.double()).square().sum(dim=1)
+    return {"accuracy": float(hit.double().mean()), "brier": float(brier.mean())}
+
+
+def format_scores(scores: dict) -> str:
+    """One table a score, for people."""
+    return "\n\n".join(format_table(scores, score=score) for score in SCORES)

@@ -1,0 +1,188 @@
+"""Classification: labels from the data, probabilities, scores beside climatological frequencies and persistence."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data.datasets.regimes import RegimeIndex, RegimeStatistics
+from evaluation.classification import score_classes
+from models.composition import build_from_config, compose
+from models.heads import ClassHead
+from tests.tiny_run import tiny_data
+from training import command_line
+from training.tasks.classify import ClassifyTask
+
+TINY = ["model.hidden_size=8", "model.num_heads=2", "model.num_latents=4", "model.depth=1", "model.patch_size=2"]
+BOX = [0, 90, 40, 140]
+
+
+def task(**changes) -> ClassifyTask:
+    settings = dict(input_frames=2, lead_time=12, quantiles=[0.25, 0.75], head="classes", loss="cross_entropy", box=BOX)
+    return ClassifyTask(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_data(tmp_path_factory.mktemp("regimes"), variables=("t2m", "u10"), missing=0.02)
+
+
+def test_an_index_is_the_mean_over_the_box_of_what_is_there(data):
+    index = RegimeIndex.of(data, "u10", BOX)
+    anomalies = torch.randn(3, 2, 4, 8)
+    anomalies[0, 1, 0, 1] = torch.nan
+    anomalies[1, 1] = torch.nan
+    latitude, longitude = data.grid.coordinates.T.reshape(2, 4, 8)
+    inside = (latitude >= 0) & (longitude >= 40) & (longitude <= 140)
+    expected = []
+    for frame in range(3):
+        kept = inside & anomalies[frame, 1].isfinite()
+        area = data.grid.area_weights[kept]
+        expected.append(float((area * anomalies[frame, 1][kept]).sum() / area.sum()) if kept.any() else np.nan)
+    np.testing.assert_allclose(index(anomalies).numpy(), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"task.box=\[80, 85, 0, 10\] holds no cell"):
+        RegimeIndex.of(data, None, [80, 85, 0, 10])
+    with pytest.raises(ValueError, match=r"task.variable=slp is not in the data; use one of t2m, u10"):
+        RegimeIndex.of(data, "slp", None)
+
+
+def test_labels_are_ranges_of_the_index_at_the_lead_time(data):
+    chosen = task()
+    statistics = chosen.fit(data)
+    index, normalisation = chosen.index(data), statistics.normalisation
+    period = data.training_period
+    values = index(normalisation.anomalies(data.read(period), data.times[period])).numpy()
+    np.testing.assert_allclose(statistics.edges.numpy(), np.quantile(values, [0.25, 0.75]), rtol=1e-4)
+    np.testing.assert_allclose(statistics.frequency.numpy(), [0.25, 0.5, 0.25], atol=0.01)
+    dataset = chosen.dataset(data, "test", statistics)
+    batch = dataset.__getitems__([0, 3, 7])
+    target = batch.targets["class"]
+    ahead = dataset.base_indices[[0, 3, 7]] + 2  # 12 hours in steps of 6
+    wanted = index(normalisation.anomalies(data.read(ahead), data.times[ahead])).numpy()
+    assert target.values.shape == (3, 1, 3, 1)
+    assert target.values[:, 0, :, 0].argmax(1).tolist() == np.digitize(wanted, statistics.edges.numpy()).tolist()
+    assert torch.equal(target.times[:, 0], torch.from_numpy(data.times[ahead]))
+    now = index(normalisation.anomalies(data.read(ahead - 2), data.times[ahead - 2])).numpy()
+    assert dataset.class_now(batch).tolist() == np.digitize(now, statistics.edges.numpy()).tolist()
+
+
+def test_transitions_are_those_of_the_training_period(data):
+    chosen = task()
+    statistics = chosen.fit(data)
+    period = data.training_period
+    index = chosen.index(data)(statistics.normalisation.anomalies(data.read(period), data.times[period])).numpy()
+    classes = np.digitize(index, statistics.edges.numpy())
+    counts = np.zeros((3, 3))
+    for first, second in zip(classes[:-2], classes[2:], strict=True):
+        counts[first, second] += 1
+    counts += statistics.frequency.numpy()
+    np.testing.assert_allclose(statistics.transition.numpy(), counts / counts.sum(1, keepdims=True), rtol=1e-4)
+
+
+def test_statistics_return_from_a_checkpoint(data):
+    statistics = task().fit(data)
+    again = RegimeStatistics.from_state(*statistics.state_dict())
+    for name in ("edges", "frequency", "transition"):
+        assert torch.equal(getattr(again, name), getattr(statistics, name))
+    assert torch.equal(again.normalisation.coefficients, statistics.normalisation.coefficients)
+
+
+def test_the_loss_is_the_cross_entropy_of_what_is_known(data):
+    chosen = task()
+    batch = chosen.dataset(data, "train", chosen.fit(data)).__getitems__([0, 4, 9])
+    target = batch.targets["class"]
+    target.valid[1] = False
+    target.values[1] = torch.nan
+    logits = torch.randn(3, 1, 3, 1, requires_grad=True)
+    sums = {name: found[0] for name, found in chosen.sums({"class": logits}, batch).items()}
+    loss = chosen.combine(sums, chosen.total_weights([batch]), batch.layout)["loss"]
+    kept = [0, 2]
+    wanted = torch.nn.functional.cross_entropy(logits[kept, 0, :, 0], target.values[kept, 0, :, 0].argmax(1))
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    assert (logits.grad[1] == 0).all() and logits.grad[kept].isfinite().all()
+    point = ClassHead().predict(logits.detach(), target).point
+    torch.testing.assert_close(point.values, logits.detach().softmax(dim=2))
+
+
+def test_scores_of_perfect_and_of_constant_probabilities(data):
+    chosen = task()
+    dataset = chosen.dataset(data, "test", chosen.fit(data))
+    truth = {}
+
+    class Known(torch.nn.Module):
+        def __init__(self, sharpness: float):
+            super().__init__()
+            self.sharpness = torch.nn.Parameter(torch.tensor(sharpness))
+
+        def predict(self, batch):
+            return {
+                "class": ClassHead().predict(self.sharpness * batch.targets["class"].values, batch.targets["class"])
+            }
+
+    perfect, blind = (score_classes(Known(sharpness), dataset)["class"] for sharpness in (100.0, 0.0))
+    assert perfect["accuracy"]["12"]["ours"] == 1.0 and perfect["brier"]["12"]["ours"] < 1e-6
+    assert blind["brier"]["12"]["ours"] == pytest.approx(2 / 3, abs=1e-6)
+    batch = dataset.__getitems__(np.arange(len(dataset)))
+    truth = batch.targets["class"].values[:, 0, :, 0]
+    climatology = (dataset.statistics.frequency - truth).square().sum(1).mean().item()
+    assert blind["brier"]["12"]["climatology"] == pytest.approx(climatology, rel=1e-4)
+    following = dataset.statistics.transition[dataset.class_now(batch)]
+    accuracy = (following.argmax(1) == truth.argmax(1)).double().mean().item()
+    assert blind["accuracy"]["12"]["persistence"] == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("decoder", ("pooled", "perceiver_io"))
+def test_a_model_learns_the_regimes_of_some_windows(data, decoder):
+    torch.manual_seed(0)
+    chosen = task(lead_time=6, quantiles=[0.5])
+    sizes = ["model.hidden_size=16", "model.dropout=0", "model.drop_path=0", "model/encoder=grid_patch"]
+    config = compose(["model=perceiver", "task=classify", f"model/decoder={decoder}", *TINY, *sizes])
+    model = build_from_config(config, chosen.layout(data))
+    batch = chosen.dataset(data, "train", chosen.fit(data)).__getitems__(list(range(16)))
+    totals, optimizer = chosen.total_weights([batch]), torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(80):
+        sums = {name: found[0] for name, found in chosen.sums(model(batch), batch).items()}
+        losses.append(chosen.combine(sums, totals, batch.layout)["loss"])
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0].item() == pytest.approx(np.log(2)) and losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    (
+        (dict(quantiles=[0.7, 0.3]), "must increase between 0 and 1"),
+        (dict(quantiles=[]), "must increase between 0 and 1"),
+        (dict(box=[50, 35, 0, 10]), r"must be \[south,north,west,east\]"),
+        (dict(head="deterministic"), "task.head=deterministic does not predict classes"),
+        (dict(input_frames=0), "must be at least 1"),
+    ),
+)
+def test_settings_that_make_no_sense(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        task(**options)
+
+
+def test_a_lead_time_between_frames_is_refused(data):
+    with pytest.raises(ValueError, match=r"task.lead_time=5 is not a multiple of the data's step of 6 h"):
+        task(lead_time=5).layout(data)
+
+
+@pytest.mark.slow
+def test_classification_from_the_command_line(tmp_path, monkeypatch, capsys):
+    given = ["model=perceiver", "model/decoder=pooled", "task=classify", *TINY, "tracking=none"]
+    given += ["trainer.max_steps=2", "trainer.progress=false", f"hydra.run.dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    command_line.run(train.train, rewrite=train.arguments.rewrite, finish=train.sweep.finish)
+    printed = capsys.readouterr().out
+    assert "ACCURACY of class" in printed and "BRIER of class" in printed
+    scores = json.loads((tmp_path / "scores.json").read_text())["class"]
+    assert set(scores["brier"]["24"]) == {"ours", "climatology", "persistence"}

@@ -1,0 +1,140 @@
+"""Classification: some frames of a field in, the regime some hours later out, as probabilities.
+
+Letters: B batch, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from data.batch import Batch
+from data.layout import Layout
+from training.tasks.gridded import GriddedTask
+
+if TYPE_CHECKING:
+    from data.datasets.gridded import GriddedData
+    from data.datasets.regimes import RegimeIndex, RegimeStatistics, RegimeWindows
+    from evaluation.run_evaluation import Choices, Findings
+    from evaluation.run_folder import RunFolder
+    from models.encode_process_decode import EncodeProcessDecode
+
+
+class ClassifyTask(GriddedTask):
+    """Tells in which range of its climatological distribution an index will be: the mean anomaly over a box.
+
+    input_frames: consecutive frames that the model sees. lead_time: hours after the last of them; None: 4 steps of the
+    data. variable: None, the first. box: [south, north, west, east] in degrees; None: everywhere. quantiles: of the
+    training period's index, the edges between classes. head: classes. loss: cross_entropy.
+    Raises ValueError where a value is not allowed.
+    """
+
+    stacking = None  # probabilities are not mixed
+    lead_weights = None
+
+    def __init__(
+        self,
+        *,
+        input_frames: int,
+        lead_time: float | None,
+        quantiles: Sequence[float],
+        head: str,
+        loss: str,
+        variable: str | None = None,
+        box: Sequence[float] | None = None,
+    ):
+        if input_frames < 1:
+            raise ValueError(f"task.input_frames={input_frames} must be at least 1")
+        if not quantiles or any(not 0 < q < 1 for q in quantiles) or any(b <= a for a, b in pairwise(quantiles)):
+            raise ValueError(
+                f"task.quantiles={list(quantiles)} must increase between 0 and 1, like task.quantiles=[0.333,0.667]"
+            )
+        if box is not None and (len(box) != 4 or not box[0] < box[1]):
+            raise ValueError(f"task.box={list(box)} must be [south,north,west,east], like task.box=[35,50,-40,0]")
+        if head != "classes":
+            raise ValueError(f"task.head={head} does not predict classes; leave it out")
+        self.input_frames, self.lead_time = input_frames, lead_time
+        self.variable, self.box, self.quantiles = variable, box, tuple(quantiles)
+        self.head_name, self.loss_name = head, loss
+        self.variable_weights: Mapping[str, float] = {}
+
+    # Data
+
+    def lead_step(self, data: GriddedData) -> int:
+        """The lead time in steps of the data. Raises ValueError where it is not a whole number of them."""
+        if self.lead_time is None:
+            return 4
+        step = data.step / 3600
+        steps = round(self.lead_time / step)
+        if abs(self.lead_time / step - steps) > 1e-6 or steps < 1:
+            raise ValueError(
+                f"task.lead_time={self.lead_time:g} is not a multiple of the data's step of {step:g} h; "
+                f"use a multiple, like task.lead_time={4 * step:g}"
+            )
+        return steps
+
+    def index(self, data: GriddedData) -> RegimeIndex:
+        from data.datasets.regimes import RegimeIndex
+
+        return RegimeIndex.of(data, self.variable, self.box)
+
+    def layout(self, data: GriddedData) -> Layout:
+        """What the model reads and predicts. Raises ValueError where data and task do not fit."""
+        from data.datasets.regimes import regime_layout
+
+        if not hasattr(data, "gaps"):
+            raise ValueError(
+                "task=classify needs a series of fields, and this data has observations; use data=synthetic"
+            )
+        self.index(data)
+        return regime_layout(
+            data, input_frames=self.input_frames, lead_step=self.lead_step(data), classes=len(self.quantiles) + 1
+        )
+
+    def fit(self, data: GriddedData) -> RegimeStatistics:
+        """Climatology, and the distribution of the index, of the training range."""
+        from data.datasets.regimes import RegimeStatistics
+
+        lead_step = self.lead_step(data)
+        return RegimeStatistics.fit(data, self.index(data), quantiles=self.quantiles, lead_step=lead_step)
+
+    def dataset(self, data: GriddedData, split: str, statistics: RegimeStatistics) -> RegimeWindows:
+        from data.datasets.regimes import RegimeWindows
+
+        return RegimeWindows(
+            data,
+            split,
+            statistics,
+            self.index(data),
+            input_frames=self.input_frames,
+            lead_step=self.lead_step(data),
+        )
+
+    def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
+        return batch
+
+    def evaluate(
+        self,
+        run: RunFolder,
+        model: EncodeProcessDecode,
+        data: GriddedData,
+        statistics: RegimeStatistics,
+        choices: Choices,
+    ) -> Findings:
+        """Scores of the probabilities; of `choices` the checkpoint and the split matter.
+
+        Raises ValueError for others, which would have no effect.
+        """
+        from evaluation.classification import format_scores, score_classes
+        from evaluation.run_evaluation import Findings, output_folder
+        from evaluation.summary import SCORES_FILE, write_json
+
+        choices.only("checkpoint", "split", task="classify")
+        folder = output_folder(run, choices)
+        folder.mkdir(exist_ok=True)
+        dataset = self.dataset(data, choices.split, statistics)
+        scores = score_classes(model, dataset)
+        write_json(folder / SCORES_FILE, scores)
+        heading = f"{len(dataset)} windows of the {choices.split} split, checkpoint {choices.checkpoint}"
+        return Findings(folder, heading, format_scores(scores))
