@@ -267,11 +267,18 @@ def test_what_cannot_know_a_lead_time_is_refused():
         compose(["model=hip_metnet", "model.condition=some"])
 
 
-@pytest.mark.parametrize("condition", ("decoder", "all"))
-@pytest.mark.parametrize("size", ("tiny", "small", "base", "production"))
-def test_film_takes_less_than_a_hundredth_of_the_parameters(size, condition):
+SHARED = [
+    (size, f"model.condition={condition}")
+    for size in ("tiny", "small", "base", "production")
+    for condition in ("decoder", "all")
+]
+PER_BLOCK = [(size, "model.decoder.film=per_block") for size in ("small", "base", "production")]
+
+
+@pytest.mark.parametrize(("size", "option"), [*SHARED, *PER_BLOCK])
+def test_film_takes_less_than_a_hundredth_of_the_parameters(size, option):
     with torch.device("meta"):
-        model = build(["model=hip_metnet", f"model/size={size}", f"model.condition={condition}"], tiny_layout())
+        model = build(["model=hip_metnet", f"model/size={size}", option], tiny_layout())
     count = {name: parameter.numel() for name, parameter in model.named_parameters()}
     assert 0 < sum(number for name, number in count.items() if "film" in name) < 0.01 * sum(count.values())
 

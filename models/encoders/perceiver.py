@@ -44,7 +44,6 @@ class PerceiverEncoder(nn.Module):
 
     reads_observations = True
     accepts_modulation = True
-    reads_coordinates = True
 
     def __init__(
         self,
@@ -100,6 +99,7 @@ class PerceiverEncoder(nn.Module):
                 "use model.encoder.embed=false"
             )
         self.layout, self.share_cross, self.share_self = layout, share_cross, share_self
+        self.reads_coordinates = embed
         self.recurrent = inputs_per_iteration == "timestep"
         self.iterations = num_cross * (layout.frames if self.recurrent else 1)
         self.last_block = last_block
