@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.datasets.solar_stations import DAYLIGHT, SPLITS, STEP, TARGET, SolarStations, SolarWindows
+from data.datasets.solar_stations import DAYLIGHT, STEP, TARGET, SolarWindows
 from data.sources.synthetic_sky import clear_output
 from evaluation.evaluation import OURS
 
-METHODS = (OURS, "smart_persistence", "persistence", "usual_sky")
+METHODS = (OURS, "damped_persistence", "smart_persistence", "persistence", "usual_sky")
 _BATCH = 32
 
 
 def score_stations(model: nn.Module, windows: SolarWindows) -> dict:
     """{variable: {"rmse": {hours: {method: value}}}}: root mean square errors, in shares of a station's capacity.
 
-    smart_persistence keeps the reported share of the clear-sky output; persistence keeps the output, that of missing
-    reports too; usual_sky is the clear-sky output times what stations give of it on average in training.
+    smart_persistence keeps the share of the clear-sky output that was last reported, damped_persistence damps it by
+    lead time; persistence keeps the output, that of missing reports too; usual_sky has the mean share of training.
     """
     data, steps = windows.data, np.array(windows.lead_steps)
     bases = windows.base_indices
@@ -30,9 +30,10 @@ def score_stations(model: nn.Module, windows: SolarWindows) -> dict:
     counted = sun > DAYLIGHT
     made = {
         OURS: _predicted(model, windows),
-        "smart_persistence": windows.smart_persistence(bases),
+        "damped_persistence": windows.persistence(bases, damped=True),
+        "smart_persistence": windows.persistence(bases, damped=False),
         "persistence": np.broadcast_to(data.output[bases][:, None], wanted.shape),
-        "usual_sky": _usual_share(data) * clear_output(sun),
+        "usual_sky": windows.statistics.usual * clear_output(sun),
     }
     errors = {name: np.where(counted, (values - wanted) ** 2, 0.0) for name, values in made.items()}
     count = counted.sum(axis=(0, 2))
@@ -54,12 +55,6 @@ def _predicted(model: nn.Module, windows: SolarWindows) -> np.ndarray:
         batch = windows.__getitems__(range(first, min(first + _BATCH, len(windows))))
         found.append(model.predict(batch.to(device))[TARGET].point.values[:, :, 0].cpu().numpy())
     return np.concatenate(found).clip(0, 1)
-
-
-def _usual_share(data: SolarStations) -> float:
-    first, last = (round(share * data.times.size) for share in SPLITS["train"])
-    day = data.sun[first:last] > DAYLIGHT
-    return float(data.output[first:last][day].sum() / clear_output(data.sun[first:last][day]).sum())
 
 
 def format_scores(scores: dict) -> str:

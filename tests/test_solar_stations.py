@@ -104,22 +104,28 @@ def test_a_batch_holds_what_was_reported_and_what_came(data, windows):
     assert batch.layout == StationForecastTask(**TASK).layout(data)
 
 
-def test_smart_persistence_keeps_the_last_reported_share(data, windows):
+def test_persistence_keeps_or_damps_the_last_reported_share(data, windows):
     base = windows.base_indices[50]
-    found = windows.smart_persistence(np.array([base]))[0]
+    kept, damped = (windows.persistence(np.array([base]), damped=way)[0] for way in (False, True))
+    usual = windows.statistics.usual
     for station in range(5):
-        share = 0.6
+        share = usual
         for frame in range(base - 2, base + 1):
             if data.reported[frame, station] and data.sun[frame, station] > DAYLIGHT:
                 share = data.output[frame, station] / clear_output(data.sun[frame, station])
         for lead, step in enumerate((1, 4)):
-            assert found[lead, station] == pytest.approx(share * clear_output(data.sun[base + step, station]))
+            clear = clear_output(data.sun[base + step, station])
+            assert kept[lead, station] == pytest.approx(share * clear)
+            left = float(windows.statistics.damping[lead]) * (share - usual)
+            assert damped[lead, station] == pytest.approx((usual + left) * clear)
 
 
 def test_statistics_are_stored_and_scale_the_remaining_error(data, windows):
     tensors, description = windows.statistics.state_dict()
     again = SolarStatistics.from_state(tensors, description)
-    assert again.lead_steps == (1, 4) and torch.equal(again.scale, windows.statistics.scale)
+    assert (again.lead_steps, again.usual) == ((1, 4), windows.statistics.usual)
+    assert torch.equal(again.scale, windows.statistics.scale) and torch.equal(again.damping, windows.statistics.damping)
+    assert 0.3 < again.usual < 0.9 and 1 >= again.damping[0] > again.damping[1] > 0
     batch = windows.__getitems__(range(0, len(windows), 7))
     target = batch.targets["forecast"]
     scaled = (target.values - target.reference.values) / target.reference.scale
@@ -139,15 +145,16 @@ def test_the_hierarchy_reads_reports_beside_images(windows):
     other = model(replace(batch, observations=louder))["forecast"]
     assert torch.equal(other[0], output[0]) and not torch.allclose(other[1], output[1])
     clouds = replace(batch.inputs["clouds"], values=batch.inputs["clouds"].values + 1)
-    assert not torch.allclose(model(replace(batch, inputs={"clouds": clouds}))["forecast"], output)
+    assert not torch.allclose(model(replace(batch, inputs={**batch.inputs, "clouds": clouds}))["forecast"], output)
 
 
-def test_scores_are_of_daylight_and_smart_persistence_is_the_zero_of_a_fresh_model(windows):
+def test_scores_are_of_daylight_and_damped_persistence_is_the_zero_of_a_fresh_model(windows):
     torch.manual_seed(0)
     scores = score_stations(build(TINY, windows.layout), windows)["pv_output"]["rmse"]
     assert list(scores) == ["0.5", "2"] and all(set(row) == set(METHODS) for row in scores.values())
     for row in scores.values():
-        assert row["ours"] == pytest.approx(row["smart_persistence"], rel=2e-2) and row["ours"] < row["persistence"] * 2
+        assert row["ours"] == pytest.approx(row["damped_persistence"], rel=2e-2)
+        assert row["damped_persistence"] < row["smart_persistence"]
     assert len(format_scores({"pv_output": {"rmse": scores}}).split("\n")) == 1 + len(METHODS)
 
 

@@ -1,8 +1,9 @@
 """Photovoltaic stations under a synthetic sky: cloud images and irregular reports in, the stations' output later out.
 
-Inputs of a window: an image of the cloud cover and the sun's height every half hour, and the reports of the stations,
-some of which are missing or silent for days, each with what the sun does at its place and time. The output is added to
-smart persistence: the share of the clear-sky output that a station last reported, times the clear-sky output to come.
+Inputs of a window: an image of the cloud cover and the sun's height every half hour, the reports of the stations, some
+of which are missing or silent for days, each with what the sun does at its place and time, and what every station last
+reported as a share of its clear-sky output. Smart persistence keeps that share; the model's output is added to damped
+persistence, whose share fades into the usual one with the lead time.
 Letters: N times, B samples, T frames, L lead times, H x W cells, S stations, n reports, F features.
 """
 
@@ -27,10 +28,9 @@ STEP = 1800
 START, DAYS = 1_017_619_200, 120  # 1 April 2002
 SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
 DAYLIGHT = 0.1  # sine of the sun's elevation above which outputs are forecast and scored
-_USUAL = 0.6  # share of the clear-sky output where a station reported nothing lately
 _FEATURES = ("sun", "clear_sky", "share", "morning", "age")
 _CLOUDS = (Variable("cloud_cover"), Variable("sun_height"))
-_OUTPUT = (Variable("pv_output"),)
+_OUTPUT, _SHARE = (Variable("pv_output"),), (Variable("clear_sky_share"),)
 
 
 class SolarStations:
@@ -96,40 +96,80 @@ class SolarStations:
             f"{width} cells; {DAYS} days, every {STEP // 60} minutes"
         )
 
+    def shares(self, bases: np.ndarray, frames: int) -> np.ndarray:
+        """(B, S) what every station last reported in the `frames` up to each base (B,), as a share of its clear-sky
+        output; NaN where it reported nothing by daylight."""
+        found = np.full((bases.size, self.grid.num_points), np.nan)
+        for age in range(frames - 1, -1, -1):
+            frame = bases - age
+            told = self.reported[frame] & (self.sun[frame] > DAYLIGHT)
+            share = self.output[frame] / clear_output(self.sun[frame]).clip(1e-3)
+            found = np.where(told, share, found)
+        return found
+
 
 @dataclass(frozen=True)
 class SolarStatistics:
-    """lead_steps: in steps of the data. scale: (L,), root mean square error of smart persistence in training."""
+    """Of the training split. lead_steps: L, in steps of the data. usual: the mean share of the clear-sky output.
+    damping: (L,) how much of a share's departure from it is left; scale: (L,) root mean square error of what follows.
+    """
 
     lead_steps: tuple[int, ...]
+    usual: float
+    damping: Tensor
     scale: Tensor
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, plain JSON): what a checkpoint stores."""
-        return {"scale": self.scale}, {"kind": "solar", "lead_steps": list(self.lead_steps)}
+        described = {"kind": "solar", "lead_steps": list(self.lead_steps), "usual": self.usual}
+        return {"damping": self.damping, "scale": self.scale}, described
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], description: dict) -> SolarStatistics:
-        return SolarStatistics(tuple(description["lead_steps"]), tensors["scale"])
+        return SolarStatistics(
+            tuple(description["lead_steps"]), description["usual"], tensors["damping"], tensors["scale"]
+        )
 
     @staticmethod
     def fit(data: SolarStations, *, input_frames: int, lead_steps: Sequence[int]) -> SolarStatistics:
-        unscaled = SolarStatistics(tuple(lead_steps), torch.ones(len(lead_steps)))
-        windows = SolarWindows(data, "train", unscaled, input_frames=input_frames)
-        wanted = windows.base_indices[:, None] + np.array(lead_steps)
-        error = data.output[wanted] - windows.smart_persistence(windows.base_indices)
-        scale = [
-            np.sqrt((error[:, lead][data.sun[wanted[:, lead]] > DAYLIGHT] ** 2).mean())
-            for lead in range(len(lead_steps))
-        ]
-        return SolarStatistics(tuple(lead_steps), torch.tensor(np.array(scale), dtype=torch.float32))
+        steps = tuple(lead_steps)
+        bases = daylight_windows(data, "train", input_frames=input_frames, lead_steps=steps)
+        shares, clear = data.shares(bases, input_frames), clear_output(data.sun)
+        usual = float(np.nansum(shares * clear[bases]) / clear[bases][~np.isnan(shares)].sum())
+        departure = np.nan_to_num(shares - usual)
+        damping, scale = [], []
+        for step in steps:
+            sunny = data.sun[bases + step] > DAYLIGHT
+            wanted, ahead = data.output[bases + step][sunny], clear[bases + step][sunny]
+            kept = (departure[sunny] * ahead).ravel()
+            rest = wanted - usual * ahead
+            damping.append(float(np.clip(kept @ rest / (kept @ kept), 0, 1)))
+            scale.append(float(np.sqrt(np.mean((rest - damping[-1] * kept) ** 2))))
+        return SolarStatistics(steps, usual, torch.tensor(damping), torch.tensor(scale))
+
+
+def daylight_windows(data: SolarStations, split: str, *, input_frames: int, lead_steps: Sequence[int]) -> np.ndarray:
+    """(n,) last input frames of the windows of a split that are in daylight, as are some of their target times.
+
+    Raises ValueError where there is none.
+    """
+    first, last = (round(share * data.times.size) for share in SPLITS[split])
+    bases = np.arange(first + input_frames - 1, last - max(lead_steps))
+    ahead = data.sun[bases[:, None] + np.array(lead_steps)].mean(axis=2) > DAYLIGHT
+    bases = bases[(data.sun[bases].mean(axis=1) > DAYLIGHT) & ahead.any(axis=1)]
+    if not bases.size:
+        raise ValueError(
+            f"the {split} split holds no window of {input_frames} frames with a target in daylight; "
+            "shorten task.input_frames or task.lead_times"
+        )
+    return bases
 
 
 class SolarWindows:
-    """Windows of one split whose last input frame, and some of whose target times, are in daylight.
+    """Windows of one split (`daylight_windows`).
 
-    Batches: input `clouds` (B, T, 2, H, W), observations with features of their own, target `forecast` (B, L, 1, S),
-    valid in daylight. Raises ValueError where the split holds no window.
+    Batches: inputs `clouds` (B, T, 2, H, W) and `stations` (B, 1, 1, S), observations with features of their own,
+    target `forecast` (B, L, 1, S), valid in daylight.
     """
 
     target = TARGET
@@ -138,34 +178,32 @@ class SolarWindows:
         self.data, self.statistics, self.input_frames = data, statistics, input_frames
         self.lead_steps = statistics.lead_steps
         self.layout = solar_layout(data, input_frames=input_frames, lead_steps=self.lead_steps)
-        first, last = (round(share * data.times.size) for share in SPLITS[split])
-        bases = np.arange(first + input_frames - 1, last - max(self.lead_steps))
-        ahead = data.sun[bases[:, None] + np.array(self.lead_steps)].mean(axis=2) > DAYLIGHT
-        self.base_indices = bases[(data.sun[bases].mean(axis=1) > DAYLIGHT) & ahead.any(axis=1)]
-        if not self.base_indices.size:
-            raise ValueError(
-                f"the {split} split holds no window of {input_frames} frames with a target in daylight; "
-                "shorten task.input_frames or task.lead_times"
-            )
+        self.base_indices = daylight_windows(data, split, input_frames=input_frames, lead_steps=self.lead_steps)
 
     def __len__(self) -> int:
         return self.base_indices.size
 
-    def smart_persistence(self, bases: np.ndarray) -> np.ndarray:
-        """(B, L, S): the share of the clear-sky output last reported within the window, kept."""
-        data = self.data
-        share = np.full((bases.size, data.grid.num_points), _USUAL)
-        for age in range(self.input_frames - 1, -1, -1):
-            frame = bases - age
-            told = data.reported[frame] & (data.sun[frame] > DAYLIGHT)
-            share = np.where(told, data.output[frame] / clear_output(data.sun[frame]).clip(1e-3), share)
-        return share[:, None] * clear_output(data.sun[bases[:, None] + np.array(self.lead_steps)])
+    def persistence(self, bases: np.ndarray, *, damped: bool) -> np.ndarray:
+        """(B, L, S): the share of the clear-sky output last reported within the window, kept or damped."""
+        usual = self.statistics.usual
+        departure = np.nan_to_num(self.data.shares(bases, self.input_frames) - usual)[:, None]
+        if damped:
+            departure = self.statistics.damping.numpy()[:, None] * departure
+        return (usual + departure) * clear_output(self.data.sun[bases[:, None] + np.array(self.lead_steps)])
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         data, bases = self.data, self.base_indices[np.asarray(indices)]
         frames = bases[:, None] + np.arange(1 - self.input_frames, 1)
         ahead = bases[:, None] + np.array(self.lead_steps)
         images = Field(_tensor(data.clouds[frames]), _CLOUDS, data.image, torch.from_numpy(data.times[frames]))
+        shares = data.shares(bases, self.input_frames)[:, None, None] - self.statistics.usual
+        stations = Field(
+            _tensor(np.nan_to_num(shares)),
+            _SHARE,
+            data.grid,
+            images.times[:, -1:],
+            valid=torch.from_numpy(~np.isnan(shares)),
+        )
         target = Field(
             _tensor(data.output[ahead])[:, :, None],
             _OUTPUT,
@@ -173,10 +211,11 @@ class SolarWindows:
             torch.from_numpy(data.times[ahead]),
             valid=torch.from_numpy(data.sun[ahead] > DAYLIGHT)[:, :, None],
             reference=Reference(
-                _tensor(self.smart_persistence(bases))[:, :, None], self.statistics.scale[:, None, None]
+                _tensor(self.persistence(bases, damped=True))[:, :, None], self.statistics.scale[:, None, None]
             ),
         )
-        return Batch({"clouds": images}, {TARGET: target}, self.layout, observations=self._observations(frames))
+        inputs = {"clouds": images, "stations": stations}
+        return Batch(inputs, {TARGET: target}, self.layout, observations=self._observations(frames))
 
     def _observations(self, frames: np.ndarray) -> Observations:
         """The reports of windows (B, T), a row each."""
@@ -185,7 +224,7 @@ class SolarWindows:
         time = frames[batch, frame]
         sun, given = data.sun[time, station], data.output[time, station]
         clear = clear_output(sun)
-        share = np.where(sun > DAYLIGHT, given / clear.clip(1e-3), _USUAL)
+        share = np.where(sun > DAYLIGHT, given / clear.clip(1e-3), self.statistics.usual)
         rising = data.sun[np.minimum(time + 1, data.times.size - 1), station] - sun
         age = (frame + 1 - self.input_frames) / self.input_frames
         made = Observations(
@@ -209,7 +248,10 @@ class SolarWindows:
 def solar_layout(data: SolarStations, *, input_frames: int, lead_steps: Sequence[int]) -> Layout:
     """What the batches of `SolarWindows` look like, without making the sky."""
     return Layout(
-        inputs={"clouds": InputLayout(_CLOUDS, data.image, input_frames, STEP)},
+        inputs={
+            "clouds": InputLayout(_CLOUDS, data.image, input_frames, STEP),
+            "stations": InputLayout(_SHARE, data.grid, 1, STEP, gaps=True),
+        },
         targets={TARGET: TargetLayout(_OUTPUT, data.grid, tuple(step * STEP for step in lead_steps))},
         observations=ObservationLayout(
             num_channels=1,

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class StationForecastTask(GriddedTask):
-    """Forecasts the output of `SolarStations`, as a correction of smart persistence.
+    """Forecasts the output of `SolarStations`, as a correction of damped persistence.
 
     input_frames: of images and reports, half an hour apart. lead_times: hours after the last of them. head: see
-    `models/heads.py`. loss: mse, l1 or huber, in units of smart persistence's error. Raises ValueError on values not
+    `models/heads.py`. loss: mse, l1 or huber, in units of that one's error. Raises ValueError on values not
     allowed.
     """
 
