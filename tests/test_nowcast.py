@@ -289,10 +289,9 @@ def test_levels_are_those_of_the_best_index():
     """Where events are rare and probabilities right, the best level is about half of the F score, below one half."""
     random = np.random.default_rng(2)
     chance = torch.from_numpy(random.beta(0.3, 2.0, (1, 400, 400)).astype(np.float32))
-    probabilities = torch.stack([1 - chance, chance], dim=1)
     truth = torch.from_numpy((random.random((1, 400, 400)) < chance.numpy()).astype(np.float32))
     valid = torch.ones_like(truth, dtype=torch.bool)
-    (level,) = fit_levels([(probabilities, truth, valid)], torch.tensor([0.5]), 1)[0].tolist()
+    (level,) = fit_levels([(chance[:, None], truth, valid)], [0.5], 1)[0].tolist()
     index = {}
     for candidate in np.arange(0.1, 0.6, 0.025):
         made = chance >= candidate

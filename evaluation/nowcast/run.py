@@ -226,9 +226,11 @@ def _levels(checkpoint: Path, model: nn.Module, task, data, normalisation) -> Te
     def forecasts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for base in map(int, _bases(dataset, _VALIDATION_BASES)):
             truth, valid = _truth(data, base, dataset.lead_steps)
-            yield forecaster.forecast(base)[1], truth, valid & in_range
+            reached = _exceedance(forecaster.forecast(base)[1], head, task.thresholds)
+            yield reached, truth, valid & in_range
 
-    levels = fit_levels(forecasts(), head.edges, len(dataset.lead_steps))
+    levels = torch.full((len(dataset.lead_steps), len(head.edges)), 0.5)  # rates in between are those of the median
+    levels[:, _edges_of(head, task.thresholds)] = fit_levels(forecasts(), task.thresholds, len(dataset.lead_steps))
     write_levels(checkpoint, levels)
     return levels
 
@@ -259,8 +261,12 @@ def _truth(data, base: int, lead_steps: tuple[int, ...]) -> tuple[Tensor, Tensor
 
 def _exceedance(probabilities: Tensor, head: CategoricalHead, thresholds: tuple[float, ...]) -> Tensor:
     """(L, S, H, W): the probability of reaching each threshold, which are edges."""
-    place = torch.searchsorted(head.edges, torch.tensor(thresholds))
-    return head.exceedance(probabilities[None, :, None])[0, :, 0][:, place]
+    return head.exceedance(probabilities[None, :, None])[0, :, 0][:, _edges_of(head, thresholds)]
+
+
+def _edges_of(head: CategoricalHead, thresholds: tuple[float, ...]) -> Tensor:
+    """(S,) which edges the thresholds are."""
+    return torch.searchsorted(head.edges, torch.tensor(thresholds))
 
 
 def _reliability(found: NowcastFindings) -> dict:

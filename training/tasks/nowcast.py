@@ -42,8 +42,8 @@ class NowcastTask(GriddedTask):
     reference: what a deterministic output is added to: extrapolation (the last frame moved along), persistence, none.
     head, loss: categorical with cross_entropy of `bins` (edges in mm/h), or deterministic with mse, l1 or huber of
         ln(1 + rate / 0.1 mm/h) in units of the reference's error.
-    levels: of a categorical forecast's rates: csi (an edge counts as reached from the probability on that scores best
-        on validation frames) or median.
+    levels: of a categorical forecast's rates: median, or csi (the median, but a threshold counts as reached from the
+        probability on that scores best on validation frames).
     thresholds: mm/h, fss_windows: pixels, that scores are given for. query_fraction: see `GriddedTask`.
     Raises ValueError where a value is not allowed.
     """
