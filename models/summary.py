@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Batch
+from models.attention import Modulations
 from models.latents import Latents
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def describe(model: EncodeProcessDecode, batch: Batch) -> str:
     outputs: dict[str, str] = {}
     parts = {"encoder": model.encoder, "processor": model.processor}
     parts |= {"condition": model.condition} if model.condition is not None else {}
+    parts |= {"film": model.film} if model.film is not None else {}
     parts |= {f"adapter.{name}": part for name, part in model.adapter.items()}
     parts |= {f"decoder.{name}": part for name, part in model.decoder.items()}
     hooks = [
@@ -64,7 +66,7 @@ def describe(model: EncodeProcessDecode, batch: Batch) -> str:
 
 def outline(model: EncodeProcessDecode) -> str:
     """One line a part (class, parameters), without running anything."""
-    parts = {"encoder": model.encoder, "processor": model.processor, "condition": model.condition}
+    parts = {"film": model.film, "encoder": model.encoder, "processor": model.processor, "condition": model.condition}
     parts |= {f"adapter.{name}": part for name, part in model.adapter.items()}
     parts |= {f"decoder.{name}": part for name, part in model.decoder.items()}
     parts = {name: part for name, part in parts.items() if part is not None and _count(part)}
@@ -96,9 +98,11 @@ def _ordered(parts: dict[str, nn.Module], outputs: dict[str, str]) -> list[tuple
     return [(name, parts[name]) for name in outputs]
 
 
-def _shape(output: Latents | Tensor | None) -> str:
+def _shape(output: Latents | Modulations | Tensor | None) -> str:
     if output is None:
         return ""
+    if isinstance(output, Modulations):
+        return f"{len(output.of_layers)} layers modulated by the lead time"
     if not isinstance(output, Latents) and output.ndim == 2:
         return f"{_dimensions(output)} (batch, condition)"
     if isinstance(output, Latents):

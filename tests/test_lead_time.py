@@ -15,6 +15,7 @@ from models import build
 from models.attention import AttentionLayer
 from models.composition import build_from_config, compose
 from models.conditioning.lead_time import LeadTimeFeatures, LeadTimeFiLM
+from models.encode_process_decode import describe
 from models.latents import Latents
 from tests.model_examples import COARSE, GLOBAL, HOUR, LEADS, REGION, STATIONS, observed_layout, tiny_batch, tiny_layout
 
@@ -244,6 +245,13 @@ def test_film_reaches_every_layer_of_every_part():
         decoder = [layer for layer in layers if layer in set(model.decoder.modules())]
         assert len(model.film.heads) == len(layers) - len(decoder)
         assert sorted(layer.number for layer in layers if layer not in decoder) == list(range(len(model.film.heads)))
+
+
+def test_the_summary_counts_the_generator_and_what_it_modulates():
+    model = metnet("perceiver", "latent_transformer")
+    lines = describe(model, tiny_batch(tiny_layout())).split("\n")
+    row = next(line for line in lines if line.startswith("film "))
+    assert "2 layers modulated" in row and f"{sum(item.numel() for item in model.film.parameters()):,}" in row
 
 
 def test_observations_are_repeated_with_their_samples():
