@@ -102,7 +102,10 @@ def test_a_run_trains_scores_reports_and_is_evaluated_again(command, radar, tmp_
             "model.patch_size=8",
         ],
         ["model=hip_metnet", "model.patch_size=8"],
-        ["model=perceiver", "task.motion=false", "task.reference=persistence", "task.levels=median"],
+        pytest.param(
+            ["model=perceiver", "task.motion=false", "task.reference=persistence", "task.levels=median"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["patch_transformer", "hip_metnet", "perceiver"],
 )
