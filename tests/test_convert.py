@@ -283,3 +283,67 @@ def test_what_our_model_has_not_is_refused(option):
         convert("lucidrains", state, config | {option: True})
     with pytest.raises(ValueError, match="has no output"):
         convert("lucidrains", state, config | {"final_classifier_head": False})
+
+
+# Task models of transformers
+
+TASK_CONFIG = {"num_self_attends_per_block": 1, "num_self_attention_heads": 2, "num_cross_attention_heads": 2}
+
+
+def task_state(kind: str, width: int = 8, vocabulary: int = 5, length: int = 4) -> dict:
+    """Random weights by the names of the masked language model or the image classifier."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    def layer(prefix, context=None):
+        shapes = {"attention.self.layernorm1": (width,), "layernorm": (width,)}
+        shapes |= {"attention.self.layernorm2": (context,)} if context else {}
+        shapes |= {f"attention.self.{part}": (width, context or width) for part in ("key", "value")}
+        rest = ("attention.self.query", "attention.output.dense", "mlp.dense1", "mlp.dense2")
+        shapes |= dict.fromkeys(rest, (width, width))
+        return {
+            f"{prefix}.{name}.{item}": random(*(shape if item == "weight" else shape[:1]))
+            for name, shape in shapes.items()
+            for item in ("weight", "bias")
+        }
+
+    text = kind == "transformers_text"
+    decoder = "perceiver.decoder" if text else "perceiver.decoder.decoder"
+    state = {"perceiver.embeddings.latents": random(3, width)}
+    state |= layer("perceiver.encoder.cross_attention", width if text else 261)
+    state |= layer("perceiver.encoder.self_attends.0") | layer(f"{decoder}.decoding_cross_attention", width)
+    state[f"{decoder}.output_position_encodings.position_embeddings"] = random(length if text else 1, width)
+    if text:
+        state["perceiver.input_preprocessor.embeddings.weight"] = random(vocabulary, width)
+        state["perceiver.input_preprocessor.position_embeddings.weight"] = random(length, width)
+        return state | {"embedding_decoder.bias": random(vocabulary)}
+    return state | {f"{decoder}.final_layer.weight": random(2, width), f"{decoder}.final_layer.bias": random(2)}
+
+
+@pytest.mark.parametrize("source", ("transformers_text", "transformers_image"))
+def test_task_models_are_recognised_run_and_get_their_names_back(source):
+    state = task_state(source)
+    assert recognise(state) == source
+    if source == "transformers_text":  # eight heads of eight channels, as its decoder has
+        overrides, layout, weights = convert(source, state, TASK_CONFIG)
+        given = torch.nn.functional.one_hot(torch.tensor([[0, 3, 1, 4]]), 5).float()
+    else:
+        overrides, layout, weights = convert(source, state, TASK_CONFIG, num_tokens=(4, 6))
+        given = torch.randn(1, 4, 6, 3)
+    model = build(overrides, layout).eval()
+    model.load_state_dict(weights)
+    output = model(token_batch(layout, given))[TARGET]
+    assert output.shape == ((1, 1, 5, 4) if source == "transformers_text" else (1, 1, 2, 1))
+    returned = export(source, model, TASK_CONFIG)
+    assert set(returned) == set(state) and all(torch.equal(returned[name], state[name]) for name in state)
+
+
+def test_a_read_out_trained_apart_from_its_embedding_is_refused():
+    overrides, layout, weights = convert("transformers_text", task_state("transformers_text"), TASK_CONFIG)
+    model = build(overrides, layout)
+    model.load_state_dict(weights)
+    torch.nn.init.ones_(model.decoder[TARGET].head.weight)
+    with pytest.raises(ValueError, match="ties the read-out to the embedding"):
+        export("transformers_text", model, TASK_CONFIG)

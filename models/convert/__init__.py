@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from data.layout import Layout
-from models.convert import healda, krasserm, lucidrains, perceiver_ar, physicsnemo, transformers
+from models.convert import healda, krasserm, lucidrains, perceiver_ar, physicsnemo, transformers, transformers_tasks
 from models.convert.lucidrains import LucidrainsSource
 from models.convert.perceiver import TARGET, PerceiverSource, token_batch
 from models.convert.perceiver_ar import PerceiverARSource
@@ -34,6 +34,8 @@ SOURCES: dict[str, PerceiverSource | PerceiverARSource | PhysicsNeMoSource | Luc
     "perceiver_ar": perceiver_ar.SOURCE,
     "physicsnemo": physicsnemo.SOURCE,
     "healda": healda.SOURCE,
+    "transformers_image": transformers_tasks.IMAGE,
+    "transformers_text": transformers_tasks.TEXT,
     "lucidrains": lucidrains.SOURCE,
     "lucidrains_0.9": lucidrains.SOURCE_0_9,
 }

@@ -32,7 +32,7 @@ _ACTIVATIONS = {
 }
 
 
-def _describe(config: Mapping[str, Any]) -> Perceiver:
+def describe(config: Mapping[str, Any]) -> Perceiver:
     """`PerceiverConfig` with the `PerceiverBasicDecoder` arguments as decoder_*; absent entries are class defaults.
 
     `layer_norm_eps` is in the config but not in the model: every norm there has 1e-5, as ours.
@@ -60,13 +60,13 @@ def _describe(config: Mapping[str, Any]) -> Perceiver:
     )
 
 
-def _layer_names(layer: Layer, cross: bool) -> dict[str, str]:
+def layer_names(layer: Layer, cross: bool) -> dict[str, str]:
     return {ours: theirs for ours, theirs in _NAMES.items() if cross or ours != "context_norm"}
 
 
 SOURCE = PerceiverSource(
     model="PerceiverModel with a PerceiverBasicDecoder of trainable queries",
     recognises="embeddings.latents",
-    describe=_describe,
-    layer_names=_layer_names,
+    describe=describe,
+    layer_names=layer_names,
 )

@@ -92,6 +92,31 @@ class PooledImages(TokenSequences):
         return {"": logits, "logits": logits, "latents": model.encoder(batch).tokens[:, 0]}
 
 
+class Texts(TokenSequences):
+    """transformers' masked language model: token ids (B, M) in, scores of the vocabulary (B, M, V) out."""
+
+    def num_tokens(self, inputs: Mapping[str, Tensor]) -> int:
+        return inputs["ids"].shape[1]
+
+    def batch(self, layout: Layout, inputs: Mapping[str, Tensor], golden: Golden) -> Batch:
+        vocabulary = len(layout.targets[TARGET].variables)
+        tokens = torch.nn.functional.one_hot(inputs["ids"], vocabulary).float()
+        return token_batch(layout, tokens, inputs["valid"].bool() if "valid" in inputs else None)
+
+
+class Images(TokenSequences):
+    """transformers' image classifier: pixels (B, channels, H, W) in, logits (B, classes) out."""
+
+    def num_tokens(self, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
+        return tuple(inputs["x"].shape[2:])
+
+    def batch(self, layout: Layout, inputs: Mapping[str, Tensor], golden: Golden) -> Batch:
+        return token_batch(layout, inputs["x"].movedim(1, -1))
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"": model(batch)[TARGET][:, 0, :, 0]}
+
+
 class HEALPixFrames:
     """HealDA: frames (B, C, T, X), observations with their flat cell ids, and a noise level in; frames out."""
 
@@ -141,6 +166,8 @@ COMPARISONS = {
     "perceiver_ar": TokenIds(),
     "physicsnemo": HEALPixFrames(),
     "healda": HEALPixFrames(),
+    "transformers_image": Images(),
+    "transformers_text": Texts(),
     "lucidrains": PooledImages(),
     "lucidrains_0.9": PooledImages(),
 }
