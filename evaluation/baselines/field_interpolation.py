@@ -43,8 +43,10 @@ class FieldInterpolation:
 
     @classmethod
     def fit(cls, data, normalisation, *, lead_steps: Sequence[int], split: str) -> FieldInterpolation:
-        """Raises `Unsuitable` where a window has too many values."""
+        """Raises `Unsuitable` where a window has too many values, or cells have no place on the sphere."""
         frames, cells = len(lead_steps), data.grid.num_points
+        if not data.grid.geographic:
+            raise Unsuitable("cells on a plane have no distance on the sphere")
         if frames * cells > MOST_VALUES:
             raise Unsuitable(f"a window has {frames * cells} values, more than {MOST_VALUES}")
         chosen = data.training_period[np.linspace(0, data.training_period.size - 1, _FRAMES).astype(int)]

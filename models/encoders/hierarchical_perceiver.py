@@ -86,7 +86,7 @@ class HierarchicalPerceiverEncoder(nn.Module):
                 raise ValueError(f"model.encoder.{name}={value} is unknown; use one of {', '.join(allowed)}")
         if merge < 2:
             raise ValueError(f"model.encoder.merge={merge} must be at least 2 groups that become one")
-        self.layout, self.grouping, self.missing = layout, grouping, missing
+        self.layout, self.missing = layout, missing
         if groups is not None:
             _check_groups(groups, fan_out)
         wanted = None if groups is None else groups[0]
