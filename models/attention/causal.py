@@ -19,16 +19,12 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, each (B or 1, 1, n, pairs)
 
 
 class KeyValueCache:
-    """Keys, already rotated, and values of all positions so far, in memory allocated once.
-
-    All heads of a position lie together, so that a new one touches little memory.
-    """
+    """Keys, already rotated, and values of all positions so far, in memory allocated once, head by head as they are
+    read."""
 
     def __init__(self, shape: tuple[int, int, int, int], like: Tensor):
-        """shape: (B, capacity, h, d). like: a tensor of the dtype and device."""
-        self.keys, self.values = (
-            torch.empty(shape, dtype=like.dtype, device=like.device).transpose(1, 2) for _ in range(2)
-        )
+        """shape: (B, h, capacity, d). like: a tensor of the dtype and device."""
+        self.keys, self.values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         self.length = 0
 
     def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

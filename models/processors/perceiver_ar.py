@@ -136,8 +136,10 @@ class PerceiverAR(nn.Module):
         """An empty cache for the longest sequence that starts with tokens (B, n, D), of which valid (B, n) are not
         padding."""
         attention = self.cross.attention
-        heads = attention.num_heads, attention.qk_width // attention.num_heads
-        longest, window = ((tokens.shape[0], item.length, *heads) for item in (self.read, self.predicted))
+        heads, width = attention.num_heads, attention.qk_width // attention.num_heads
+        longest, window = (
+            (tokens.shape[0], heads, described.length, width) for described in (self.read, self.predicted)
+        )
         if valid is not None:
             more = valid.new_ones(valid.shape[0], self.read.length - valid.shape[1])
             valid = torch.cat([valid, more], dim=1)
