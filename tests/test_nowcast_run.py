@@ -1,7 +1,10 @@
 """`python train.py task=nowcast` and `evaluate.py` as a person uses them, on small synthetic showers."""
 
+import base64
 import importlib
+import io
 import json
+import re
 import sys
 
 import pytest
@@ -65,6 +68,7 @@ def radar(tmp_path):
 
 def test_a_run_trains_scores_reports_and_is_evaluated_again(command, radar, tmp_path):
     import xarray as xr
+    from PIL import Image
 
     folder = tmp_path / "run"
     code, out, err = command("train", *SMALL, radar, "model=perceiver_io", f"hydra.run.dir={folder}")
@@ -80,6 +84,13 @@ def test_a_run_trains_scores_reports_and_is_evaluated_again(command, radar, tmp_
     page = (folder / "report.html").read_text()
     assert "data:image/gif;base64," in page and page.count("data:image/png;base64,") >= 4 and "http" not in page
     assert "CSI of 0.5 mm/h" in out
+    moving = re.search('data:image/gif;base64,([^"]+)', page)[1]
+    with Image.open(io.BytesIO(base64.b64decode(moving))) as animation:
+        assert animation.n_frames == 2
+        animation.seek(1)
+        colours = {colour for _, colour in animation.convert("RGB").getcolors(2**20)}
+        assert any(min(colour) > 250 for colour in colours)  # white where dry
+        assert not any(red > 200 and green < 80 and blue > 80 for red, green, blue in colours)  # none that is not ours
     with xr.open_dataset(folder / "predictions.nc") as predictions:
         assert predictions["rain_rate"].dims == ("init_time", "lead_time", "y", "x")
         assert predictions["rain_rate"].shape == (5, 2, 48, 56) and float(predictions["rain_rate"].min()) >= 0

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 _RATES = (0.1, 0.5, 1, 2, 4, 8, 16)  # mm/h, between the colours of a map
 _SHOWN = ("radar", OURS, "lucas_kanade", "persistence")
-_COLUMNS = 4  # lead times in the tiled picture
+_COLUMNS = 5  # lead times in the tiled picture
 _FRAME_MS = 500
+_GIF_COLOURS = 128
 
 
 def curves(found: NowcastFindings):
@@ -70,8 +71,8 @@ def reliability(found: NowcastFindings):
 def tiles(found: NowcastFindings, grid: PlanarGrid):
     """Maps of one forecast: a row a method, the radar first, a column a lead time."""
     methods, chosen = _methods(found), _spread(len(found.minutes), _COLUMNS)
-    height = 2.9 * grid.shape[0] / grid.shape[1]
-    figure, axes = new_figure(2.9 * len(chosen), height * len(methods) + 0.8, len(methods), len(chosen))
+    height = 2.4 * grid.shape[0] / grid.shape[1]
+    figure, axes = new_figure(2.4 * len(chosen), height * len(methods) + 0.8, len(methods), len(chosen))
     for row, method in enumerate(methods):
         for column, lead in enumerate(chosen):
             image = _map(axes[row, column], found.example[method][lead].numpy())
@@ -97,7 +98,9 @@ def animation(found: NowcastFindings) -> bytes:
         figure.suptitle(f"{minutes:g} minutes", fontsize=11)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=70)
-        frames.append(Image.open(buffer).convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
+        frames.append(Image.open(buffer).convert("RGB"))
+    colours = frames[0].quantize(_GIF_COLOURS)  # one palette, or colours would change from frame to frame
+    frames = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
     moving = io.BytesIO()
     frames[0].save(moving, format="GIF", save_all=True, append_images=frames[1:], duration=_FRAME_MS, loop=0)
     return moving.getvalue()

@@ -207,7 +207,8 @@ def score_nowcasts(
             on_forecast(np.array([base]), made[OURS][None, :, None])
         if base == example_base:
             unknown = torch.where(valid & in_range, truth, torch.nan)
-            example = {"radar": unknown, **made}
+            hidden = {name: torch.where(in_range, rates, torch.nan) for name, rates in made.items()}
+            example = {"radar": unknown, **hidden}
     minutes = tuple(step * data.step / 60 for step in dataset.lead_steps)
     return NowcastFindings(minutes, bases, scores, example_base, example, left_out)
 
@@ -291,7 +292,7 @@ def _reliability(found: NowcastFindings) -> dict:
 def nowcast_table(scores: Mapping[str, dict]) -> str:
     """Tables for people: MAE, CRPS and every CSI at the first, a middle and the last lead time."""
     hours = list(next(iter(scores.values())))
-    chosen = [hours[place] for place in sorted({0, len(hours) // 2 - 1 if len(hours) > 2 else 0, len(hours) - 1})]
+    chosen = [hours[place] for place in sorted({0, (len(hours) - 1) // 2, len(hours) - 1})]
     tables = []
     for score in ("mae", "crps", *(name for name in scores if name.startswith("csi"))):
         columns = {f"{60 * float(hour):g} min": scores[score][hour] for hour in chosen}
