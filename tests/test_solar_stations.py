@@ -101,6 +101,9 @@ def test_a_batch_holds_what_was_reported_and_what_came(data, windows):
                     data.output[base + step, station], abs=1e-6
                 )
                 assert bool(target.valid[sample, lead, 0, station]) == (data.sun[base + step, station] > DAYLIGHT)
+            cell = int(data.image.cell_of(data.grid.coordinates[[station]]))
+            middle = batch.inputs["surroundings"].values[sample, 0, 24, station]
+            assert middle == batch.inputs["clouds"].values[sample, -1, 0].flatten()[cell]
     assert batch.layout == StationForecastTask(**TASK).layout(data)
 
 

@@ -2,8 +2,8 @@
 
 Inputs of a window: an image of the cloud cover and the sun's height every half hour, the reports of the stations, some
 of which are missing or silent for days, each with what the sun does at its place and time, and what every station last
-reported as a share of its clear-sky output. Smart persistence keeps that share; the model's output is added to damped
-persistence, whose share fades into the usual one with the lead time.
+reported as a share of its clear-sky output, with the last image around it. Smart persistence keeps that share; the
+model's output is added to damped persistence, whose share fades into the usual one with the lead time.
 Letters: N times, B samples, T frames, L lead times, H x W cells, S stations, n reports, F features.
 """
 
@@ -31,6 +31,10 @@ DAYLIGHT = 0.1  # sine of the sun's elevation above which outputs are forecast a
 _FEATURES = ("sun", "clear_sky", "share", "morning", "age")
 _CLOUDS = (Variable("cloud_cover"), Variable("sun_height"))
 _OUTPUT, _SHARE = (Variable("pv_output"),), (Variable("clear_sky_share"),)
+_REACH = 3  # cells of the image to every side of a station that its forecast is asked with
+_AROUND = tuple(
+    Variable(f"cloud_cover_{row}_{column}") for row in range(2 * _REACH + 1) for column in range(2 * _REACH + 1)
+)
 
 
 class SolarStations:
@@ -68,6 +72,14 @@ class SolarStations:
         places = self.image.coordinates.numpy().T
         both = [Sky(self.seed, 50.0).cover(self.times, *places), sun_height(self.times, *places)]
         return np.stack(both, axis=1).reshape(-1, 2, *self.image.shape).astype(np.float32)
+
+    def surroundings(self, frames: np.ndarray) -> np.ndarray:
+        """(B, k k, S) the cloud cover of the image cells around every station at frames (B,); edges repeat."""
+        cover = np.pad(self.clouds[frames, 0], ((0, 0), (_REACH, _REACH), (_REACH, _REACH)), mode="edge")
+        row, column = np.divmod(self.image.cell_of(self.grid.coordinates).numpy(), self.image.shape[1])
+        reach = np.arange(2 * _REACH + 1)
+        cells = cover[:, row[:, None, None] + reach[:, None], column[:, None, None] + reach]  # (B, S, k, k)
+        return cells.reshape(*cells.shape[:2], -1).swapaxes(1, 2)
 
     @cached_property
     def sun(self) -> np.ndarray:
@@ -168,8 +180,8 @@ def daylight_windows(data: SolarStations, split: str, *, input_frames: int, lead
 class SolarWindows:
     """Windows of one split (`daylight_windows`).
 
-    Batches: inputs `clouds` (B, T, 2, H, W) and `stations` (B, 1, 1, S), observations with features of their own,
-    target `forecast` (B, L, 1, S), valid in daylight.
+    Batches: inputs `clouds` (B, T, 2, H, W), `stations` (B, 1, 1, S) and `surroundings` (B, 1, k k, S), observations
+    with features of their own, target `forecast` (B, L, 1, S), valid in daylight.
     """
 
     target = TARGET
@@ -214,7 +226,8 @@ class SolarWindows:
                 _tensor(self.persistence(bases, damped=True))[:, :, None], self.statistics.scale[:, None, None]
             ),
         )
-        inputs = {"clouds": images, "stations": stations}
+        around = Field(_tensor(data.surroundings(bases))[:, None], _AROUND, data.grid, images.times[:, -1:])
+        inputs = {"clouds": images, "stations": stations, "surroundings": around}
         return Batch(inputs, {TARGET: target}, self.layout, observations=self._observations(frames))
 
     def _observations(self, frames: np.ndarray) -> Observations:
@@ -251,6 +264,7 @@ def solar_layout(data: SolarStations, *, input_frames: int, lead_steps: Sequence
         inputs={
             "clouds": InputLayout(_CLOUDS, data.image, input_frames, STEP),
             "stations": InputLayout(_SHARE, data.grid, 1, STEP, gaps=True),
+            "surroundings": InputLayout(_AROUND, data.grid, 1, STEP),
         },
         targets={TARGET: TargetLayout(_OUTPUT, data.grid, tuple(step * STEP for step in lead_steps))},
         observations=ObservationLayout(

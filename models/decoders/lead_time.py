@@ -17,7 +17,7 @@ from data.layout import Layout
 from models.attention import AttentionLayer, Context, Modulations
 from models.conditioning.lead_time import LeadTimeFeatures, LeadTimeFiLM
 from models.decoders.place_queries import PlaceQueries
-from models.initialisation import linear_, zeros_
+from models.initialisation import lecun_, linear_, zeros_
 from models.latents import LatentLayout, Latents
 from models.positions.time import CalendarEmbedding
 
@@ -106,6 +106,9 @@ class LeadTimeDecoder(PlaceQueries):
         super().initialise()
         if self.lead_time is not None:
             linear_(self.lead_time)
+        for layer in self.layers.modules():
+            if isinstance(layer, nn.Linear):
+                lecun_(layer)  # gentler ones read the mean of the bottleneck for long
         if self.zero_head:
             zeros_(self.head)  # the first prediction is the target's reference
         else:
