@@ -23,8 +23,9 @@ class Observations(Movable):
     """Rows in any order; every tensor but the frame times has shape (n,) or is None.
 
     value: normalised float32, all of it finite. latitude, longitude: degrees, any convention. time: int64 seconds since
-    1970 UTC. batch, frame: int64, the sample and the frame (0 .. T-1) whose window holds the row. channel, platform,
-    type: int64 ids below the sizes in the layout. height (m), pressure (hPa), satellite_zenith, solar_zenith and
+    1970 UTC. batch, frame: the sample and the frame (0 .. T-1) whose window holds the row. channel, platform, type: ids
+    below the sizes in the layout. All five are integers of any width; 16 bits, where they do, keep a row at 50 bytes.
+    height (m), pressure (hPa), satellite_zenith, solar_zenith and
     scan_angle (degrees): float32, NaN where a row has none. error: standard deviation in the units of value.
     features (n, M), cell (n,): replace what would be computed from the rest (the description of a row, the cell of the
     latent grid that holds it).
@@ -75,6 +76,10 @@ class Observations(Movable):
         whole = ("times", "second_of_day", "day_of_year")
         given = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in whole}
         return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+    def flat_frame(self) -> Tensor:
+        """(n,) int64, the frame of each row among those of all samples: b T + t."""
+        return self.batch.long() * self.times.shape[1] + self.frame
 
     def chosen(self, rows: Tensor) -> Observations:
         """The rows of a mask or of indices."""

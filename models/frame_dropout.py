@@ -37,11 +37,10 @@ def frame_dropout(x: Tensor, *, share: float, key: Tensor, layer: int, first_fra
 
 def row_numbers(observations: Observations, key: Tensor, first_frame: int) -> Tensor:
     """(n,) numbers in [0, 1), one a row, from its sample, its frame and how many rows of that frame come before it."""
-    frames = observations.times.shape[1]
-    cell = observations.batch * frames + observations.frame
+    cell = observations.flat_frame()
     order, offsets = sort_and_pack(cell, observations.times.numel())
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    row = _mixed(_mixed(key + observations.batch) + observations.frame + first_frame)
+    row = _mixed(_mixed(key + observations.batch.long()) + observations.frame + first_frame)
     return uniform(row, place - offsets[cell])
 
 

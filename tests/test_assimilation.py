@@ -46,6 +46,9 @@ SMALL = [
 ]
 
 
+IDS = ("batch", "frame", "channel", "platform", "type")
+
+
 def task_of(**changes) -> AssimilationTask:
     settings = dict(
         frames=3, window=[-3 * HOUR, 3 * HOUR], reference="climatology", head="deterministic", loss="huber", stride=2
@@ -81,7 +84,7 @@ def test_a_batch_holds_truth_reference_and_observations(network, normalisation, 
     assert torch.allclose(target.physical(target.reference.values), climatology, atol=1e-3)
     assert 0.5 < residual(target).std() < 2
     observations = batch.observations
-    late = observations.time - target.times[observations.batch, observations.frame]
+    late = observations.time - target.times[observations.batch.long(), observations.frame.long()]
     assert late.abs().max() <= 3 * HOUR and set(observations.batch.tolist()) == {0, 1}
     assert observations.features.shape == (len(observations), 50 + NUM_FEATURES)
     static = batch.inputs["static"]
@@ -193,7 +196,7 @@ def test_departures_take_away_climatology_limb_and_platform():
 def test_departures_correlate_with_what_is_to_be_found(network, batch):
     observations, target = batch.observations, residual(batch.targets["analysis"])
     cell = network.grid.cell_of(torch.stack([observations.latitude, observations.longitude], dim=-1).double())
-    truth = target[observations.batch, observations.frame, 0, cell]
+    truth = target[observations.batch.long(), observations.frame.long(), 0, cell]
     sounder = observations.channel == 2
     assert np.corrcoef(truth[sounder], observations.value[sounder])[0, 1] > 0.5
     plain = task_of(departures=False)
@@ -247,6 +250,11 @@ def test_dropout_leaves_out_rows_platforms_and_channels(batch):
                 ((item.batch == sample) & (item.platform == platform)).sum() for item in (batch.observations, once)
             )
             assert after in (0, before)
+    wide = replace(batch.observations, **{name: getattr(batch.observations, name).long() for name in IDS})
+    assert wide.batch.dtype != batch.observations.batch.dtype
+    torch.manual_seed(1)
+    again = task_of(platform_dropout=0.5).augment(replace(batch, observations=wide), None).observations
+    assert torch.equal(once.value, again.value)
     channels = task_of(channel_dropout=0.5).augment(batch, None).observations
     assert 0 < len(channels) < len(batch.observations)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models import build
+from models.frame_dropout import row_numbers
 from tests.model_examples import GLOBAL, SPHERE, observed_layout, tiny_batch
 
 TINY = ["model/size=tiny", "model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.num_latents=6"]
@@ -28,7 +29,10 @@ READERS = {
     "encoder": ["model=healda_v2", "model/processor=latent_transformer"],
     "free latents": ["model=healda_v2", "model/encoder=perceiver"],
     "joint free latents": ["model=healda_v2", "model/encoder=perceiver", "model.encoder.frames=joint"],
+    "neighbours": ["model=healda_v2", "model/encoder=local_perceiver"],
+    "groups": ["model=healda_v2", "model/encoder=hierarchical_perceiver"],
 }
+IDS = ("batch", "frame", "channel", "platform", "type")
 
 
 @pytest.mark.parametrize("given", READERS.values(), ids=READERS)
@@ -50,6 +54,32 @@ def test_observations_count_in_any_order_for_their_own_sample_only(given, grid):
     assert (other[1] - before[1]).abs().max() > 1e-3
     alone = after(rows.chosen(of_first))
     torch.testing.assert_close(alone[0], before[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", READERS.values(), ids=READERS)
+def test_the_width_of_ids_changes_nothing(given):
+    layout = observed_layout()
+    model, batch = built(given, layout), tiny_batch(layout)
+    rows = batch.observations
+
+    def with_ids(dtype):
+        return model(
+            replace(batch, observations=replace(rows, **{name: getattr(rows, name).to(dtype) for name in IDS}))
+        )
+
+    wide = with_ids(torch.int64)["forecast"]
+    assert torch.equal(with_ids(torch.int16)["forecast"], wide) and torch.equal(with_ids(torch.int32)["forecast"], wide)
+
+
+def test_numbers_of_rows_do_not_overflow_with_narrow_ids():
+    """The 40,000th frame, for which 16 bits are too few."""
+    rows = tiny_batch(observed_layout()).observations
+    times = torch.zeros(400, 100, dtype=torch.int64)
+    last = {"batch": torch.full_like(rows.batch, 399), "frame": torch.full_like(rows.frame, 99)}
+    far = replace(rows, times=times, second_of_day=None, day_of_year=None, **last)
+    narrow = replace(far, batch=far.batch.short(), frame=far.frame.short())
+    assert (narrow.flat_frame() == 39_999).all()
+    assert torch.equal(row_numbers(narrow, 7, 0), row_numbers(far, 7, 0))
 
 
 def test_an_analysis_reads_no_later_observation():

@@ -74,7 +74,7 @@ class Rows:
         edges = -torch.tensor(_LEVELS).log()
         band = torch.bucketize(-observations.pressure.log(), (edges[1:] + edges[:-1]) / 2)
         band = torch.where(observations.pressure.isfinite(), band + 1, 0)
-        group = (observations.channel * data.num_platforms + observations.platform) * (len(_LEVELS) + 1) + band
+        group = (observations.channel.long() * data.num_platforms + observations.platform) * (len(_LEVELS) + 1) + band
         return Rows(
             observations.value.float(),
             group,
@@ -273,7 +273,7 @@ def _observed(data: AssimilationData, normalisation, windows: np.ndarray) -> tup
     half = data.step // 2
     table = normalisation.observed(data.grid, data.channels, data.observations(windows.flatten(), (-half, half)))
     observations = table.to_observations(torch.from_numpy(data.times[windows]))
-    return Rows.of(observations, data, normalisation), observations.batch
+    return Rows.of(observations, data, normalisation), observations.batch.long()
 
 
 def _windows(data: AssimilationData, frames: np.ndarray, lead_steps: Sequence[int]) -> np.ndarray:

@@ -81,13 +81,13 @@ class ObservationRows(nn.Module):
         """(n, D), one token a row."""
         coordinates = torch.stack([observations.latitude, observations.longitude], dim=-1)
         places = geographic_features(coordinates, self.num_bands, Points([[0.0, 0.0]]), spacing=self.spacing)
-        age = (observations.time - base_time[observations.batch]).float()
+        age = (observations.time - base_time[observations.batch.long()]).float()
         return self.value(self.tokenizer(observations)) + self.place(places) + self.age(lead_features(age))
 
     def forward(self, observations: Observations, base_time: Tensor, *, each: bool) -> tuple[Tensor, Tensor]:
         batch, frames = observations.times.shape
         rows = self.rows(observations, base_time)
-        group = observations.batch * frames + observations.frame if each else observations.batch
+        group = observations.flat_frame() if each else observations.batch.long()
         groups = batch * frames if each else batch
         order, offsets = sort_and_pack(group, groups)
         counts = offsets.diff()

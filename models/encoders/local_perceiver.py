@@ -205,7 +205,7 @@ class LocalPerceiverEncoder(nn.Module):
             places = torch.stack([observed.latitude, observed.longitude], dim=-1)
             cells, frames = self.cells.directions, self._frames(batch)
             place, cell = pairs(directions(places, geographic=True), cells, nearest=self.neighbours, radius=self.radius)
-            group = observed.batch * frames + (observed.frame if self.frames == "each" else 0)
+            group = observed.flat_frame() if self.frames == "each" else observed.batch.long()
             near = table(place, group[place] * len(cells) + cell, batch.batch_size * frames * len(cells))
         return tokens, near
 

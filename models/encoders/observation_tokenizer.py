@@ -71,7 +71,7 @@ def pack(
     if cell is None:
         cell = cell_of(torch.stack([observations.latitude, observations.longitude], dim=-1))
     batch, frames = observations.times.shape
-    flat = (observations.batch * frames + observations.frame) * num_cells + cell
+    flat = observations.flat_frame() * num_cells + cell
     total = batch * frames * num_cells
     flat = torch.where((cell >= 0) & (cell < num_cells), flat, total)
     order, offsets = sort_and_pack(flat, total)

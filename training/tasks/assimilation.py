@@ -195,5 +195,5 @@ class AssimilationTask(GriddedTask):
             (self.channel_dropout, observations.channel, tables.num_channels),
         ):
             if share > 0:
-                kept &= (torch.rand(size, number, device=device) >= share)[observations.batch, ids]
+                kept &= (torch.rand(size, number, device=device) >= share)[observations.batch.long(), ids.long()]
         return batch if kept.all() else replace(batch, observations=observations.chosen(kept))
