@@ -5,11 +5,11 @@ import torch
 from torch.library import opcheck
 
 from kernels import tuning
-from kernels.modulated_norm import gated, modulated_norm
+from kernels.modulated_norm import WIDEST_OF_BOTH, gated, gated_norm, modulated_norm
 from models.conditioning.adaptive_norm import AdaptiveNorm
 from tests.interpreter import interpreted, needs_triton, run_interpreted
 
-SHAPES = [(2, 3, 5, 24), (3, 7, 16), (1, 2, 70, 8), (2, 4, 100), (2, 0, 8), (0, 3, 8), (2, 9, 3000)]
+SHAPES = [(2, 3, 5, 24), (3, 7, 16), (1, 2, 70, 8), (2, 4, 100), (2, 0, 8), (0, 3, 8), (2, 9, 3000), (1, 2, 4100)]
 
 
 def _draw(shape, *, seed=0, dtype=torch.float64) -> list[torch.Tensor]:
@@ -23,14 +23,22 @@ def _draw(shape, *, seed=0, dtype=torch.float64) -> list[torch.Tensor]:
 def _outcome(function, *inputs, path) -> list[torch.Tensor]:
     """Results and gradients of inputs, whose strides are kept."""
     leaves = [part.detach().requires_grad_() for part in inputs]
-    output = function(*leaves, path=path)
-    towards = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output).cos().to(output.dtype)
-    return [output.detach(), *torch.autograd.grad(output, leaves, towards)]
+    outputs = function(*leaves, path=path)
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    towards = [
+        (torch.linspace(-1, 1, part.numel(), dtype=torch.float64) + index).view_as(part).cos().to(part.dtype)
+        for index, part in enumerate(outputs)
+    ]
+    return [*(part.detach() for part in outputs), *torch.autograd.grad(outputs, leaves, towards)]
 
 
 def _cases(dtype, shape):
     x, shift, scale, gate, branch = _draw(shape, dtype=dtype)
-    return [(modulated_norm, (x, shift, scale)), (gated, (x, gate, branch))]
+    return [
+        (modulated_norm, (x, shift, scale)),
+        (gated, (x, gate, branch)),
+        (gated_norm, (x, gate, branch, shift, scale)),
+    ]
 
 
 def _compare(dtype, shape, path, tolerance):
@@ -99,10 +107,25 @@ def test_triton_reads_layouts_as_they_are():
     x, _, scale, gate, branch = _draw((2, 6, 8), dtype=torch.float32)
     x, branch = x.transpose(0, 1).contiguous().transpose(0, 1), branch[..., ::2].repeat_interleave(2, dim=-1)
     shift = torch.randn(8).expand(2, -1)  # a constant, for all samples
-    for function, inputs in ((modulated_norm, (x, shift, scale)), (gated, (x, gate, branch))):
+    cases = [(modulated_norm, (x, shift, scale)), (gated, (x, gate, branch))]
+    for function, inputs in (*cases, (gated_norm, (x, gate, branch, shift, scale))):
         wanted, found = (_outcome(function, *inputs, path=path) for path in ("vectorised", "triton"))
         for ours, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@interpreted
+def test_the_stream_that_is_not_read_again_needs_no_gradient():
+    inputs = _draw((2, 6, 8), dtype=torch.float32)
+    x, shift, scale, gate, branch = (part.detach().requires_grad_() for part in inputs)
+    for index in range(2):
+        found, wanted = (
+            torch.autograd.grad(
+                gated_norm(x, gate, branch, shift, scale, path=path)[index].sin().sum(), (x, gate, branch)
+            )
+            for path in ("triton", "vectorised")
+        )
+        torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
 
 
 @interpreted
@@ -138,15 +161,18 @@ def test_operators_are_registered_completely():
     x, shift, scale, gate, branch = (part.detach().requires_grad_() for part in (x, shift, scale, gate, branch))
     opcheck(torch.ops.hydrasphere.modulated_norm.default, (x, shift, scale, torch.float32))
     opcheck(torch.ops.hydrasphere.gated.default, (x, gate, branch))
+    opcheck(torch.ops.hydrasphere.gated_norm.default, (x, gate, branch, shift, scale, torch.float32))
     given = [part.detach() for part in (branch, x, scale)]
     opcheck(torch.ops.hydrasphere.modulated_norm_backward.default, given)
     opcheck(torch.ops.hydrasphere.gated_backward.default, (given[0], gate.detach(), given[1]))
+    opcheck(torch.ops.hydrasphere.gated_norm_backward.default, (given[0], *given, gate.detach(), given[0]))
 
 
 @interpreted
 def test_compiled_whole():
     def branch(x, shift, scale, gate):
-        return gated(x, gate, modulated_norm(x, shift, scale).sin())
+        stream, normed = gated_norm(x, gate, modulated_norm(x, shift, scale).sin(), shift, scale)
+        return gated(stream, gate, normed)
 
     x, shift, scale, gate, _ = _draw((2, 3, 8), dtype=torch.float32)
     compiled = torch.compile(branch, fullgraph=True, backend="aot_eager")
@@ -165,10 +191,12 @@ def test_no_register_spills_on_hopper(width, stream, branch):
 
     numbers = dict.fromkeys(("rows", "programs", "steps", "shift_stride", "scale_stride", "gate_stride"), "i32")
     tensors = dict.fromkeys(("shift", "scale", "gate", "branch", "towards_branch", "gradient"), branch)
-    types = {**numbers, **tensors, "x": stream, "y": stream, "towards_x": stream, "sums": "*fp32", "eps": "fp32"}
+    tensors |= dict.fromkeys(("x", "y", "stream", "towards_x", "towards_stream"), stream)
+    types = {**numbers, **tensors, "sums": "*fp32", "eps": "fp32"}
     for name, of_kernel in launches.TUNING.items():
         config = tuning.shipped("nvidia_h200")[of_kernel.name]["any"]
-        constants = {"D": width, **launches.tile(width, config)}
+        served = min(width, WIDEST_OF_BOTH) if name.startswith("gated_norm") else width
+        constants = {"D": served, **launches.tile(served, config)}
         kernel = getattr(device_code, name)
         assert resources(kernel, types, constants, num_warps=config["num_warps"])["stack"] == 0, name
 
@@ -180,9 +208,11 @@ def test_offsets_of_rows_have_64_bits():
     from tests.kernel_resources import compiled, offset_types
 
     types = dict.fromkeys(("rows", "programs", "steps", "shift_stride", "scale_stride", "gate_stride"), "i32")
-    types |= dict.fromkeys(("x", "y", "branch", "gradient", "towards_x", "towards_branch"), "*bf16")
+    tokens = ("x", "y", "branch", "gradient", "towards_x", "towards_branch", "stream", "towards_stream")
+    types |= dict.fromkeys(tokens, "*bf16")
     types |= {**dict.fromkeys(("shift", "scale", "gate", "sums"), "*fp32"), "eps": "fp32"}
     accesses = {"norm_forward": 2, "norm_backward": 3, "gated_forward": 3, "gated_backward": 3}
+    accesses |= {"gated_norm_forward": 4, "gated_norm_backward": 6}
     for name, count in accesses.items():
         result = compiled(
             getattr(device_code, name), types, {"D": 64, **launches.tile(64, {"TILE": 4096})}, num_warps=8

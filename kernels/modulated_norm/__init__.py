@@ -2,8 +2,9 @@
 
     modulated_norm = (1 + scale) * norm(x) + shift        gated = x + gate * branch
 
-The norm has no weights of its own. A pass reads and writes each token once; backward, gradients of shift, scale and
-gate are summed in a fixed order (deterministic). Letters: B batch, D hidden.
+and `gated_norm`, the second followed by the first, between two sublayers: the stream is not read again for its norm,
+nor its gradient for that of the gate. The norm has no weights of its own. A pass reads and writes each token once;
+backward, gradients of shift, scale and gate are summed in a fixed order (deterministic). Letters: B batch, D hidden.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from kernels.dispatch import chosen_path
 
 NORM_EPS = 1e-6
 WIDEST = 8192  # rows that registers of a program hold
+WIDEST_OF_BOTH = 4096  # and of `gated_norm` as one kernel; wider ones are two
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, path: str = "auto") -> Tensor:
@@ -45,6 +47,16 @@ def gated(x: Tensor, gate: Tensor, branch: Tensor, *, path: str = "auto") -> Ten
     if path == "reference":
         return (x + gate * branch).to(x.dtype)
     return _VectorisedGate.apply(x, gate.to(x.dtype), branch.to(x.dtype))
+
+
+def gated_norm(
+    x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, *, path: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The stream x + gate * branch, as `gated`, and its (1 + scale) * norm + shift, as `modulated_norm`."""
+    if x.shape[-1] <= WIDEST_OF_BOTH and chosen_path(path, "gated_norm", x) == "triton":
+        return torch.ops.hydrasphere.gated_norm(x, gate, branch, shift, scale, _autocast_dtype(x))
+    stream = gated(x, gate, branch, path=path)
+    return stream, modulated_norm(stream, shift, scale, path=path)
 
 
 class _VectorisedGate(torch.autograd.Function):
@@ -149,3 +161,53 @@ def _gated_gradients(ctx, gradient):
 
 
 _gated.register_autograd(_gated_gradients, setup_context=_gated_setup)
+
+
+@torch.library.custom_op("hydrasphere::gated_norm", mutates_args=())
+def _gated_norm(
+    x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from kernels.modulated_norm import launches
+
+    return launches.gated_norm_forward(x, gate, branch, shift, scale, dtype, NORM_EPS)
+
+
+@_gated_norm.register_fake
+def _(x, gate, branch, shift, scale, dtype):
+    return x.new_empty(x.shape), torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@torch.library.custom_op("hydrasphere::gated_norm_backward", mutates_args=())
+def _gated_norm_backward(
+    towards_stream: Tensor, gradient: Tensor, stream: Tensor, scale: Tensor, gate: Tensor, branch: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of the branch, and (B, 3, D) of shift, scale and gate in float32; the norm is computed again."""
+    from kernels.modulated_norm import launches
+
+    return launches.gated_norm_backward(towards_stream, gradient, stream, scale, gate, branch, NORM_EPS)
+
+
+@_gated_norm_backward.register_fake
+def _(towards_stream, gradient, stream, scale, gate, branch):
+    sums = scale.new_empty((scale.shape[0], 3, scale.shape[1]), dtype=torch.float32)
+    return stream.new_empty(stream.shape), branch.new_empty(branch.shape), sums
+
+
+def _gated_norm_setup(ctx, inputs, output):
+    _, gate, branch, shift, scale, _ = inputs
+    ctx.shift_dtype = shift.dtype
+    ctx.save_for_backward(output[0], scale, gate, branch)
+
+
+def _gated_norm_gradients(ctx, towards_stream, gradient):
+    stream, scale, gate, branch = ctx.saved_tensors
+    towards_x, towards_branch, sums = torch.ops.hydrasphere.gated_norm_backward(
+        towards_stream, gradient, stream, scale, gate, branch
+    )
+    shift, towards_scale, towards_gate = (
+        part.to(dtype) for part, dtype in zip(sums.unbind(1), (ctx.shift_dtype, scale.dtype, gate.dtype), strict=True)
+    )
+    return towards_x, towards_gate, towards_branch, shift, towards_scale, None
+
+
+_gated_norm.register_autograd(_gated_norm_gradients, setup_context=_gated_norm_setup)

@@ -1,4 +1,4 @@
-"""Triton kernels of `modulated_norm` and `gated`: a program walks over rows of one sample, tiles of R rows at a time.
+"""Triton kernels of norms and gated residuals: a program walks over rows of one sample, tiles of R rows at a time.
 
 Everything is computed in float32. Gradients of the modulation are summed in registers, one partial sum a program.
 """
@@ -110,3 +110,55 @@ def gated_backward(
     column = tl.arange(0, BLOCK)
     sums += tl.program_id(0).to(tl.int64) * D + column
     tl.store(sums, tl.sum(towards_gate, axis=0), mask=column < D)
+
+
+@triton.jit
+def gated_norm_forward(
+    x, gate, branch, shift, scale, stream, y, rows, programs, steps, gate_stride, shift_stride, scale_stride, eps,
+    D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample, first, last = _span(rows, programs, steps, R)
+    opened = _modulation(gate, sample, gate_stride, D, BLOCK)
+    factor = 1.0 + _modulation(scale, sample, scale_stride, D, BLOCK)
+    offset = _modulation(shift, sample, shift_stride, D, BLOCK)
+    for step in range(steps):
+        place, inside = _rows(first + step * R, last, D, R, BLOCK)
+        added = opened * tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+        summed = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) + added
+        rounded = summed.to(stream.dtype.element_ty)  # the norm of what is stored, which the backward pass reads
+        tl.store(stream + place, rounded, mask=inside)
+        normed, _ = _normed(rounded.to(tl.float32), inside, eps, D)
+        tl.store(y + place, normed * factor + offset, mask=inside)
+
+
+@triton.jit
+def gated_norm_backward(
+    towards_stream, gradient, stream, scale, gate, branch, towards_x, towards_branch, sums,
+    rows, programs, steps, scale_stride, gate_stride, eps, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """gradient: towards the norm. sums: (programs of all samples, 3, D), towards shift, scale and gate."""
+    sample, first, last = _span(rows, programs, steps, R)
+    factor = 1.0 + _modulation(scale, sample, scale_stride, D, BLOCK)
+    opened = _modulation(gate, sample, gate_stride, D, BLOCK)
+    towards_shift = tl.zeros((R, BLOCK), tl.float32)
+    towards_scale = tl.zeros((R, BLOCK), tl.float32)
+    towards_gate = tl.zeros((R, BLOCK), tl.float32)
+    for step in range(steps):
+        place, inside = _rows(first + step * R, last, D, R, BLOCK)
+        normed, rate = _normed(tl.load(stream + place, mask=inside, other=0.0).to(tl.float32), inside, eps, D)
+        upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+        towards_shift += upstream
+        towards_scale += upstream * normed
+        upstream *= factor
+        mean = tl.sum(upstream, axis=1)[:, None] / D
+        along = tl.sum(upstream * normed, axis=1)[:, None] / D
+        whole = tl.load(towards_stream + place, mask=inside, other=0.0).to(tl.float32)
+        whole += tl.where(inside, rate * (upstream - mean - normed * along), 0.0)
+        tl.store(towards_x + place, whole, mask=inside)
+        tl.store(towards_branch + place, whole * opened, mask=inside)
+        towards_gate += whole * tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+    column = tl.arange(0, BLOCK)
+    sums += tl.program_id(0).to(tl.int64) * 3 * D + column
+    tl.store(sums, tl.sum(towards_shift, axis=0), mask=column < D)
+    tl.store(sums + D, tl.sum(towards_scale, axis=0), mask=column < D)
+    tl.store(sums + 2 * D, tl.sum(towards_gate, axis=0), mask=column < D)

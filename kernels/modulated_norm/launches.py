@@ -1,4 +1,4 @@
-"""How `modulated_norm` and `gated` are launched: which rows a program serves, and room for the sums of programs."""
+"""How norms and gated residuals are launched: which rows a program serves, and room for the sums of programs."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ TUNING = {
         "norm_backward": ((4096, 8), (2048, 4), (2048, 8)),
         "gated_forward": ((4096, 8), (2048, 4), (4096, 4), (8192, 8)),
         "gated_backward": ((4096, 8), (2048, 4), (2048, 8)),
+        "gated_norm_forward": ((4096, 8), (2048, 4), (8192, 16)),
+        "gated_norm_backward": ((4096, 16), (2048, 8), (2048, 16)),
     }.items()
 }
 FORWARD_TILES = 4  # of a program: scale and shift are loaded once for them
@@ -111,6 +113,42 @@ def gated_backward(gradient: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tens
 
     _launch("gated_backward", gradient, (gradient.dtype, branch.dtype), run)
     return found[0], towards_branch
+
+
+def gated_norm_forward(
+    x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype, eps: float
+) -> tuple[Tensor, Tensor]:
+    x, branch = x.contiguous(), branch.contiguous()
+    parts = [_dense_rows(part) for part in (gate, shift, scale)]
+    gate, shift, scale = parts
+    stream, y = torch.empty_like(x), torch.empty(x.shape, dtype=dtype, device=x.device)
+
+    def run(config: Config) -> None:
+        strides = [part.stride(0) for part in parts]
+        launch = _Launch(x, config, backward=False)
+        launch(device_code.gated_norm_forward, x, gate, branch, shift, scale, stream, y, *strides, eps)
+
+    _launch("gated_norm_forward", x, (x.dtype, branch.dtype, dtype), run)
+    return stream, y
+
+
+def gated_norm_backward(
+    towards_stream: Tensor, gradient: Tensor, stream: Tensor, scale: Tensor, gate: Tensor, branch: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = [part.contiguous() for part in (towards_stream, gradient, stream)]
+    scale, gate, branch = _dense_rows(scale), _dense_rows(gate), branch.contiguous()
+    towards_x, towards_branch = torch.empty_like(tensors[2]), torch.empty_like(branch)
+    found = [scale.new_zeros(len(stream), 3, stream.shape[-1], dtype=torch.float32)]
+
+    def run(config: Config) -> None:
+        launch = _Launch(stream, config, backward=True)
+        sums = launch.sums(stream, 3)
+        written, strides = (towards_x, towards_branch, sums), (scale.stride(0), gate.stride(0))
+        launch(device_code.gated_norm_backward, *tensors, scale, gate, branch, *written, *strides, eps)
+        found[0] = sums.sum(dim=1)
+
+    _launch("gated_norm_backward", stream, (stream.dtype, branch.dtype, gradient.dtype), run)
+    return towards_x, towards_branch, found[0]
 
 
 def _dense_rows(part: Tensor) -> Tensor:

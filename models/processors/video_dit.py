@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.layout import Layout
-from kernels.modulated_norm import gated, modulated_norm
+from kernels.modulated_norm import gated, gated_norm, modulated_norm
 from models.attention.disk import Disk
 from models.attention.layer import MLP, Modulation
 from models.attention.pixel import PixelCrossAttention
@@ -210,22 +210,26 @@ class VideoDiTBlock(nn.Module):
         def gate(values: Tensor, branch: int) -> Tensor:
             return values if keep is None else values * keep[branch][:, None].to(values.dtype)
 
-        def normed(values: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            if film is not None:
-                shift, scale = shift + film.attention_shift[:, 0], scale + film.attention_scale[:, 0]
-            return modulated_norm(values, shift, scale)
+        def attended(shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+            if film is None:
+                return shift, scale
+            return shift + film.attention_shift[:, 0], scale + film.attention_scale[:, 0]
 
         shift, scale, opened, mlp_shift, mlp_scale, mlp_opened = self.norm(condition, batch)
-        x = gated(x, gate(opened, 0), self.spatial(normed(x, shift, scale), valid=valid))
+        branch = self.spatial(modulated_norm(x, *attended(shift, scale)), valid=valid)
+        opened = gate(opened, 0)
         if self.observations is not None:
-            shift, scale, opened = self.observations_norm(condition, batch)
-            x = gated(x, gate(opened, 1), self.observations(normed(x, shift, scale), context))
+            shift, scale, next_opened = self.observations_norm(condition, batch)
+            x, normed = gated_norm(x, opened, branch, *attended(shift, scale))
+            branch, opened = self.observations(normed, context), gate(next_opened, 1)
         if self.temporal is not None:
-            shift, scale, opened = self.temporal_norm(condition, batch)
-            x = gated(x, gate(opened, 2), self.temporal(normed(x, shift, scale)))
+            shift, scale, next_opened = self.temporal_norm(condition, batch)
+            x, normed = gated_norm(x, opened, branch, *attended(shift, scale))
+            branch, opened = self.temporal(normed), gate(next_opened, 2)
         if film is not None:
             mlp_shift, mlp_scale = mlp_shift + film.mlp_shift[:, 0], mlp_scale + film.mlp_scale[:, 0]
-        hidden = self.mlp(modulated_norm(x, mlp_shift, mlp_scale))
+        x, normed = gated_norm(x, opened, branch, mlp_shift, mlp_scale)
+        hidden = self.mlp(normed)
         return gated(x, gate(mlp_opened, 3), hidden if dropped is None else dropped(hidden))
 
 
