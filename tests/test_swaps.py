@@ -64,11 +64,11 @@ def pairwise(product: list[tuple]) -> list[tuple]:
     return chosen
 
 
-FIELDS = list(
-    itertools.product(
-        distinct("encoder"), distinct("processor"), distinct("decoder"), CPU_ATTENTION, ("auto", "global")
-    )
-)
+FIELDS = [
+    (*case, scope)
+    for case in itertools.product(distinct("encoder"), distinct("processor"), distinct("decoder"), CPU_ATTENTION)
+    for scope in (("auto", "global") if case[2] == "perceiver_io" else ("auto",))
+]
 PLANAR = list(itertools.product(distinct("encoder"), distinct("processor"), distinct("decoder")))
 OBSERVED = [
     *itertools.product(
@@ -104,7 +104,7 @@ def parts(encoder: str, processor: str, decoder: str) -> list[str]:
 
 def with_fields(encoder, processor, decoder, attention, scope) -> tuple[list[str], Layout]:
     given = [*parts(encoder, processor, decoder), f"model.attention={attention}"]
-    if decoder == "perceiver_io" and scope != "auto":
+    if scope != "auto":
         given.append(f"model.decoder.scope={scope}")
     return given, tiny_layout(gaps=True)
 
