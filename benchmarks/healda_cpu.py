@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from benchmarks.healda_peer import INSTALL, NAME, PhysicsNeMo, installed
 from benchmarks.measure import environment, markdown, merged, publish
-from data.batch import Batch, Field
+from data.batch import Batch
+from data.field import Field
 from data.healpix import num_cells
 from data.layout import Layout
 from data.observations import Observations

@@ -19,7 +19,8 @@ from benchmarks import kernel_peer as peer
 from benchmarks.kernel_blocks import CONDITION, TOKEN, difference, floors, randomise, their_arguments, their_block
 from benchmarks.kernel_cases import BOTH, FORWARD, OURS, Case, Parts, Prepared, Setting, raw_rows
 from benchmarks.roofline import poisoned
-from data.batch import Batch, Field, Reference
+from data.batch import Batch
+from data.field import Field, Reference
 from data.healpix import HEALPixGrid
 from data.layout import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
 from data.observations import Observations

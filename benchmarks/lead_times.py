@@ -17,7 +17,8 @@ from statistics import median
 import torch
 
 from benchmarks.measure import environment, markdown, paired_cpu_seconds, publish, ratio
-from data.batch import Batch, Field
+from data.batch import Batch
+from data.field import Field
 from data.grids import PlanarGrid
 from data.layout import InputLayout, Layout, TargetLayout, Variable
 from models import build

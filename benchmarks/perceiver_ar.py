@@ -30,7 +30,8 @@ from benchmarks.measure import (
     ratio,
 )
 from benchmarks.peers import INSTALL, installed, provide_fairscale
-from data.batch import Batch, Sequence
+from data.batch import Batch
+from data.sequence import Sequence
 from models import build
 from models.convert import SOURCES, export
 from models.convert.perceiver_ar import TOKENS

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import SECONDS_PER_DAY
-from data.batch import calendar as gregorian_clock
+from data.field import SECONDS_PER_DAY
+from data.field import calendar as gregorian_clock
 
 GREGORIAN = "proleptic_gregorian"
 _ALIASES = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from data.batch import calendar
+from data.field import calendar
 from data.grids import Grid
 from data.layout import ObservationLayout
 from data.movable import Movable

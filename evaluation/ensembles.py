@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.batch import Sequence
 from data.datasets.token_windows import TokenWindows
+from data.sequence import Sequence
 from evaluation.evaluation import OURS
 from evaluation.summary import format_table
 from models.generation import Sampling, generate

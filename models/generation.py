@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.batch import Sequence
-from data.sequence import check
+from data.sequence import Sequence, check
 from models.encode_process_decode import EncodeProcessDecode
 
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.batch import Field, Sequence
+from data.field import Field
+from data.sequence import Sequence
 
 LOSSES = ("mse", "l1", "huber")
 

@@ -14,8 +14,10 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from data.batch import Batch, Field, Reference, Sequence
+from data.batch import Batch
+from data.field import Field, Reference
 from data.layout import Layout
+from data.sequence import Sequence
 from models.attention.pixel import PixelCrossAttention
 from models.composition import build_from_config
 from models.summary import COPIES_IN_TRAINING, KeptTensors

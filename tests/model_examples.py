@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from data.batch import Batch, Field, Reference, Sequence
+from data.batch import Batch
+from data.field import Field, Reference
 from data.grids import Grid, LatLonGrid, PlanarGrid, Points
 from data.healpix import HEALPixGrid
 from data.layout import InputLayout, Layout, ObservationLayout, SequenceLayout, TargetLayout, Variable
 from data.observations import Observations, check
+from data.sequence import Sequence
 
 HOUR = 3600
 BASE_TIME = 1_000_000_000

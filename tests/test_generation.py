@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from data.batch import Batch, Sequence
+from data.batch import Batch
+from data.sequence import Sequence
 from models import build
 from models.generation import Sampling, TokenStream, generate
 from tests.model_examples import tiny_layout, token_layout

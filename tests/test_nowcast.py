@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import Field, Reference
 from data.datasets.nowcast import TARGET, NowcastDataset
 from data.datasets.radar import RadarData
+from data.field import Field, Reference
 from data.grids import PlanarGrid
 from data.layout import Variable
 from data.rainfall import from_log, to_log

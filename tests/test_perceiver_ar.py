@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.batch import Batch, Sequence
+from data.batch import Batch
 from data.layout import Layout, SequenceLayout
-from data.sequence import check
+from data.sequence import Sequence, check
 from models import build
 from models.attention.backends import attend
 from models.positions.rotary import TokenRotary, rotate_pairs

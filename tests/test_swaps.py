@@ -17,9 +17,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from data.batch import Batch, Sequence
+from data.batch import Batch
 from data.grids import Points
 from data.layout import Layout
+from data.sequence import Sequence
 from models import load
 from models.composition import build_from_config, compose
 from tests.model_examples import GLOBAL, HOUR, PLANE, SPHERE, observed_layout, tiny_batch, tiny_layout, token_layout

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from data.analysis_normalisation import AnalysisNormalisation
-from data.batch import Batch, Field, FrameShare, Reference
+from data.batch import Batch, FrameShare
 from data.calendars import clock
 from data.datasets.assimilation_data import AssimilationData
+from data.field import Field, Reference
 from data.layout import Layout
 from data.observation_features import features
 from data.observations import Observations, check

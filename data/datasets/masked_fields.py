@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Field, Reference
+from data.batch import Batch
 from data.calendars import clock
 from data.datasets.forecast import standardised
 from data.datasets.gridded import GriddedData
+from data.field import Field, Reference
 from data.layout import InputLayout, Layout, TargetLayout
 from data.normalisation import Normalisation
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Field, Reference
+from data.batch import Batch
 from data.calendars import clock
 from data.datasets.radar import RadarData
 from data.datasets.radar_frames import LEVELS
+from data.field import Field, Reference
 from data.grids import PlanarGrid
 from data.layout import InputLayout, Layout, TargetLayout, Variable
 from data.motion import moved, origins

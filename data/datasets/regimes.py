@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Field
+from data.batch import Batch
 from data.datasets.cache import time_blocks
 from data.datasets.forecast import ForecastDataset, forecast_layout
 from data.datasets.gridded import GriddedData
+from data.field import Field
 from data.grids import Points
 from data.layout import Layout, TargetLayout, Variable
 from data.normalisation import Normalisation

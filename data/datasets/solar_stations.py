@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Field, Reference
+from data.batch import Batch
+from data.field import Field, Reference
 from data.grids import LatLonGrid, Points
 from data.layout import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
 from data.observations import Observations, check

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Field, Reference
+from data.batch import Batch
 from data.calendars import clock
 from data.datasets.assimilation import TARGET, AssimilationDataset
 from data.datasets.osse import NOISE, OSSE
+from data.field import Field, Reference
 from data.layout import InputLayout, Layout, Variable
 from data.observations import check
 

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Field, Sequence
+from data.batch import Batch
 from data.datasets.forecast import ForecastDataset
 from data.datasets.gridded import GriddedData
+from data.field import Field
 from data.layout import Layout, SequenceLayout
 from data.quantisation import Blocks, FieldQuantiser
-from data.sequence import check
+from data.sequence import Sequence, check
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Field, Reference
+from data.batch import Batch
 from data.datasets import wc13
 from data.datasets.neighbourhoods import KM_PER_DEGREE, RADII, Neighbourhoods, Rows
 from data.datasets.random_covariances import RandomCovariances, Scales, fitted, kriging, sampled
+from data.field import Field, Reference
 from data.grids import Points
 from data.layout import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
 from data.observations import Observations

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.batch import SECONDS_PER_DAY
+from data.field import SECONDS_PER_DAY
 from data.grids import EARTH_RADIUS_KM
 
 BIN_SECONDS = 21_600  # bin k holds times within 3 h of 6 k hours since 1970

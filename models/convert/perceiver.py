@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Field
+from data.batch import Batch
+from data.field import Field
 from data.grids import PlanarGrid, Points
 from data.layout import InputLayout, Layout, TargetLayout, Variable
 

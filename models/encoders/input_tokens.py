@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from data.batch import Field
+from data.field import Field
 from data.grids import Points
 from data.layout import InputLayout, ObservationLayout
 from data.observations import Observations

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from data.batch import Batch, Sequence
+from data.batch import Batch
 from data.layout import Layout
+from data.sequence import Sequence
 from models.initialisation import table_
 from models.latents import LatentLayout, Latents
 

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.batch import Batch, Condition, Field, Sequence
+from data.batch import Batch, Condition
+from data.field import Field
 from data.layout import Layout
 from data.observations import Observations, check
+from data.sequence import Sequence
 from models.convert import TARGET, perceiver_ar, physicsnemo, recognise, token_batch
 
 
