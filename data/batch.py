@@ -1,4 +1,4 @@
-"""What every dataset produces and every model reads: `Batch` carries fields, observations and the `Query` of each target.
+"""What datasets produce and models read: `Batch` carries fields, observations and the `Query` of each target.
 
 What parts of a model know before data flows is `data/layout.py`. Letters: B batch, T frames, L lead times, C variables.
 """
