@@ -142,8 +142,11 @@ def row_of(shape: Shape, device: torch.device, dtype: torch.dtype, random: torch
     given[-1].normal_(generator=random)
     seconds = paired_rounds(steps, device, rounds=rounds, longest=LONGEST)
     row["seconds"] = {name: median(values) for name, values in seconds.items()}
-    best = min(row["seconds"], key=row["seconds"].get)
-    row |= {"best": best, "ratio": measure.ratio(seconds[pick], seconds[best])}
+    if pick in seconds:
+        best = min(row["seconds"], key=row["seconds"].get)
+        same = len(seconds[pick]) == len(seconds[best])  # slow ones take part in the first round only
+        ratio = measure.ratio(seconds[pick], seconds[best]) if same else row["seconds"][pick] / row["seconds"][best]
+        row |= {"best": best, "ratio": ratio}
     return row
 
 
@@ -156,7 +159,7 @@ def _cells(row: dict, backends: tuple[str, ...]) -> list[str]:
     if "seconds" not in row:
         return [row["shape"], row["dtype"], *["-"] * len(backends), row["auto"], NOT_MEASURED]
     times = [f"{1000 * row['seconds'][name]:.3g}" if name in row["seconds"] else "-" for name in backends]
-    return [row["shape"], row["dtype"], *times, row["auto"], f"{row['ratio']:.2f}"]
+    return [row["shape"], row["dtype"], *times, row["auto"], f"{row['ratio']:.2f}" if "ratio" in row else "-"]
 
 
 def page(stored: dict[str, dict]) -> str:

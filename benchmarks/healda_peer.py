@@ -42,10 +42,10 @@ class PhysicsNeMo(nn.Module):
         context = self.prepare(
             obs=rows.value,
             float_metadata=rows.features,
-            obs_type=rows.type,
-            channel=rows.channel,
-            platform=rows.platform,
-            flat_idx=((rows.batch * frames + rows.frame) * cells + rows.cell).int(),
+            obs_type=rows.type.long(),
+            channel=rows.channel.long(),
+            platform=rows.platform.long(),
+            flat_idx=(rows.flat_frame() * cells + rows.cell).int(),
             total_pixels=batch.batch_size * frames * cells,
         )
         values = field.values.transpose(1, 2).contiguous()

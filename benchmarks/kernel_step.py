@@ -100,14 +100,13 @@ class TheirBlocks(nn.Module):
 def batch_of(setting: Setting, layout: Layout, rows: int) -> Batch:
     """One sample of random fields and observations."""
     columns = raw_rows(setting, rows)
-    columns |= {name: columns[name].long() for name in ("batch", "frame", "type", "channel", "platform")}
     last = columns["times"].new_full((1, 1), int(columns["times"][0, 0]) + (layout.frames - 1) * SECONDS)
     times = last + torch.tensor(layout.targets[TARGET].lead_times, device=setting.device)
     frame = columns["frame"] % layout.frames
     columns |= {
         "times": times,
         "frame": frame,
-        "time": times[0, frame] + setting.integers(SECONDS, rows) - SECONDS // 2,
+        "time": times[0, frame.long()] + setting.integers(SECONDS, rows) - SECONDS // 2,
     }
 
     def field(item: InputLayout | TargetLayout, at: Tensor) -> Field:
@@ -189,7 +188,7 @@ def step_floors(setting: Setting, layout: Layout, hidden: int, queries: int, row
     numbers = frames * cells * (FIXED + len(layout.targets[TARGET].variables))
     ends = (4 * numbers + frames * places * hidden * setting.size, 2 * numbers * hidden)
     described, film = FEATURES + 28, 2 * TOKEN  # 28: widths of the three embeddings
-    tokens = (rows * (48 + TOKEN * setting.size), 2 * rows * (described * film + film * 2 * TOKEN))
+    tokens = (rows * (50 + 4 * TOKEN), 2 * rows * (described * film + film * 2 * TOKEN))
     once = [ends, (2 * ends[0], 2 * ends[1]), tokens, (tokens[0], 2 * tokens[1])]
     return once + layers * (parts[FORWARD] + parts[BOTH])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.batch import Batch
-from data.started_processes import serve_until_parent_ends
+from data.started_processes import serve_until_parent_ends, started_to_serve
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class BatchLoader:
                 # Its own generator: drawing worker seeds must not disturb the model's random numbers.
                 generator=torch.Generator(),
             )
-        for tensors in self._loader:
+        for tensors in started_to_serve(lambda: iter(self._loader)):
             if isinstance(tensors, Exception):
                 raise tensors
             remaining = iter(tensors)

@@ -88,7 +88,7 @@ class Observations(Movable):
     def repeated(self, count: int) -> Observations:
         """The rows of every sample for `count` samples in a row."""
         again = {name: tensor.repeat_interleave(count, dim=0) for name, tensor in self.rows().items()}
-        again["batch"] = again["batch"] * count + torch.arange(count, device=self.batch.device).repeat(len(self))
+        again["batch"] = again["batch"].long() * count + torch.arange(count, device=self.batch.device).repeat(len(self))
         whole = ("times", "second_of_day", "day_of_year")
         return replace(self, **again, **{name: getattr(self, name).repeat_interleave(count, dim=0) for name in whole})
 
@@ -119,7 +119,8 @@ def check(
     faults = []
     for name, tensor in observations.rows().items():
         if ids.get(name) is not None:
-            faults += _fault(tensor, (tensor < 0) | (tensor >= ids[name]), f"{name} outside 0 .. {ids[name] - 1}")
+            wide = tensor.long()  # the size may be beyond what narrow ids can hold
+            faults += _fault(tensor, (wide < 0) | (wide >= ids[name]), f"{name} outside 0 .. {ids[name] - 1}")
         elif name in ("value", "longitude", "features"):
             faults += _fault(tensor, ~tensor.isfinite(), f"{name} that is not finite")
         elif name == "latitude":

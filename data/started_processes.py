@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def end_with_parent() -> None:
@@ -17,23 +23,31 @@ def end_with_parent() -> None:
 
 
 def serve_until_parent_ends(*_) -> None:
-    """For a process that works for another one.
+    """For a process that works for another one, which starts it within `started_to_serve`.
 
     Ctrl-C and a scheduler's SIGTERM reach the whole group, and it is the other one that finishes its step and saves,
-    for which it needs this one. Only the other one's own SIGTERM ends this one: at its exit `multiprocessing` sends it
-    to the workers that a loader still holds, and waits for them.
+    for which it needs this one.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before any thread, which inherits it
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
-    threading.Thread(target=_end_when_parent_says_so, daemon=True).start()
 
 
-def _end_when_parent_says_so() -> None:
-    parent = multiprocessing.parent_process().pid
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+def started_to_serve(start: Callable[[], T]) -> T:
+    """What `start` returns; the processes that it starts are killed at the exit of this one.
+
+    `multiprocessing` would ask them to end by SIGTERM, which they leave to others, and wait for them.
+    """
+    before = set(multiprocessing.active_children())
+    started = start()
+    for process in set(multiprocessing.active_children()) - before:
+        multiprocessing.util.Finalize(None, _kill, args=(process,), exitpriority=1)  # before that waiting
+    return started
+
+
+def _kill(process: BaseProcess) -> None:
+    if process.is_alive():
+        process.kill()
 
 
 def _follow_parent() -> None:

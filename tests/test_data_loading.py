@@ -137,16 +137,33 @@ def test_an_empty_batch_is_refused(dataset):
 
 
 HELD = """
-import os, signal, sys
+import os, sys
 from torch.utils.data import DataLoader
-from data.started_processes import serve_until_parent_ends
+from data.started_processes import serve_until_parent_ends, started_to_serve
+
+
+class Numbers:
+    def __setstate__(self, state):  # threads of libraries that come with the data, before any setting of signals
+        import threading, time
+
+        threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+
+    def __getstate__(self):
+        return {"size": 8}
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return index
+
 
 if __name__ == "__main__":
     loader = DataLoader(
-        range(8), num_workers=1, persistent_workers=True, multiprocessing_context="forkserver",
+        Numbers(), num_workers=1, persistent_workers=True, multiprocessing_context="forkserver",
         worker_init_fn=serve_until_parent_ends,
     )
-    sys.held = iter(loader)
+    sys.held = started_to_serve(lambda: iter(loader))
     next(sys.held)
     (worker,) = sys.held._workers
     os.system(f"kill -TERM {worker.pid}; kill -INT {worker.pid}")

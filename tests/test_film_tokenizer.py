@@ -240,7 +240,8 @@ def _compilation(num_features: int, factor: str) -> tuple[dict[str, str], dict]:
 
     names = {*device_code.forward.arg_names, *device_code.backward.arg_names}
     types = dict.fromkeys(names, "*fp32")
-    types |= dict.fromkeys(("type", "channel", "platform", "time", "times", "batch", "frame"), "*i64")
+    types |= dict.fromkeys(("type", "channel", "platform", "batch", "frame"), "*i16")
+    types |= dict.fromkeys(("time", "times"), "*i64")
     types |= dict.fromkeys(("copies", "num_types", "num_channels", "num_platforms"), "i32")
     types |= {"rows": "i32", "num_frames": "i32", "eps": "fp32"}
     shape = {**launches.tile(num_features, [4, 16, 8], 64, 32), "FACTOR": getattr(tl, factor), "given": None}

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from data.observations import check
 from models import build
 from models.frame_dropout import row_numbers
 from tests.model_examples import GLOBAL, SPHERE, observed_layout, tiny_batch
@@ -69,6 +70,15 @@ def test_the_width_of_ids_changes_nothing(given):
 
     wide = with_ids(torch.int64)["forecast"]
     assert torch.equal(with_ids(torch.int16)["forecast"], wide) and torch.equal(with_ids(torch.int32)["forecast"], wide)
+
+
+def test_ids_of_more_kinds_than_16_bits_hold_are_sound():
+    layout = observed_layout()
+    many = replace(layout.observations, num_platforms=40_000)
+    rows = tiny_batch(layout).observations
+    check(replace(rows, platform=rows.platform.short()), many)
+    with pytest.raises(ValueError, match="1 have platform outside 0 .. 39999"):
+        check(replace(rows, platform=torch.where(torch.arange(len(rows)) == 3, 40_000, rows.platform)), many)
 
 
 def test_numbers_of_rows_do_not_overflow_with_narrow_ids():

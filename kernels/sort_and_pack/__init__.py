@@ -47,7 +47,7 @@ def _offsets(ordered: Tensor, num_cells: int) -> Tensor:
 @torch.library.custom_op("hydrasphere::packed_sort", mutates_args=())
 def _packed_sort(cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
     """Order and offsets of `sort_and_pack`. One number holds a row's cell and, in its low bits, the row: as no two are
-    alike, any sort is stable, and NumPy's of such numbers (vector instructions) is the fastest."""
+    alike, any sort is stable, also NumPy's of plain numbers, which uses vector instructions."""
     bits = len(cell).bit_length()
     assert num_cells.bit_length() + bits < 64, "so many rows and cells fit no memory"
     keys = cell.long().numpy() << bits

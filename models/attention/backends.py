@@ -116,7 +116,9 @@ def attend(
                 "use trainer.precision=bf16 or model.attention=auto"
             )
     options = {}
-    if causal and query.shape[2] > 1:
+    if causal and query.shape[2] == 1 and key_mask is not None:
+        key_mask = torch.cat([key_mask[:, :-1], torch.ones_like(key_mask[:, -1:])], dim=1)
+    elif causal and query.shape[2] > 1:
         plain = key_mask is None and bias is None and query.shape[2] == key.shape[2]
         if plain and backend in ("sdpa", *_KERNELS):
             options = {"causal": True}  # these kernels skip what lies above the diagonal
