@@ -77,7 +77,7 @@ def test_ids_of_more_kinds_than_16_bits_hold_are_sound():
     many = replace(layout.observations, num_platforms=40_000)
     rows = tiny_batch(layout).observations
     check(replace(rows, platform=rows.platform.short()), many)
-    with pytest.raises(ValueError, match="1 have platform outside 0 .. 39999"):
+    with pytest.raises(ValueError, match=r"1 have platform outside 0 \.\. 39999"):
         check(replace(rows, platform=torch.where(torch.arange(len(rows)) == 3, 40_000, rows.platform)), many)
 
 
