@@ -21,6 +21,7 @@ FINEST = 1  # level at which motion is resolved: every second pixel
 COARSENING = 8  # pixels a side of what is kept of it: motion is smooth
 WINDOW = 8.0  # deviation of the Gaussian window, in pixels of a level
 ITERATIONS = 3
+MOTION_FRAMES = 3  # the last ones, that tell the motion
 _PRIOR = 0.02  # pull towards the coarser level's motion, in shares of the mean gradient
 _LARGEST = 3.0  # pixels a level may add in one iteration
 

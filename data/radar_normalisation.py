@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.motion import moved, origins
+from data.motion import MOTION_FRAMES, moved, origins
 from data.rainfall import to_log
 
 if TYPE_CHECKING:
@@ -43,8 +43,15 @@ class RadarNormalisation:
             raise ValueError("the training period of the radar data holds no rain; widen data.split.train")
         scale = rain.std()
         frames = data.frames
-        # From the third frame on: before, the motion is hardly known.
-        bases = [frame for frame in period[2:] if data.present[frame] and frame + max(lead_steps) <= period[-1]]
+        inside = np.zeros(data.times.size + max(lead_steps), dtype=bool)
+        inside[period] = True
+        bases = [
+            frame
+            for frame in period
+            if data.present[frame]
+            and inside[max(0, frame + 1 - MOTION_FRAMES) : frame + 1].sum() == MOTION_FRAMES
+            and inside[frame + np.array(lead_steps)].all()
+        ]
         if not bases:
             raise ValueError(
                 f"the training period ({period.size} frames) is shorter than the longest lead time ({max(lead_steps)} "

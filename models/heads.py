@@ -80,11 +80,13 @@ class CategoricalHead:
     def __init__(self, *, loss: str = "cross_entropy", bins: list[float]):
         if loss != "cross_entropy":
             raise ValueError(f"task.loss={loss} is unknown for task.head=categorical; use task.loss=cross_entropy")
-        if not bins or any(upper <= lower for lower, upper in pairwise(bins)):
-            raise ValueError(f"task.bins={list(bins or [])} must be increasing edges, like task.bins=[0.1,0.5,1,2,5]")
+        if not bins or not all(lower < upper < math.inf for lower, upper in pairwise([0.0, *bins])):
+            raise ValueError(
+                f"task.bins={list(bins or [])} must be increasing edges above 0, like task.bins=[0.1,0.5,1,2,5]"
+            )
         edges = [float(edge) for edge in bins]
         # What a bin stands for: 0, the geometric middle of its edges, and a quarter above the last edge.
-        middles = [math.sqrt(max(lower, 0.0) * max(upper, 0.0)) for lower, upper in pairwise(edges)]
+        middles = [math.sqrt(lower * upper) for lower, upper in pairwise(edges)]
         self.edges = torch.tensor(edges, device="cpu")
         self.values = torch.tensor([0.0, *middles, 1.25 * edges[-1]], device="cpu")
         self.outputs_per_variable = len(bins) + 1
@@ -98,7 +100,8 @@ class CategoricalHead:
         weight = torch.ones_like(truth) if weights is None else weights.to(truth.dtype).expand_as(truth)
         if presence is not None:
             truth, weight = torch.where(presence, truth, 0.0), weight * presence
-        wanted = torch.bucketize(truth.contiguous(), self.edges.to(truth.device), right=True)
+        # A rate that was an edge before it was normalised may have lost its last digits.
+        wanted = torch.bucketize(truth.contiguous() * (1 + 1e-5), self.edges.to(truth.device), right=True)
         logits = self._by_bin(output)
         if presence is not None:
             logits = torch.where(presence.expand_as(truth).unsqueeze(3), logits, 0.0)

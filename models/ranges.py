@@ -25,8 +25,9 @@ _counts = (
 )
 PARTS: dict[str, _Range] = {
     **dict.fromkeys(_counts.split(), COUNT),
-    **dict.fromkeys(("depth", "self_per_cross", "annual_harmonics", "diurnal_harmonics"), NATURAL),
+    **dict.fromkeys(("depth", "self_per_cross", "annual_harmonics", "diurnal_harmonics", "rotary_layers"), NATURAL),
     **dict.fromkeys(("mlp_ratio", "cross_mlp_ratio"), POSITIVE),
+    "prefix_dropout": SHARE,
     **dict.fromkeys(("dropout", "attention_dropout", "drop_path"), CHANCE),
 }
 TRUNK: dict[str, _Range] = {

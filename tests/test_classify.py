@@ -162,7 +162,7 @@ def test_a_model_learns_the_regimes_of_some_windows(data, decoder):
         (dict(quantiles=[0.7, 0.3]), "must increase between 0 and 1"),
         (dict(quantiles=[]), "must increase between 0 and 1"),
         (dict(box=[50, 35, 0, 10]), r"must be \[south,north,west,east\]"),
-        (dict(head="deterministic"), "task.head=deterministic does not predict classes"),
+        (dict(head="deterministic"), "task.head=deterministic does not suit this task; use classes"),
         (dict(input_frames=0), "must be at least 1"),
     ),
 )

@@ -1,5 +1,6 @@
 """Windows, task, head and scores of nowcasts on synthetic showers, against brute force."""
 
+import math
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ from data.grids import PlanarGrid
 from data.layout import Variable
 from data.rainfall import from_log, to_log
 from evaluation.nowcast.levels import fit_levels
+from evaluation.nowcast.run import _bases
 from evaluation.nowcast.scores import NowcastScores, crps_of_bins
 from models.heads import CategoricalHead
 from tests.radar_examples import showers, write
@@ -95,6 +97,25 @@ def test_training_windows_read_no_frame_of_other_splits_and_bases_lie_in_their_s
     assert len(dataset_of(data, "test", leads="all")) == 5  # 24 to 28, with 29 to 31 left for the last
 
 
+def test_a_split_in_two_ranges_keeps_to_itself(rates, tmp_path, monkeypatch):
+    path = str(write(tmp_path / "radar.nc", rates, corner=12))
+    at = [str(np.datetime64(int(time), "s")) for time in RadarData(path, split=SPLIT).times]
+    split = {
+        "train": [[at[0], at[9]], [at[16], at[25]]],
+        "validation": [at[26], at[28]],
+        "test": [[at[10], at[15]], [at[29], at[31]]],
+    }
+    data, read, seen = RadarData(path, split=split), RadarData.read, set()
+    monkeypatch.setattr(RadarData, "read", lambda self, frames: (seen.update(map(int, frames)), read(self, frames))[1])
+    made = task(input_frames=1)
+    fitted = made.fit(data)
+    assert seen and seen <= set(data.training_period.tolist())
+    for base, _ in made.dataset(data, "train", fitted).pairs:
+        assert {base - 2, base - 1, base} <= {-2, -1, *data.splits["train"].tolist()}
+    longest = 3
+    assert _bases(made.dataset(data, "test", fitted), None).tolist() == list(range(10, 15 - longest + 1))
+
+
 def test_crops_of_training_are_drawn_anew_and_those_of_validation_stay(data):
     train, validation = dataset_of(data, "train"), dataset_of(data, "validation")
     assert torch.equal(_first(train, [0, 1]), _first(train, [0, 1]))
@@ -144,6 +165,9 @@ def test_crops_larger_than_the_image_are_refused(data, options):
     [
         (dict(bins=[0.1, 0.5, 0.5, 2]), "task.bins=[0.1, 0.5, 0.5, 2] must be increasing edges"),
         (dict(bins=[]), "task.bins=[] must be increasing edges"),
+        (dict(bins=[-3, 0.5, 2]), "task.bins=[-3, 0.5, 2] must be increasing edges above 0"),
+        (dict(bins=[0.5, math.nan, 2]), "task.bins=[0.5, nan, 2] must be increasing edges above 0"),
+        (dict(head="classes"), "task.head=classes does not suit this task; use categorical or deterministic"),
         (dict(loss="mse"), "task.loss=mse is unknown for task.head=categorical; use task.loss=cross_entropy"),
         (dict(thresholds=[0.7]), "task.thresholds=[0.7] must be among task.bins"),
         (dict(leads="two"), "task.leads=two is unknown; use one of one, all"),
@@ -207,6 +231,17 @@ def test_the_categorical_loss_is_the_cross_entropy_of_bins():
     sums.sum().backward()
     assert torch.isfinite(output.grad).all() and output.grad.any()
     assert not torch.where(target.valid[:, :, 0, None], 0.0, output.grad).any()
+
+
+@pytest.mark.parametrize("scale", [0.61, 1.0, 1.243, 3.3])
+def test_rates_on_an_edge_reach_it_whatever_they_were_divided_by(scale):
+    head, rates = CategoricalHead(bins=[0.5, 2.0, 20.0]), torch.tensor([0.5, 2.0, 20.0])
+    values = (to_log(rates) / scale).reshape(1, 1, 1, 1, 3)
+    described = {"scale": torch.tensor(scale), "transform": "log_rain"}
+    target = Field(values, (Variable("rain_rate"),), PlanarGrid.regular(1, 3), torch.zeros(1, 1).long(), **described)
+    output = torch.full((1, 1, 4, 1, 3), -30.0)
+    output[0, 0, [1, 2, 3], 0, [0, 1, 2]] = 30.0  # sure of the bins that begin at these rates
+    assert head.loss(output, target)[0].item() < 1e-6
 
 
 def test_points_and_probabilities_of_a_categorical_forecast():

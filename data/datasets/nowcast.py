@@ -21,7 +21,7 @@ from data.datasets.radar_frames import LEVELS
 from data.field import Field, Reference
 from data.grids import PlanarGrid
 from data.layout import InputLayout, Layout, TargetLayout, Variable
-from data.motion import moved, origins
+from data.motion import MOTION_FRAMES, moved, origins
 from data.radar_normalisation import RadarNormalisation
 
 TARGET = "nowcast"
@@ -47,7 +47,14 @@ class NowcastWindow:
     reference: str
 
     def layout(self, data: RadarData) -> Layout:
-        side = self.crop + 2 * self.context
+        """Of samples. Raises ValueError where a crop does not fit."""
+        side, area = self.crop + 2 * self.context, data.target_grid.shape
+        if self.crop > min(area) or side > min(data.grid.shape):
+            raise ValueError(
+                f"task.crop={self.crop} with task.context={self.context} on every side is larger than the image "
+                f"({data.grid.shape[0]} x {data.grid.shape[1]} pixels, of which {area[0]} x {area[1]} are predicted); "
+                "use a smaller crop or context"
+            )
         spacing = float(np.abs(np.diff(data.grid.y)).mean())
         grid = PlanarGrid.regular(side, side, spacing=spacing, units=data.grid.units)
         inside = slice(self.context, self.context + self.crop)
@@ -79,7 +86,7 @@ class NowcastDataset:
     masked, and what moves is taken from the last frame that is there. Training crops lie anywhere in the image, at
     least half in range, drawn anew for every batch; validation crops lie in the window of the data and stay.
     crops: of each base (and lead time) in an epoch. layout: of all samples, whichever window they were cut from.
-    Raises ValueError where the split holds no window or a crop does not fit.
+    Raises ValueError where the split holds no window.
     """
 
     target = TARGET
@@ -99,20 +106,9 @@ class NowcastDataset:
         self.data, self.split, self.normalisation, self.window = data, split, normalisation, window
         self.layout, self.lead_steps = layout, window.lead_steps
         self.leads = np.array(normalisation.lead_index(window.lead_steps))
-        self._check_crop()
         self.pairs = self._pairs()
         self.base_indices = np.unique(self.pairs[:, 0])
         self.crops = crops
-
-    def _check_crop(self) -> None:
-        window = self.window
-        area = self.data.grid if self.split == "train" else self.data.target_grid
-        if window.crop > min(area.shape) or window.crop + 2 * window.context > min(self.data.grid.shape):
-            raise ValueError(
-                f"task.crop={window.crop} with task.context={window.context} on every side is larger than the image "
-                f"({self.data.grid.shape[0]} x {self.data.grid.shape[1]} pixels, of which {area.shape[0]} x "
-                f"{area.shape[1]} are predicted); use a smaller crop or context"
-            )
 
     def _pairs(self) -> np.ndarray:
         """(n, 2) base frames and, where a sample has one lead time, its position among them, else -1."""
@@ -125,7 +121,8 @@ class NowcastDataset:
         found = []
         for base in np.flatnonzero(inside):
             past = np.arange(base + 1 - window.input_frames, base + 1)
-            if past[0] < 0 or withheld[past].any() or not data.present[past].any():
+            read = past if not window.motion else np.arange(max(0, min(past[0], base + 1 - MOTION_FRAMES)), base + 1)
+            if past[0] < 0 or withheld[read].any() or not data.present[past].any():
                 continue
             leads = [
                 lead for lead, step in enumerate(window.lead_steps) if base + step < inside.size and inside[base + step]

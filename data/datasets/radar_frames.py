@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.motion import estimate_motion, halved, trajectories
+from data.motion import MOTION_FRAMES, estimate_motion, halved, trajectories
 from data.rainfall import to_log
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 LEVELS = 4  # coarser versions, their pixels 2, 4, 8 and 16 a side
 WET = 0.5  # mm/h
-MOTION_FRAMES = 3  # the last ones, that tell the motion
 _KEPT = 128  # entries of each kind
 
 

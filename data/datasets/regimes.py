@@ -38,15 +38,18 @@ class RegimeIndex:
         names = [item.label for item in data.variables]
         if variable is not None and variable not in names:
             raise ValueError(f"task.variable={variable} is not in the data; use one of {', '.join(names)}")
-        weights = data.grid.area_weights.float().clone()
+        channel = names.index(variable) if variable else 0
+        weights = data.grid.area_weights.float() * data.domain[channel]
         if box is not None:
             south, north, west, east = box
             latitude, longitude = data.grid.coordinates.T.reshape(2, *data.grid.shape)
             inside = (latitude >= south) & (latitude <= north) & ((longitude - west) % 360 <= (east - west) % 360)
             weights = weights * inside
         if not weights.any():
-            raise ValueError(f"task.box={list(box)} holds no cell; give [south,north,west,east] inside the data's grid")
-        return RegimeIndex(names.index(variable) if variable else 0, weights)
+            raise ValueError(
+                f"task.box={list(box)} holds no cell of {names[channel]}; give [south,north,west,east] where it is"
+            )
+        return RegimeIndex(channel, weights)
 
     def __call__(self, anomalies: Tensor) -> Tensor:
         """(..., C, H, W) normalised anomalies -> (...); NaN where nothing of the box is there."""

@@ -240,8 +240,9 @@ def _bases(dataset: NowcastDataset, most: int | None) -> np.ndarray:
     """Base frames that have every lead time, at most so many, evenly spread. Raises ValueError where there is none."""
     if most is not None and most < 1:
         raise ValueError(f"max_windows={most} must be at least 1; null takes the whole split")
-    found, longest = dataset.base_indices, max(dataset.lead_steps)
-    found = found[found + longest <= dataset.data.splits[dataset.split].max()]
+    bases, longest = dataset.base_indices, max(dataset.lead_steps)
+    inside = np.isin(bases[:, None] + np.array(dataset.lead_steps), dataset.data.splits[dataset.split])
+    found = bases[inside.all(axis=1)]
     if not found.size:
         raise ValueError(
             f"the {dataset.split} split holds no base frame with all lead times up to {longest} frames; shorten "

@@ -98,6 +98,7 @@ class AssimilationTask(GriddedTask):
         self.frames, self.frame_steps, self.stride, self.features = frames, frame_steps, stride, features
         self.window = (int(window[0]), int(window[1]))
         self.places, self.departures = places, departures
+        self.check_head(head)
         self.reference, self.head_name = reference, head
         self.loss_name, self.huber_delta = loss, huber_delta
         self.variable_weights = dict(variable_weights or {})

@@ -30,6 +30,7 @@ class ClassifyTask(GriddedTask):
     Raises ValueError where a value is not allowed.
     """
 
+    heads = ("classes",)
     stacking = None  # probabilities are not mixed
     lead_weights = None
 
@@ -52,8 +53,7 @@ class ClassifyTask(GriddedTask):
             )
         if box is not None and (len(box) != 4 or not box[0] < box[1]):
             raise ValueError(f"task.box={list(box)} must be [south,north,west,east], like task.box=[35,50,-40,0]")
-        if head != "classes":
-            raise ValueError(f"task.head={head} does not predict classes; leave it out")
+        self.check_head(head)
         self.input_frames, self.lead_time = input_frames, lead_time
         self.variable, self.box, self.quantiles = variable, box, tuple(quantiles)
         self.head_name, self.loss_name = head, loss

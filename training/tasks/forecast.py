@@ -84,6 +84,11 @@ class ForecastTask(GriddedTask):
             )
         if lead_draws < 1:
             raise ValueError(f"task.lead_draws={lead_draws} must be at least 1 lead time a sample")
+        if lead_draws > 1 and drawn is None:
+            raise ValueError(
+                f"task.lead_draws={lead_draws} draws from task.training_lead_times; give them, like "
+                "'task.training_lead_times={from:6,to:72}', or leave task.lead_draws out"
+            )
         if lead_weights is not None and (not lead_weights or min(lead_weights) < 0 or max(lead_weights) == 0):
             raise ValueError(f"task.lead_weights={list(lead_weights)} must be 0 or more, and not all 0")
         if input_noise < 0:
@@ -95,6 +100,7 @@ class ForecastTask(GriddedTask):
         self.training_lead_times = dict(drawn) if isinstance(drawn, Mapping) else drawn
         self.lead_draws = lead_draws
         self.reference = reference
+        self.check_head(head)
         self.head_name, self.loss_name = head, loss
         self.variable_weights = dict(variable_weights or {})
         self.lead_weights = None if lead_weights is None else tuple(lead_weights)

@@ -31,6 +31,7 @@ class GriddedTask:
     places at once ignore it. Outputs do not depend on each other, so this trades a noisier step for a cheaper one.
     """
 
+    heads: tuple[str, ...] = ("deterministic",)  # what `task.head` may be
     head_name: str
     loss_name: str
     huber_delta: float = 1.0
@@ -42,6 +43,11 @@ class GriddedTask:
         from models.heads import build_head
 
         return build_head(self.head_name, loss=self.loss_name, huber_delta=self.huber_delta)
+
+    def check_head(self, name: str) -> None:
+        """Raises ValueError where it does not suit this task."""
+        if name not in self.heads:
+            raise ValueError(f"task.head={name} does not suit this task; use {' or '.join(self.heads)}")
 
     def check_stacking(self, name: str | None) -> None:
         """Raises ValueError where it is no baseline of this task."""

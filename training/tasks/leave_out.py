@@ -28,6 +28,7 @@ class LeaveOutTask(GriddedTask):
     lead_weights = None
 
     def __init__(self, *, reference: str, head: str, loss: str, huber_delta: float = 1.0):
+        self.check_head(head)
         self.reference, self.head_name, self.loss_name, self.huber_delta = reference, head, loss, huber_delta
         self.variable_weights: Mapping[str, float] = {}
 

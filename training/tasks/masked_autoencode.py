@@ -55,6 +55,7 @@ class MaskedAutoencodeTask(GriddedTask):
         self.check_stacking(stacking)
         self.input_frames, self.stride = input_frames, stride
         self.mask_ratio, self.mask_block = mask_ratio, mask_block
+        self.check_head(head)
         self.head_name, self.loss_name = head, loss
         self.variable_weights = dict(variable_weights or {})
         self.stacking = stacking

@@ -48,6 +48,7 @@ class NowcastTask(GriddedTask):
     Raises ValueError where a value is not allowed.
     """
 
+    heads = ("categorical", "deterministic")
     lead_weights = None
     stacking = None
 
@@ -106,6 +107,7 @@ class NowcastTask(GriddedTask):
         self.input_frames, self.leads, self.crop, self.context, self.crops = input_frames, leads, crop, context, crops
         self.lead_minutes, self.score_minutes = lead_minutes, score_minutes
         self.motion, self.reference, self.levels = motion, reference, levels
+        self.check_head(head)
         self.head_name, self.loss_name, self.huber_delta, self.bins = head, loss, huber_delta, tuple(bins)
         self.thresholds, self.fss_windows = tuple(thresholds), tuple(fss_windows)
         self.query_fraction = query_fraction

@@ -33,6 +33,7 @@ class StationForecastTask(GriddedTask):
             raise ValueError(f"task.input_frames={input_frames} must be at least 1")
         check_lead_times("task.lead_times", lead_times, example="[0.5,1,3]")
         self.input_frames, self.lead_times = input_frames, tuple(lead_times)
+        self.check_head(head)
         self.head_name, self.loss_name = head, loss
         self.variable_weights: Mapping[str, float] = {}
 
