@@ -99,7 +99,9 @@ def test_torchrun_writes_one_folder(tmp_path):
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
 def test_a_sweep_over_ranks_goes_on_after_a_failing_job(tmp_path, launcher):
     if launcher != "basic":
-        pytest.importorskip(launcher.removesuffix("_local"), reason="pip install -e '.[sweep]'")
+        pytest.importorskip(
+            f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher", reason="pip install -e '.[sweep]'"
+        )
     uri, sweep = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "sweep"
     command = [sys.executable, TRAIN, "-m", f"hydra/launcher={launcher}", *TINY, f"tracking.uri={uri}"]
     done = run([*command, "+cp=1,2", "optimizer.lr=1e38,1e-3", f"hydra.sweep.dir={sweep}"], tmp_path)
