@@ -50,6 +50,7 @@ class Field(Movable):
     valid: bool, broadcastable to values; True = observed. Other values are never read: they may be NaN. None = all.
     domain: bool, broadcastable to (C, *grid.shape): where the variable exists at all (land is not a cloud). None = all.
     frame_valid: (B, T) bool; False for padded or missing frames. None = all.
+    group: (B, T) int64, which group of frames each one belongs to (the month of a day), 0, 1, ... None = no groups.
     scale, offset: broadcastable to values; normalisation towards physical units (None = values are physical).
     reference: what the model's residual is added to (targets only).
     second_of_day, day_of_year: (B, T) float32, computed from times unless given (other calendars give their own).
@@ -65,6 +66,7 @@ class Field(Movable):
     valid: Tensor | None = None
     domain: Tensor | None = None
     frame_valid: Tensor | None = None
+    group: Tensor | None = None
     scale: Tensor | None = None
     offset: Tensor | None = None
     reference: Reference | None = None
@@ -86,6 +88,13 @@ class Field(Movable):
                 f"times must be int64 of shape {tuple(self.values.shape[:2])}, got {self.times.dtype} "
                 f"{tuple(self.times.shape)}"
             )
+        for name, dtype in (("frame_valid", torch.bool), ("group", torch.int64)):
+            tensor = getattr(self, name)
+            if tensor is not None and (tensor.shape != self.times.shape or tensor.dtype != dtype):
+                raise ValueError(
+                    f"{name} must be {dtype} of shape {tuple(self.times.shape)}, got {tensor.dtype} "
+                    f"{tuple(tensor.shape)}"
+                )
         crops = (self.values.shape[0], self.grid.num_points, 2)
         if self.coordinates is not None and tuple(self.coordinates.shape) != crops:
             raise ValueError(f"coordinates of crops must be {crops}, got {tuple(self.coordinates.shape)}")
@@ -145,7 +154,7 @@ class Field(Movable):
             return tensor if shared else tensor.repeat_interleave(count, dim=0)
 
         whole = {name: getattr(self, name).repeat_interleave(count, dim=0) for name in ("values", "times")}
-        parts = ("valid", "domain", "frame_valid", "scale", "offset", "second_of_day", "day_of_year")
+        parts = ("valid", "domain", "frame_valid", "group", "scale", "offset", "second_of_day", "day_of_year")
         parts = {name: each(getattr(self, name)) for name in parts}
         coordinates = None if self.coordinates is None else self.coordinates.repeat_interleave(count, dim=0)
         return replace(self, reference=None, coordinates=coordinates, **whole, **parts)
@@ -167,6 +176,7 @@ class Field(Movable):
             valid=chosen(self.valid),
             domain=chosen(self.domain),
             frame_valid=None if self.frame_valid is None else self.frame_valid[:, frames],
+            group=None if self.group is None else self.group[:, frames],
             scale=chosen(self.scale),
             offset=chosen(self.offset),
             reference=reference,

@@ -30,13 +30,26 @@ class Variable:
 
 @dataclass(frozen=True)
 class InputLayout:
-    """variables on a grid, `frames` of them `step` seconds apart; gaps: whether values can be missing."""
+    """variables on a grid, `frames` of them `step` seconds apart; gaps: whether values can be missing.
+
+    frames_per_group: frames in a row that belong together (the days of a month, padded to 31); 1: there are no groups.
+    """
 
     variables: tuple[Variable, ...]
     grid: Grid
     frames: int
     step: int
     gaps: bool = False
+    frames_per_group: int = 1
+
+    def __post_init__(self):
+        if self.frames_per_group < 1 or self.frames % self.frames_per_group:
+            raise ValueError(f"{self.frames} frames are no whole groups of {self.frames_per_group}")
+
+    @property
+    def groups(self) -> int:
+        """How many groups the frames form."""
+        return self.frames // self.frames_per_group
 
     @property
     def channels(self) -> int:
@@ -125,13 +138,17 @@ class Layout:
     def frames_of(self, target: str, frames: int | None = None) -> list[int] | None:
         """Which frame stands for each time of a target; None where a time is none of the frames' (a forecast).
 
-        frames: how many there are, ending at the last input frame; None: all of the layout.
+        frames: how many there are, ending at the last input frame; None: all of the layout. Where there are as many as
+        groups of frames, each ends where its group does.
         """
         if isinstance(self.targets[target], SequenceLayout):
             return None
         frames = self.frames if frames is None else frames
         described = [*self.inputs.values(), *([self.observations] if self.observations is not None else [])]
         step = next((item.step for item in described if item.frames == frames), 0)
+        if not step:
+            grouped = (item for item in self.inputs.values() if getattr(item, "frames_per_group", 1) > 1)
+            step = next((item.step * item.frames_per_group for item in grouped if item.groups == frames), 0)
         offsets = [(frame + 1 - frames) * step for frame in range(frames)]
         wanted = self.targets[target].lead_times
         return [offsets.index(time) for time in wanted] if set(wanted) <= set(offsets) else None
