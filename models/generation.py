@@ -103,7 +103,8 @@ class TokenStream:
             )
         self.encoder, self.processor = model.encoder, model.processor
         (self.decoder,) = model.decoder.values()
-        self.cached = cached and hasattr(model.processor, "cache")
+        self.cached = cached and hasattr(model.processor, "reader")
+        self.reader = model.processor.reader(prompt.tokens.shape[0]) if self.cached else None
         self.tokens, self.valid = prompt.filled, prompt.valid
         self.window = Window(0, prompt.prefix_len, described.length, latents, stride)
         self.logits = self._read()
@@ -124,20 +125,16 @@ class TokenStream:
         sequence = Sequence(self.tokens[:, start:], valid, self.window.prefix_len)
         if not self.cached:
             return self._scores(self.processor(self.encoder.read(sequence)).tokens[:, 0])
-        embedded = self.encoder.embed(sequence.filled, sequence.positions)
-        self._next, self._cache = sequence.positions[:, -1:] + 1, self.processor.cache(embedded, valid)
-        return self._scores(
-            self.processor.read_tokens(
-                embedded, sequence.positions, prefix_len=sequence.prefix_len, valid=valid, cache=self._cache
-            )
-        )
+        positions = sequence.positions
+        self._next = positions[:, -1:] + 1
+        embedded = self.encoder.embed(sequence.filled, positions)
+        return self._scores(self.reader.read(embedded, positions, prefix_len=sequence.prefix_len, valid=valid))
 
     def _read_last(self) -> Tensor:
         """The last token, as one more latent."""
         embedded = self.encoder.embed(self.tokens[:, -1:], self._next)
-        scores = self._scores(self.processor.read_tokens(embedded, self._next, cache=self._cache))
         self._next = self._next + 1
-        return scores
+        return self._scores(self.reader.append(embedded[:, 0])[:, None])
 
     def _scores(self, latents: Tensor) -> Tensor:
         return self.decoder.logits(latents[:, -1:])[:, 0]

@@ -80,21 +80,40 @@ def test_padded_prompts_go_on_like_those_rows_alone(model, cached):
 
 
 def test_one_more_token_is_one_query_and_copies_no_keys():
-    model, shapes = build(SMALL, LAYOUT).eval(), []
+    model, read = build(SMALL, LAYOUT).eval(), []
     for layer in (model.processor.cross, *model.processor.layers):
-        layer.attention.query.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape[1]))
-        layer.attention.key.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape[1]))
+        layer.mlp_norm.register_forward_pre_hook(lambda _, given: read.append(tuple(given[0].shape)))
+        layer.attention.key.register_forward_pre_hook(lambda _, given: read.append(tuple(given[0].shape)))
     with torch.inference_mode():
         stream = TokenStream(model, Sequence(torch.zeros(1, 8, dtype=torch.int64), prefix_len=7))
-        assert shapes == [1, 8, 1, 1, 1, 1]
-        place = stream._cache.cross.keys.data_ptr()
-        shapes.clear()
+        assert read == [(1, 8, 16), (1, 1, 16), *[(1, 1, 16)] * 4]
+        caches = [part.cache for part in (stream.reader.cross, *stream.reader.layers)]
+        places = [tensor.data_ptr() for cache in caches for tensor in (cache.keys, cache.values)]
+        read.clear()
         for _ in range(LATENTS - 1):
             stream.append(torch.zeros(1, dtype=torch.int64))
-        assert set(shapes) == {1} and stream._cache.cross.keys.data_ptr() == place
-        shapes.clear()
+        assert set(read) == {(1, 16)} and [cache.length for cache in caches] == [12, 5, 5]
+        read.clear()
         stream.append(torch.zeros(1, dtype=torch.int64))  # the window is full: half of it is read anew
-        assert shapes == [4, 13, 4, 4, 4, 4]
+        assert read == [(1, 13, 16), (1, 4, 16), *[(1, 4, 16)] * 4] and [cache.length for cache in caches] == [13, 4, 4]
+        assert places == [tensor.data_ptr() for cache in caches for tensor in (cache.keys, cache.values)]
+
+
+@pytest.mark.parametrize(
+    "options", [["model.mlp=geglu"], ["model.processor.rotary_layers=null"], ["model.decoder.bias=false"]]
+)
+def test_other_layers_go_on_as_they_are(options):
+    torch.manual_seed(1)
+    model = build([*SMALL, *options], LAYOUT).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    tokens = torch.randint(VOCABULARY, (2, 12))
+    with torch.inference_mode():
+        stream = TokenStream(model, Sequence(tokens[:, :8], None, 7))
+        for count in range(8, 12):
+            wanted = last_logits(model, tokens[:, :count], 7)
+            torch.testing.assert_close(stream.logits, wanted, rtol=1e-10, atol=1e-10)
+            stream.append(tokens[:, count])
 
 
 # Drawing

@@ -1,7 +1,8 @@
 """Causal attention over a sequence: tokens read a prefix and the tokens before them, and themselves.
 
-Keys and values of what was read can be kept, so that one more token costs one query (Perceiver AR, arXiv:2202.07765,
-section 3.2). Letters: B batch, h heads, p prefix, L tokens, m keys, D width, d head width.
+Keys and values of what was read can be kept, so that one more token costs one query (`models/attention/next_token.py`).
+Perceiver AR, arXiv:2202.07765, section 3.2. Letters: B batch, h heads, p prefix, L tokens, m keys, D width, d head
+width.
 """
 
 from __future__ import annotations
@@ -19,20 +20,25 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, each (B or 1, 1, n, pairs)
 
 
 class KeyValueCache:
-    """Keys, already rotated, and values of all positions so far, in memory allocated once, head by head as they are
-    read."""
+    """Keys, already rotated, and values of all positions so far, in memory allocated once.
+
+    keys: (B, h, d, capacity), transposed: the product of one query with them runs along memory. values: (B, h,
+    capacity, d). length: how many positions they hold.
+    """
 
     def __init__(self, shape: tuple[int, int, int, int], like: Tensor):
         """shape: (B, h, capacity, d). like: a tensor of the dtype and device."""
-        self.keys, self.values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        batch, heads, capacity, width = shape
+        self.keys = like.new_empty(batch, heads, width, capacity)
+        self.values = like.new_empty(shape)
         self.length = 0
 
-    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds (B, h, n, d); returns all so far, (B, h, m, d) each, without copying them."""
         start, self.length = self.length, self.length + keys.shape[2]
-        self.keys[:, :, start : self.length] = keys
+        self.keys[..., start : self.length] = keys.transpose(2, 3)
         self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return self.keys[..., : self.length].transpose(2, 3), self.values[:, :, : self.length]
 
 
 class CausalAttention(MultiHeadAttention):
@@ -47,14 +53,14 @@ class CausalAttention(MultiHeadAttention):
         valid: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """rotations: of x and of the context. valid: (B, keys) bool over all keys, those of the cache included."""
+        """rotations: of x and of the context. valid: (B, m) bool. cache: what keeps keys and values; empty so far."""
         query = rearrange(self.query(x), "b n (h d) -> b h n d", h=self.num_heads)
         key = rearrange(self.key(context), "b m (h d) -> b h m d", h=self.num_heads)
         value = rearrange(self.value(context), "b m (h d) -> b h m d", h=self.num_heads)
         if rotations is not None:
             query, key = rotate_pairs(query, *rotations[0]), rotate_pairs(key, *rotations[1])
         if cache is not None:
-            key, value = cache.extended(key, value)
+            cache.extend(key, value)
         mixed = attend(
             query,
             key,

@@ -3,6 +3,9 @@
     y = x + attention(norm(x), norm(context))
     z = y + mlp(norm(y))
 
+With `post_norm`, as in the first transformers (arXiv:1706.03762), self-attention instead: y = norm(x + attention(x)),
+z = norm(y + mlp(y)).
+
 Letters: B batch, n queries, m context tokens, D query width.
 """
 
@@ -93,15 +96,17 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, *, readout: nn.Linear | None = None) -> Tensor:
         """readout: applies its weight (not its bias) to the result by multiplying the two matrices first."""
-        hidden = self.up(x)
-        if self.gated:
-            value, gate = hidden.chunk(2, dim=-1)
-            hidden = value * self.activation(gate)
-        else:
-            hidden = self.activation(hidden)
+        hidden = self.activated(self.up(x))
         if readout is None:
             return self.down(hidden)
         return F.linear(hidden, readout.weight @ self.down.weight, readout.weight @ self.down.bias)
+
+    def activated(self, hidden: Tensor) -> Tensor:
+        """What `up` returns -> what `down` reads."""
+        if not self.gated:
+            return self.activation(hidden)
+        value, gate = hidden.chunk(2, dim=-1)
+        return value * self.activation(gate)
 
 
 class AttentionLayer(nn.Module):
@@ -111,6 +116,7 @@ class AttentionLayer(nn.Module):
     mlp_ratio: widening of the MLP; mlp: one of ACTIVATIONS. residual: whether x is added to what attention returns (the
     MLP's residual is always on). dropout: of both branches' outputs; attention_dropout: of attention weights;
     drop_path: chance that a sample skips a branch in training. number: its place in `Modulations`, set by the builder.
+    post_norm: norms after the residual sums (self-attention only).
     """
 
     number: int | None = None
@@ -134,8 +140,11 @@ class AttentionLayer(nn.Module):
         drop_path: float = 0.0,
         backend: str = "auto",
         kv_mode: str = "auto",
+        post_norm: bool = False,
     ):
         super().__init__()
+        assert not post_norm or (context_dim is None and residual)
+        self.post_norm = post_norm
         self.film_width = dim
         self.residual, self.drop_path = residual, drop_path
         self.query_norm = nn.LayerNorm(dim, eps=NORM_EPS)
@@ -175,6 +184,9 @@ class AttentionLayer(nn.Module):
         """
         if isinstance(modulation, Modulations):
             modulation = modulation.of(self)
+        if self.post_norm:
+            assert context is None and readout is None
+            return self._post_norm(masked_to_zero(x, mask), mask, bias, rotary, modulation)
         if self.context_norm is None:
             x = masked_to_zero(x, mask)
         elif not isinstance(context, Context):
@@ -196,6 +208,20 @@ class AttentionLayer(nn.Module):
         if self._readout_folds(readout):
             return readout(y) + self.mlp(normed, readout=readout)
         return readout(y + self._branch(self.mlp(normed)))
+
+    def _post_norm(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        modulation: Modulation | None,
+    ) -> Tensor:
+        y = self.query_norm(x + self._branch(self.attention(x, mask=mask, bias=bias, rotary=rotary)))
+        if modulation is not None:
+            y = modulated(y, modulation.attention_scale, modulation.attention_shift)
+        z = self.mlp_norm(y + self._branch(self.mlp(y)))
+        return z if modulation is None else modulated(z, modulation.mlp_scale, modulation.mlp_shift)
 
     def _readout_folds(self, readout: nn.Linear) -> bool:
         """Whether the readout may skip the branch's width (dropout acts on it) and is narrow enough to gain by it."""

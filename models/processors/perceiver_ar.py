@@ -10,24 +10,14 @@ Letters: B batch, n tokens, p prefix, L = n - p latents, D hidden.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from data.layout import Layout
 from models.attention.causal import CausalLayer, KeyValueCache
+from models.attention.next_token import NextToken
 from models.latents import LatentLayout, Latents
 from models.positions.rotary import TokenRotary
-
-
-@dataclass(frozen=True)
-class SequenceCache:
-    """What the layers keep of the tokens read so far. valid: (B, capacity) bool where rows are padded, or None."""
-
-    cross: KeyValueCache
-    layers: list[KeyValueCache]
-    valid: Tensor | None
 
 
 class PerceiverAR(nn.Module):
@@ -97,24 +87,22 @@ class PerceiverAR(nn.Module):
         *,
         prefix_len: int = 0,
         valid: Tensor | None = None,
-        cache: SequenceCache | None = None,
+        caches: list[KeyValueCache] | None = None,
     ) -> Tensor:
         """(B, n, D) at positions (B or 1, n) -> (B, L, D).
 
-        valid: (B, n) bool, False for padding, which is never read. cache: what was read before these tokens, if
-        anything; they are added to it, and padding is then what the cache says.
+        valid: (B, n) bool, False for padding, which is never read. caches: what keeps keys and values, of the
+        cross-attention and of each layer; empty so far.
         """
         prefix, own = tokens[:, :prefix_len], tokens[:, prefix_len:]
         before, here = positions[:, :prefix_len], positions[:, prefix_len:]
         if self.training and self.prefix_dropout and prefix_len:
-            assert cache is None, "dropped tokens cannot be cached"
+            assert caches is None, "dropped tokens cannot be cached"
             kept = self._kept(tokens.shape[0], prefix_len, tokens.device)
             prefix = prefix.gather(1, kept[..., None].expand(-1, -1, prefix.shape[2]))
             before = before.expand(tokens.shape[0], -1).gather(1, kept)
             if valid is not None:
                 valid = torch.cat([valid[:, :prefix_len].gather(1, kept), valid[:, prefix_len:]], dim=1)
-        if cache is not None and cache.valid is not None:
-            valid = cache.valid[:, : cache.cross.length + tokens.shape[1]]
         rotation = self.rotary.angles(here)
         context = rotation if not prefix_len else self.rotary.angles(_joined(before, here))
         own = self.cross(
@@ -122,30 +110,19 @@ class PerceiverAR(nn.Module):
             prefix if prefix_len else None,
             rotations=(rotation, context),
             valid=valid,
-            cache=None if cache is None else cache.cross,
+            cache=None if caches is None else caches[0],
         )
         for index, layer in enumerate(self.layers):
             own = layer(
                 own,
                 rotations=(rotation, rotation) if index < self.rotary_layers else None,
-                cache=None if cache is None else cache.layers[index],
+                cache=None if caches is None else caches[index + 1],
             )
         return own
 
-    def cache(self, tokens: Tensor, valid: Tensor | None = None) -> SequenceCache:
-        """An empty cache for the longest sequence that starts with tokens (B, n, D), of which valid (B, n) are not
-        padding."""
-        attention = self.cross.attention
-        heads, width = attention.num_heads, attention.qk_width // attention.num_heads
-        longest, window = (
-            (tokens.shape[0], heads, described.length, width) for described in (self.read, self.predicted)
-        )
-        if valid is not None:
-            more = valid.new_ones(valid.shape[0], self.read.length - valid.shape[1])
-            valid = torch.cat([valid, more], dim=1)
-        return SequenceCache(
-            KeyValueCache(longest, tokens), [KeyValueCache(window, tokens) for _ in self.layers], valid
-        )
+    def reader(self, batch: int) -> SequenceReader:
+        """Of sequences that go on, that many at a time, with the weights of now."""
+        return SequenceReader(self, batch)
 
     def _kept(self, batch: int, prefix_len: int, device: torch.device) -> Tensor:
         """(B, p - int(p * prefix_dropout)) ascending positions of the prefix, others for every sample."""
@@ -158,3 +135,43 @@ def _joined(before: Tensor, here: Tensor) -> Tensor:
     """Positions of the prefix, of every sample or shared by all, and of the tokens after it."""
     rows = max(before.shape[0], here.shape[0])
     return torch.cat([before.expand(rows, -1), here.expand(rows, -1)], dim=1)
+
+
+class SequenceReader:
+    """A Perceiver AR in evaluation mode that reads a sequence and then one more token after another, each of which
+    costs one query. Keys and values lie in memory allocated once."""
+
+    def __init__(self, model: PerceiverAR, batch: int):
+        self.model = model
+        attention = model.cross.attention
+        heads, width = attention.num_heads, attention.qk_width // attention.num_heads
+
+        def bound(layer: CausalLayer, capacity: int) -> NextToken:
+            cache = KeyValueCache((batch, heads, capacity, width), like=attention.query.weight)
+            return NextToken(layer, cache)
+
+        self.cross = bound(model.cross, model.read.length)
+        self.layers = [bound(layer, model.predicted.length) for layer in model.layers]
+
+    def read(self, tokens: Tensor, positions: Tensor, *, prefix_len: int, valid: Tensor | None) -> Tensor:
+        """As `PerceiverAR.read_tokens`; what was read before is forgotten."""
+        caches = [part.cache for part in (self.cross, *self.layers)]
+        for cache in caches:
+            cache.length = 0
+        count, room = tokens.shape[1], self.model.read.length
+        later = positions[:, -1:] + torch.arange(1, room - count + 1, device=positions.device)
+        self._rotation = self.model.rotary.angles(later)
+        self._start, self._valid = count, valid
+        if valid is not None:
+            self._valid = torch.cat([valid, valid.new_ones(valid.shape[0], room - count)], dim=1)
+        return self.model.read_tokens(tokens, positions, prefix_len=prefix_len, valid=valid, caches=caches)
+
+    def append(self, token: Tensor) -> Tensor:
+        """(B, D) of the next token -> (B, D)."""
+        count = self.cross.cache.length + 1
+        place = count - 1 - self._start
+        rotation = tuple(part[:, :, place : place + 1] for part in self._rotation)
+        x = self.cross(token, rotation=rotation, valid=None if self._valid is None else self._valid[:, :count])
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotation=rotation if index < self.model.rotary_layers else None)
+        return x
