@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks import kernel_peer as peer
 from benchmarks.roofline import largest_error, poisoned
-from kernels.film_tokenizer import film_tokenizer
+from kernels.film_tokenizer import film_tokenizer, row_bytes
 from kernels.modulated_norm import gated, modulated_norm
 from kernels.pixel_attention import pixel_attention
 from kernels.segments import plan
@@ -190,7 +190,7 @@ def raw_rows(setting: Setting, rows: int) -> dict[str, Tensor | None]:
         return low + (high - low) * drawn
 
     times = 1_700_000_000 + torch.arange(8, device=setting.device)[None] * 21_600
-    frame = setting.integers(8, rows, dtype=torch.int16)
+    frame = setting.integers(8, rows, dtype=torch.int8)
     in_place = torch.rand(rows, generator=setting.random, device=setting.device) < 0.5
     angles = {"scan_angle": (-50, 50), "satellite_zenith": (0, 60), "solar_zenith": (0, 180)}
     seen = {name: uniform(*range_).masked_fill(in_place, torch.nan) for name, range_ in angles.items()}
@@ -200,7 +200,7 @@ def raw_rows(setting: Setting, rows: int) -> dict[str, Tensor | None]:
         "features": None,
         "latitude": uniform(-90, 90),
         "longitude": uniform(0, 360),
-        "time": times[0, frame.long()] + setting.integers(21_600, rows) - 10_800,
+        "time_offset": setting.integers(21_600, rows, dtype=torch.int32) - 10_800,
         "times": times,
         "batch": torch.zeros_like(frame),
         "frame": frame,
@@ -243,11 +243,10 @@ def film_case(setting: Setting, *, rows: int, features: int) -> Prepared:
     output = film_tokenizer(some, few[:3], few[3:5], few[5:7], few[7:], path="reference")
     expected = [output.detach(), *torch.autograd.grad(output, few, gradient[chosen].double())]
     errors = checked(setting, runs, leaves, gradient, lambda out, g: [out[chosen], *g], expected)
-    row_bytes = sum(part.element_size() for name, part in columns.items() if part is not None and name != "times")
-    written = 4 * token
+    read, written = row_bytes(columns, features), 4 * token
     products = 2 * rows * (known * hidden + 2 * hidden * token)
-    forward = (rows * (row_bytes + written), products)
-    backward = (rows * (row_bytes + written), 3 * products)
+    forward = (rows * (read + written), products)
+    backward = (rows * (read + written), 3 * products)
     steps = differentiable(runs, leaves, setting.normal(rows, token, dtype=torch.float32))
     why = "" if features == 30 else f"{peer.NAME} computes no {features} features"
     return Prepared(errors, steps, {FORWARD: [forward], BOTH: [forward, backward]}, absent=why)

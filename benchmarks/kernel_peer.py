@@ -184,10 +184,11 @@ def film_tokenizer(
     linear, layer_norm, _, last = tokenizer.cond_mlp
     for layer, (weight, bias) in zip((linear, layer_norm, last), (expand, norm, project), strict=True):
         layer.weight, layer.bias = weight, bias
+    of_frame = rows["times"].flatten()[rows["frame"].long()]
     features = partial(
         module("obs_features_ext", TRANSFORMS).compute_unified_metadata,
-        rows["times"].flatten()[rows["frame"].long()],
-        time=rows["time"] * 1_000_000_000,
+        of_frame,
+        time=(of_frame + rows["time_offset"]) * 1_000_000_000,
         lon=rows["longitude"],
         lat=rows["latitude"],
         height=rows["height"],

@@ -70,7 +70,7 @@ def model_of(layout: Layout, *, hidden: int, heads: int, queries: int, layers: i
         observation_kv_heads=2,
         checkpoint="all",
     )
-    read = replace(latents, frames=1, at_target=True)
+    read = replace(latents, frames=1, held=(0,))
     return EncodeProcessDecode(
         encoder,
         processor,
@@ -103,11 +103,8 @@ def batch_of(setting: Setting, layout: Layout, rows: int) -> Batch:
     last = columns["times"].new_full((1, 1), int(columns["times"][0, 0]) + (layout.frames - 1) * SECONDS)
     times = last + torch.tensor(layout.targets[TARGET].lead_times, device=setting.device)
     frame = columns["frame"] % layout.frames
-    columns |= {
-        "times": times,
-        "frame": frame,
-        "time": times[0, frame.long()] + setting.integers(SECONDS, rows) - SECONDS // 2,
-    }
+    offset = setting.integers(SECONDS, rows, dtype=torch.int32) - SECONDS // 2
+    columns |= {"times": times, "frame": frame, "time_offset": offset}
 
     def field(item: InputLayout | TargetLayout, at: Tensor) -> Field:
         shape = (1, at.shape[1], len(item.variables), *item.grid.shape)

@@ -25,7 +25,7 @@ from kernels.film_tokenizer.features import vectorised
 def features(observations: Observations, num_features: int) -> Tensor:
     """(n, num_features) float32. Raises ValueError for another number of features and for rows without a place or time.
 
-    Angles are computed in float64: seconds since 1970 do not fit float32.
+    Angles are computed in float64.
     """
     return vectorised(vars(described(observations, num_features)), num_features)
 
@@ -36,7 +36,7 @@ def described(observations: Observations, num_features: int) -> Observations:
         raise ValueError(
             f"{num_features} observation features is none of the layouts {LAYOUTS}; give the observations their own"
         )
-    for name in ("time", "longitude", "latitude"):
+    for name in ("time_offset", "longitude", "latitude"):
         if getattr(observations, name) is None:
             raise ValueError(f"observations without {name} cannot be described; give them their own features")
     return observations

@@ -22,15 +22,16 @@ EXAMPLES = 3  # rows that a refusal shows
 class Observations(Movable):
     """Rows in any order; every tensor but the frame times has shape (n,) or is None.
 
-    value: normalised float32, all of it finite. latitude, longitude: degrees, any convention. time: int64 seconds since
-    1970 UTC. batch, frame: the sample and the frame (0 .. T-1) whose window holds the row. channel, platform, type: ids
-    below the sizes in the layout. All five are integers of any width; 16 bits, where they do, keep a row at 50 bytes.
-    height (m), pressure (hPa), satellite_zenith, solar_zenith and
-    scan_angle (degrees): float32, NaN where a row has none. error: standard deviation in the units of value.
+    value: normalised float32, all of it finite. latitude, longitude: degrees, any convention. batch, frame: the sample
+    and the frame (0 .. T-1) whose window holds the row. time_offset: int32 seconds after that frame's time, of which
+    `time_offsets` makes it. channel, platform, type: ids below the sizes in the layout. These and batch and frame are
+    integers of any width; 16 and, for batch and frame, 8 bits keep a row at 44 bytes. height (m), pressure (hPa),
+    satellite_zenith, solar_zenith and scan_angle (degrees): float32, NaN where a row has none. error: standard
+    deviation in the units of value.
     features (n, M), cell (n,): replace what would be computed from the rest (the description of a row, the cell of the
     latent grid that holds it).
     times: (B, T) int64, what the frames stand for; second_of_day, day_of_year: (B, T) float32, from times unless given.
-    Raises ValueError on shapes that do not agree.
+    Raises ValueError on shapes that do not agree and on other types of times.
     """
 
     value: Tensor
@@ -42,7 +43,7 @@ class Observations(Movable):
     times: Tensor
     latitude: Tensor | None = None
     longitude: Tensor | None = None
-    time: Tensor | None = None
+    time_offset: Tensor | None = None
     height: Tensor | None = None
     pressure: Tensor | None = None
     satellite_zenith: Tensor | None = None
@@ -63,6 +64,11 @@ class Observations(Movable):
             raise ValueError(
                 f"observations: times must be int64 (B, T), got {self.times.dtype} {tuple(self.times.shape)}"
             )
+        if self.time_offset is not None and self.time_offset.dtype != torch.int32:
+            raise ValueError(
+                f"observations: time_offset must be int32 seconds after the frame's time, not {self.time_offset.dtype}"
+                "; make it with data.observations.time_offsets(time, times, batch, frame)"
+            )
         if self.second_of_day is None or self.day_of_year is None:
             second_of_day, day_of_year = calendar(self.times)
             object.__setattr__(self, "second_of_day", second_of_day)
@@ -81,6 +87,11 @@ class Observations(Movable):
         """(n,) int64, the frame of each row among those of all samples: b T + t."""
         return self.batch.long() * self.times.shape[1] + self.frame
 
+    def time(self) -> Tensor:
+        """(n,) int64 seconds since 1970 UTC."""
+        assert self.time_offset is not None, "these observations have no times of their own"
+        return self.times[self.batch.long(), self.frame.long()] + self.time_offset
+
     def chosen(self, rows: Tensor) -> Observations:
         """The rows of a mask or of indices."""
         return replace(self, **{name: tensor[rows] for name, tensor in self.rows().items()})
@@ -98,6 +109,23 @@ class Observations(Movable):
         wanted = slice(first, first + count)
         whole = {name: getattr(self, name)[:, wanted] for name in ("times", "second_of_day", "day_of_year")}
         return replace(kept, frame=kept.frame - first, **whole)
+
+
+def time_offsets(time: Tensor, times: Tensor, batch: Tensor, frame: Tensor) -> Tensor:
+    """(n,) int32 seconds of rows after the times of their frames; time (n,) and times (B, T) int64 seconds since 1970.
+
+    Raises ValueError for a row 2^31 seconds (68 years) or more from its frame.
+    """
+    offset = time - times[batch.long(), frame.long()]
+    limit = torch.iinfo(torch.int32).max
+    wrong = (offset.abs() > limit).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"observations: row {row} lies {int(offset[row])} seconds from its frame, of which {limit} fit; "
+            "correct its time, or give the row to a frame nearer to it"
+        )
+    return offset.int()
 
 
 def check(

@@ -107,7 +107,7 @@ def random_observations(layout: Layout, batch_size: int, rows: int) -> Observati
         times=times,
         latitude=place[:, 0],
         longitude=place[:, 1],
-        time=times[batch, frame] + torch.randint(-3 * HOUR, 3 * HOUR, (rows,)),
+        time_offset=torch.randint(-3 * HOUR, 3 * HOUR, (rows,), dtype=torch.int32),
         height=torch.where(satellite, torch.nan, 20_000 * torch.rand(rows)),
         pressure=torch.where(satellite, torch.nan, 1_000 * torch.rand(rows)),
         satellite_zenith=torch.where(satellite, 60 * torch.rand(rows), torch.nan),

@@ -84,7 +84,7 @@ def test_a_batch_holds_truth_reference_and_observations(network, normalisation, 
     assert torch.allclose(target.physical(target.reference.values), climatology, atol=1e-3)
     assert 0.5 < residual(target).std() < 2
     observations = batch.observations
-    late = observations.time - target.times[observations.batch.long(), observations.frame.long()]
+    late = observations.time() - target.times[observations.batch.long(), observations.frame.long()]
     assert late.abs().max() <= 3 * HOUR and set(observations.batch.tolist()) == {0, 1}
     assert observations.features.shape == (len(observations), 50 + NUM_FEATURES)
     static = batch.inputs["static"]

@@ -9,12 +9,12 @@ from torch.library import opcheck
 
 from data.observations import Observations
 from kernels import tuning
-from kernels.film_tokenizer import LAYOUTS, features, film_tokenizer
+from kernels.film_tokenizer import LAYOUTS, features, film_tokenizer, row_bytes
 from tests.interpreter import interpreted, needs_triton, run_interpreted
 
 START = 1_700_000_000
 SIZES = (3, 9, 4)  # of the tables of types, channels and platforms
-ROWWISE = ("latitude", "longitude", "time", "batch", "frame", "height", "pressure", "scan", "view", "sun")
+ROWWISE = ("latitude", "longitude", "elapsed", "batch", "frame", "height", "pressure", "scan", "view", "sun")
 MEASURED, SEEN = ("height", "pressure"), ("scan_angle", "satellite_zenith", "solar_zenith")
 
 
@@ -45,7 +45,7 @@ def _rows(count: int, **changes) -> Observations:
         "batch": batch,
         "frame": frame,
         "times": times,
-        "time": times[batch, frame] + ids(21_600) - 10_800,
+        "time_offset": ids(21_600).int() - 10_800,
         "latitude": draw(-90, 90),
         "longitude": draw(-180, 360),
         **{name: ids(size) for name, size in zip(("type", "channel", "platform"), SIZES, strict=True)},
@@ -109,7 +109,7 @@ def test_narrow_ids_and_given_features_are_read():
     expected = film_tokenizer(vars(rows), *operands, path="vectorised")
     narrow = {name: getattr(rows, name).to(torch.uint8) for name in ("type", "channel", "platform", "batch", "frame")}
     assert torch.equal(film_tokenizer(vars(replace(rows, **narrow)), *operands, path="vectorised"), expected)
-    given = replace(rows, features=features.vectorised(vars(rows), 30), latitude=None, time=None)
+    given = replace(rows, features=features.vectorised(vars(rows), 30), latitude=None, time_offset=None)
     assert torch.equal(film_tokenizer(vars(given), *operands, path="vectorised"), expected)
 
 
@@ -156,15 +156,45 @@ def test_triton_with_few_rows_odd_widths_and_missing_columns():
 def test_triton_reads_given_features_narrow_ids_and_strided_columns():
     rows = _rows(70)
     narrow = {name: getattr(rows, name).to(torch.int16) for name in ("type", "channel", "platform", "batch", "frame")}
-    strided = {name: torch.stack([getattr(rows, name)] * 2, dim=1)[:, 0] for name in ("value", "height", "time")}
+    strided = {name: torch.stack([getattr(rows, name)] * 2, dim=1)[:, 0] for name in ("value", "height", "time_offset")}
     operands = _operands(50)
     expected = _outcome(rows, operands, path="triton")
     for found, wanted in zip(
         _outcome(replace(rows, **narrow, **strided), operands, path="triton"), expected, strict=True
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    appended = replace(rows, features=torch.randn(70, 37), latitude=None, time=None)
+    appended = replace(rows, features=torch.randn(70, 37), latitude=None, time_offset=None)
     _compare(appended, _operands(37), "triton", 2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(("num_features", "count"), ((28, 40), (30, 44), (50, 44)))
+def test_bytes_read_are_those_of_the_columns_that_kernels_get(num_features, count, monkeypatch):
+    """Of rows as datasets make them."""
+    from kernels.film_tokenizer import launches
+
+    handed = []
+
+    class Watched:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                handed.append([part for part in arguments if getattr(part, "shape", ()) == (70,)])
+                return self.kernel[grid](*arguments, **options)
+
+            return launch
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(launches.device_code, name, Watched(getattr(launches.device_code, name)))
+    rows = _rows(70)
+    narrow = {name: getattr(rows, name).to(torch.int16) for name in ("type", "channel", "platform")}
+    rows = replace(rows, **narrow, **{name: getattr(rows, name).to(torch.int8) for name in ("batch", "frame")})
+    _outcome(rows, _operands(num_features), path="triton")
+    assert len(handed) >= 2
+    assert {sum(part.itemsize for part in columns) for columns in handed} == {count}
+    assert row_bytes(vars(rows), num_features) == count
 
 
 @interpreted
@@ -240,8 +270,8 @@ def _compilation(num_features: int, factor: str) -> tuple[dict[str, str], dict]:
 
     names = {*device_code.forward.arg_names, *device_code.backward.arg_names}
     types = dict.fromkeys(names, "*fp32")
-    types |= dict.fromkeys(("type", "channel", "platform", "batch", "frame"), "*i16")
-    types |= dict.fromkeys(("time", "times"), "*i64")
+    types |= dict.fromkeys(("type", "channel", "platform"), "*i16") | dict.fromkeys(("batch", "frame"), "*i8")
+    types |= dict.fromkeys(("elapsed", "seconds"), "*i32")
     types |= dict.fromkeys(("copies", "num_types", "num_channels", "num_platforms"), "i32")
     types |= {"rows": "i32", "num_frames": "i32", "eps": "fp32"}
     shape = {**launches.tile(num_features, [4, 16, 8], 64, 32), "FACTOR": getattr(tl, factor), "given": None}

@@ -262,7 +262,7 @@ def test_observations_are_repeated_with_their_samples():
     for sample, lead in ((0, 0), (0, 2), (1, 1)):
         kept = again.observations.chosen(again.observations.batch == 3 * sample + lead)
         own = batch.observations.chosen(batch.observations.batch == sample)
-        assert torch.equal(kept.value, own.value) and torch.equal(kept.time, own.time)
+        assert torch.equal(kept.value, own.value) and torch.equal(kept.time(), own.time())
     latents, once = model.encoder(again), model.encoder(batch)
     torch.testing.assert_close(latents.tokens[::3], once.tokens)
     torch.testing.assert_close(latents.tokens[2::3], once.tokens)

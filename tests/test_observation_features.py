@@ -9,7 +9,7 @@ import torch
 from data.grids import LatLonGrid
 from data.layout import ObservationLayout
 from data.observation_features import LAYOUTS, features
-from data.observations import Observations, check
+from data.observations import Observations, check, time_offsets
 
 START = 1_700_000_000  # float32 holds such times to 128 s only
 LAYOUT = ObservationLayout(num_channels=9, num_platforms=4, num_types=3, num_features=50, frames=3, step=21_600)
@@ -34,7 +34,7 @@ def _observations(rows=400, **changes) -> Observations:
         "times": times,
         "latitude": random.uniform(-90, 90, rows).astype(np.float32),
         "longitude": random.uniform(-180, 360, rows).astype(np.float32),
-        "time": times[batch, frame] + random.integers(-10_800, 10_801, rows),
+        "time_offset": random.integers(-10_800, 10_801, rows).astype(np.int32),
         "height": some(-100, 70_000, ~satellite),
         "pressure": some(0, 1_200, ~satellite & (random.random(rows) < 0.9)),
         "scan_angle": some(-50, 50, satellite),
@@ -57,8 +57,8 @@ def _expected(observations: Observations, length: int) -> np.ndarray:
     rows = []
     for i in range(len(observations)):
         given = {name: np.float64(column[name][i]) if name in column else np.nan for name in DESCRIPTION}
-        hour = (int(column["time"][i]) % 86_400) / 3600
-        day = (int(column["time"][i]) - int(times[column["batch"][i], column["frame"][i]])) / 86_400
+        of_frame, late = int(times[column["batch"][i], column["frame"][i]]), int(column["time_offset"][i])
+        hour, day = ((of_frame + late) % 86_400) / 3600, late / 86_400
         lst = (hour + np.float64(column["longitude"][i]) / 15) % 24
         height, pressure = np.clip(given["height"] / 60_000, 0, 1), np.clip(given["pressure"] / 1100, 0, 1)
         scan, view, sun = given["scan_angle"], given["satellite_zenith"], given["solar_zenith"]
@@ -93,9 +93,20 @@ def test_features_match_the_independent_rendering(length, missing):
 
 
 def test_seconds_far_from_1970_are_told_apart():
-    observations = _observations(rows=2, time=torch.tensor([START, START + 1]))
-    observations = replace(observations, batch=torch.tensor([0, 0]), frame=torch.tensor([0, 0]))
-    assert features(observations, 28)[:, 4].tolist() == pytest.approx([0, 1 / 86_400])
+    ids, times, time = torch.tensor([0, 0]), torch.tensor([[START + 7]]), torch.tensor([START, START + 1])
+    offset = time_offsets(time, times, ids, ids)
+    observations = _observations(rows=2, time_offset=offset, batch=ids, frame=ids, times=times)
+    assert torch.equal(observations.time(), time)
+    assert features(observations, 28)[:, 4].tolist() == pytest.approx([-7 / 86_400, -6 / 86_400])
+
+
+def test_times_that_32_bits_do_not_hold_are_refused():
+    ids, times = torch.tensor([0, 0], dtype=torch.int8), torch.tensor([[0]])
+    assert time_offsets(torch.tensor([0, 2**31 - 1]), times, ids, ids).tolist() == [0, 2**31 - 1]
+    with pytest.raises(ValueError, match="row 1 lies -2147483648 seconds from its frame, of which 2147483647 fit"):
+        time_offsets(torch.tensor([0, -(2**31)]), times, ids, ids)
+    with pytest.raises(ValueError, match=r"time_offset must be int32 .* not torch.int64; make it with .*time_offsets"):
+        _observations(2, time_offset=torch.tensor([0, 1]))
 
 
 def test_no_rows_and_unknown_layouts():
@@ -103,7 +114,7 @@ def test_no_rows_and_unknown_layouts():
     with pytest.raises(ValueError, match=r"29 .*\(28, 30, 50\)"):
         features(_observations(2), 29)
     with pytest.raises(ValueError, match="without time"):
-        features(_observations(2, time=None), 28)
+        features(_observations(2, time_offset=None), 28)
 
 
 def test_sound_rows_pass_the_check():

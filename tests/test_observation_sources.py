@@ -64,10 +64,10 @@ def test_rows_reach_the_model_with_their_sample_and_frame():
     framed = table(12, time=np.arange(12) * 3 * HOUR, height=np.arange(12)).to_frames(times.flatten(), (-HOUR, HOUR))
     rows = framed.to_observations(times)
     assert rows.batch.tolist() == [0, 0, 0, 1, 1, 1] and rows.frame.tolist() == [0, 1, 2, 0, 1, 2]
-    assert torch.equal(rows.time, times[rows.batch.long(), rows.frame.long()])
+    assert torch.equal(rows.time(), times[rows.batch.long(), rows.frame.long()])
     assert rows.height.tolist() == [0, 2, 4, 6, 8, 10] and rows.pressure.isnan().all() and rows.error is None
-    assert rows.value.dtype == rows.latitude.dtype == torch.float32 and rows.time.dtype == torch.int64
-    assert sum(column.itemsize for column in rows.rows().values()) == 50  # bytes a row, with ids in 16 bits
+    assert rows.value.dtype == rows.latitude.dtype == torch.float32
+    assert sum(column.itemsize for column in rows.rows().values()) == 44  # bytes a row
     many = table(12, platform=np.arange(12) + 2**15 - 6, time=np.arange(12) * 3 * HOUR)
     kept = many.to_frames(times.flatten(), (-HOUR, HOUR))
     assert kept.to_observations(times).platform.tolist() == kept["platform"].tolist()

@@ -30,7 +30,7 @@ def _observations(rows=60, **changes) -> Observations:
         "times": torch.zeros(3, 2, dtype=torch.int64),
         "latitude": torch.rand(rows, generator=random) * 180 - 90,
         "longitude": torch.rand(rows, generator=random) * 360,
-        "time": ids(3600),
+        "time_offset": ids(3600).int(),
         "features": torch.randn(rows, 28, generator=random),
     }
     return Observations(**{**given, **changes})

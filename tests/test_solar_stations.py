@@ -83,11 +83,9 @@ def test_a_batch_holds_what_was_reported_and_what_came(data, windows):
     assert len(observed) == sum(
         data.reported[base - age].sum() for base in windows.base_indices[[7, 400]] for age in range(3)
     )
-    rows = {}
+    rows, times = {}, observed.time()
     for row in range(len(observed)):
-        rows[int(observed.batch[row]), int(observed.time[row]), float(observed.latitude[row])] = float(
-            observed.value[row]
-        )
+        rows[int(observed.batch[row]), int(times[row]), float(observed.latitude[row])] = float(observed.value[row])
     for sample, base in enumerate(windows.base_indices[[7, 400]]):
         assert batch.base_time[sample] == data.times[base]
         for station, (latitude, _) in enumerate(data.grid.locations):

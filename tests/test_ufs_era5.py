@@ -273,7 +273,7 @@ def test_z_scores_of_a_window_reach_the_model(miniature):
     observations = rows.to_observations(torch.from_numpy(data.times[windows]))
     assert abs(observations.value.mean()) < 0.1 and 0.8 < observations.value.std() < 1.2
     assert observations.frame.max() == 3 and observations.batch.max() == 1
-    offset = observations.time - observations.times[observations.batch.long(), observations.frame.long()]
+    offset = observations.time_offset
     assert offset.min() > WINDOW[0] and offset.max() <= WINDOW[1]
     check(observations, data.observation_layout(frames=4), grid=data.grid)
     pickle.dumps(data)  # also after files were opened

@@ -251,7 +251,7 @@ class SolarWindows:
             times=torch.from_numpy(data.times[frames]),
             latitude=_tensor(data.grid.locations[station, 0]),
             longitude=_tensor(data.grid.locations[station, 1]),
-            time=torch.from_numpy(data.times[time]),
+            time_offset=torch.zeros(batch.size, dtype=torch.int32),
             solar_zenith=_tensor(np.rad2deg(np.arccos(sun.clip(-1, 1)))),
             features=_tensor(np.stack([sun, clear, share, 20 * rising, age], axis=-1)),
         )

@@ -318,7 +318,7 @@ class InnovationDataset:
             times=times,
             latitude=(around.north[sample, place] / KM_PER_DEGREE).float(),
             longitude=(around.east[sample, place] / KM_PER_DEGREE).float(),
-            time=(around.days[sample, place] * 86_400).long(),
+            time_offset=(around.days[sample, place] * 86_400).int(),
             features=features.float(),
             second_of_day=times.float(),
             day_of_year=times.float(),

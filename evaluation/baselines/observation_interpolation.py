@@ -68,8 +68,9 @@ class Rows:
 
     @staticmethod
     def of(observations: Observations, data: AssimilationData, normalisation) -> Rows:
-        columns = {name: getattr(observations, name) for name in ("value", "latitude", "longitude", "time", "channel")}
-        table = Table({name: column.numpy() for name, column in columns.items()})
+        columns = {name: getattr(observations, name) for name in ("value", "latitude", "longitude", "channel")}
+        time = observations.time()
+        table = Table({"time": time.numpy(), **{name: column.numpy() for name, column in columns.items()}})
         place = torch.stack([observations.latitude, observations.longitude], dim=-1).double()
         edges = -torch.tensor(_LEVELS).log()
         band = torch.bucketize(-observations.pressure.log(), (edges[1:] + edges[:-1]) / 2)
@@ -80,7 +81,7 @@ class Rows:
             group,
             data.grid.cell_of(place),
             positions(place).float(),
-            observations.time.double() / 86_400,
+            time.double() / 86_400,
             observations.satellite_zenith.isfinite() | observations.scan_angle.isfinite(),
             torch.from_numpy(normalisation.expected(data.grid, table)).float(),
         )

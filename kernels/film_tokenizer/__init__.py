@@ -60,9 +60,8 @@ def film_tokenizer(
     suits = suits and not any(part.requires_grad for part in wanted)
     path = chosen_path(path, "film_tokenizer", rows["value"], suits=suits)
     if path == "triton":
-        columns = [rows[name] for name in ("value", "features", *TABLES)]
-        columns += [rows[name] if given is None else None for name in features.COLUMNS]
         operands = (*tables, *expand, *norm, *project)
+        columns = list(columns_read(rows, sizes["features"]).values())
         return torch.ops.hydrasphere.film_tokenizer(columns, *operands, _precision(rows["value"], expand[0]))
     if given is None:
         computed = features.reference if path == "reference" else features.vectorised
@@ -75,6 +74,21 @@ def film_tokenizer(
     hidden = F.silu(F.layer_norm(hidden, hidden.shape[-1:], *norm, eps=NORM_EPS))
     scale, shift = F.linear(hidden, *project).chunk(2, dim=-1)
     return torch.addcmul(shift, scale, rows["value"][:, None])
+
+
+def columns_read(rows: Mapping[str, Tensor | None], num_features: int) -> dict[str, Tensor | None]:
+    """What the kernel is given of the rows, in its order; None for what it has no use for."""
+    used = set(features.COLUMNS) if rows["features"] is None else set()
+    if num_features == 28:
+        used -= {"latitude"}
+    columns = {name: rows[name] for name in ("value", "features", *TABLES)}
+    return columns | {name: rows[name] if name in used else None for name in features.COLUMNS}
+
+
+def row_bytes(rows: Mapping[str, Tensor | None], num_features: int) -> int:
+    """Bytes that the kernel reads a row; what belongs to frames is read from the cache."""
+    columns = columns_read(rows, num_features)
+    return sum(column[:1].nbytes for name, column in columns.items() if column is not None and name != "times")
 
 
 def _precision(value: Tensor, weight: Tensor) -> torch.dtype:

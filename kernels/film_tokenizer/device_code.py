@@ -15,12 +15,12 @@ from kernels.film_tokenizer.device_features import features as computed_features
 
 @triton.jit
 def _described(
-    given, latitude, longitude, time, times, batch, frame, height, pressure, scan, view, sun,
+    given, latitude, longitude, elapsed, seconds, batch, frame, height, pressure, scan, view, sun,
     first, row, exists, num_frames, LAYOUT: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     if given is None:
         tile = computed_features(
-            latitude, longitude, time, times, batch, frame, height, pressure, scan, view, sun,
+            latitude, longitude, elapsed, seconds, batch, frame, height, pressure, scan, view, sun,
             first, row, exists, num_frames, LAYOUT, ROWS, FACTOR,
         )  # fmt: skip
     else:
@@ -94,7 +94,7 @@ def _sigmoid(x):
 @triton.jit
 def forward(
     value, given, type, channel, platform,
-    latitude, longitude, time, times, batch, frame, height, pressure, scan, view, sun,
+    latitude, longitude, elapsed, seconds, batch, frame, height, pressure, scan, view, sun,
     type_table, channel_table, platform_table, expand, expand_bias, norm, norm_bias, project, project_bias,
     tokens, rows, num_frames, eps,
     hidden: tl.constexpr, width: tl.constexpr, LAYOUT: tl.constexpr, TYPE: tl.constexpr, CHANNEL: tl.constexpr,
@@ -113,7 +113,7 @@ def forward(
         first, row = tl.cast(tile, tl.int64) * ROWS, tl.arange(0, ROWS)
         exists = row < rows - first
         described = _described(
-            given, latitude, longitude, time, times, batch, frame, height, pressure, scan, view, sun,
+            given, latitude, longitude, elapsed, seconds, batch, frame, height, pressure, scan, view, sun,
             first, row, exists, num_frames, LAYOUT, M, ROWS, FACTOR,
         )  # fmt: skip
         x = tl.dot(described, from_features, input_precision=PRECISION)
@@ -166,7 +166,7 @@ def _to_tokens(project, hidden, width, H: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def backward(
     gradient, value, given, type, channel, platform,
-    latitude, longitude, time, times, batch, frame, height, pressure, scan, view, sun,
+    latitude, longitude, elapsed, seconds, batch, frame, height, pressure, scan, view, sun,
     type_table, channel_table, platform_table, expand, expand_bias, norm, norm_bias, project, project_bias,
     sums, towards_rows, towards_types, towards_channels, towards_platforms, copies, num_types, num_channels,
     num_platforms, rows, num_frames, eps,
@@ -203,7 +203,7 @@ def backward(
         if PROJECTS:
             g_ends = tl.dot(tl.trans(upstream), ones, g_ends, input_precision=PRECISION)
         described = _described(
-            given, latitude, longitude, time, times, batch, frame, height, pressure, scan, view, sun,
+            given, latitude, longitude, elapsed, seconds, batch, frame, height, pressure, scan, view, sun,
             first, row, exists, num_frames, LAYOUT, M, ROWS, FACTOR,
         )  # fmt: skip
         embedded = _embedded(

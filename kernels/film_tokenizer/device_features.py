@@ -80,25 +80,25 @@ def fraction(x, unit: tl.constexpr):
 
 
 @triton.jit
-def moment(time, times, batch, frame, longitude, first, row, exists, num_frames):
-    """Local solar time (turns, float64) and days from the frame."""
-    second = tl.load(time + first + row, mask=exists, other=0).to(tl.int64)
-    sample = tl.load(batch + first + row, mask=exists, other=0).to(tl.int64)
-    index = sample * num_frames + tl.load(frame + first + row, mask=exists, other=0).to(tl.int64)
-    days = (second - tl.load(times + index, mask=exists, other=0)).to(tl.float32) / 86400.0
-    second = second % 86400
-    second = tl.where(second < 0, second + 86400, second)
+def moment(elapsed, seconds, batch, frame, longitude, first, row, exists, num_frames):
+    """Local solar time (turns, float64) and days from the frame. seconds: of the day, of frames."""
+    elapsed = tl.load(elapsed + first + row, mask=exists, other=0)
+    sample = tl.load(batch + first + row, mask=exists, other=0).to(tl.int32)
+    index = sample * num_frames + tl.load(frame + first + row, mask=exists, other=0).to(tl.int32)
+    days = elapsed.to(tl.float32) / 86400.0
+    second = tl.load(seconds + index, mask=exists, other=0) + elapsed % 86400  # of the sign of elapsed
+    second = tl.where(second < 0, second + 86400, tl.where(second < 86400, second, second - 86400))
     degrees = tl.load(longitude + first + row, mask=exists, other=0.0).to(tl.float64)
     return second.to(tl.float64) * (1.0 / 86400.0) + degrees * (1.0 / 360.0), days
 
 
 @triton.jit
 def features(
-    latitude, longitude, time, times, batch, frame, height, pressure, scan, view, sun, first, row, exists, num_frames,
-    LAYOUT: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
+    latitude, longitude, elapsed, seconds, batch, frame, height, pressure, scan, view, sun,
+    first, row, exists, num_frames, LAYOUT: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """(ROWS, 32), of layout 50 (ROWS, 64); columns behind the features are 0; of dtype FACTOR."""
-    phase, d = moment(time, times, batch, frame, longitude, first, row, exists, num_frames)
+    phase, d = moment(elapsed, seconds, batch, frame, longitude, first, row, exists, num_frames)
     ls1, lc1 = turn(phase)
     ls2, lc2 = onwards(ls1, lc1, ls1, lc1)
     z = tl.zeros((ROWS,), tl.float32)

@@ -21,7 +21,7 @@ FEW = 1024  # rows for which fewer, larger operations are faster
 COLUMNS = (
     "latitude",
     "longitude",
-    "time",
+    "time_offset",
     "times",
     "batch",
     "frame",
@@ -84,13 +84,14 @@ class _Rows:
 
     def solar_time(self) -> Tensor:
         """Local solar time as a fraction of the day."""
-        second = torch.remainder(self.columns["time"], SECONDS_PER_DAY).double()
+        # In whole seconds: since 1970 they are too many for a float.
+        of_frames = torch.remainder(self.columns["times"], SECONDS_PER_DAY)
+        second = of_frames[self.columns["batch"].long(), self.columns["frame"].long()] + self.columns["time_offset"]
+        second = torch.remainder(second, SECONDS_PER_DAY).double()
         return torch.remainder(second / SECONDS_PER_DAY + self("longitude") / 360, 1)
 
     def days(self) -> Tensor:
-        # The difference is taken in int64: both times are too large for a float.
-        batch, frame = self.columns["batch"].long(), self.columns["frame"].long()
-        return (self.columns["time"] - self.columns["times"][batch, frame]).double() / SECONDS_PER_DAY
+        return self("time_offset") / SECONDS_PER_DAY
 
     def latitude(self) -> Tensor:
         return torch.deg2rad(self("latitude"))

@@ -14,9 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.film_tokenizer import device_code
+from kernels.film_tokenizer.features import COLUMNS, SECONDS_PER_DAY
 from kernels.tuning import Config, Tuning
 
 NUM_STAGES = 1
+TIMES = 5 + COLUMNS.index("times")  # behind value, features and ids
 INTERPRETED_PROGRAMS = 3
 COPIES = 16  # of the gradients of tables: programs rarely add to the same number at once
 FACTORS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -102,10 +104,14 @@ def passes(config: Config) -> list[dict[str, bool]]:
 
 
 class _Call:
-    """What both kernels are given. columns: value, features, ids, then `features.COLUMNS`."""
+    """What both kernels are given. columns: value, features, ids, then `features.COLUMNS`, of which the times of frames
+    become seconds of the day."""
 
     def __init__(self, columns, tables, weights, precision: torch.dtype, eps: float):
         self.columns = [None if column is None else column.contiguous() for column in columns]
+        times, self.num_frames = self.columns[TIMES], 1
+        if times is not None:
+            self.columns[TIMES], self.num_frames = times.remainder(SECONDS_PER_DAY).int(), times.shape[1]
         self.tables = [None if table is None else table.contiguous() for table in tables]
         expand, bias, *rest = weights
         centred = (expand.float() - expand.float().mean(dim=0), bias.float() - bias.float().mean())
@@ -142,8 +148,7 @@ class _Call:
             "FACTOR": FACTORS[self.precision],
             "PRECISION": "tf32" if self.precision == torch.float32 and not self.exact else "ieee",
         }
-        times = self.columns[8]
-        numbers = (self.rows, 1 if times is None else times.shape[1], self.eps)
+        numbers = (self.rows, self.num_frames, self.eps)
         with torch.cuda.device_of(self.columns[0]):
             kernel[(self.programs(config),)](
                 *before, *self.columns, *self.tables, *self.weights, *after, *numbers, **constants,

@@ -81,7 +81,7 @@ class ObservationRows(nn.Module):
         """(n, D), one token a row."""
         coordinates = torch.stack([observations.latitude, observations.longitude], dim=-1)
         places = geographic_features(coordinates, self.num_bands, Points([[0.0, 0.0]]), spacing=self.spacing)
-        age = (observations.time - base_time[observations.batch.long()]).float()
+        age = (observations.time() - base_time[observations.batch.long()]).float()
         return self.value(self.tokenizer(observations)) + self.place(places) + self.age(lead_features(age))
 
     def forward(self, observations: Observations, base_time: Tensor, *, each: bool) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.observations import Observations
+from data.observations import Observations, time_offsets
 
 REQUIRED = ("value", "latitude", "longitude", "time", "channel")
 # Places stay float64: protocols that withhold by 1-degree block must not depend on rounding.
@@ -137,12 +137,16 @@ class Table:
         times: (B, T) int64; the column `frame` counts through it row by row, as after `to_frames(times.flatten())`.
         """
         sample, frame = np.divmod(self["frame"], times.shape[1])
-        ids = {"batch": sample, "frame": frame, **{name: self.get(name) for name in ("channel", "platform", "type")}}
+        # Types follow from the batch's shape, not from its rows: compiled models would be compiled again.
+        small = np.int8 if max(times.shape) < 2**7 else np.int64
+        whose = {"batch": sample.astype(small), "frame": frame.astype(small)}
+        whose = {name: torch.from_numpy(_narrow(column)) for name, column in whose.items()}
         floats = ("value", "latitude", "longitude", *_DESCRIPTIONS, "error")
         return Observations(
             times=times,
-            time=torch.from_numpy(self["time"]),
-            **{name: torch.from_numpy(_narrow(column)) for name, column in ids.items()},
+            time_offset=time_offsets(torch.from_numpy(self["time"]), times, **whose),
+            **whose,
+            **{name: torch.from_numpy(_narrow(self.get(name))) for name in ("channel", "platform", "type")},
             **{
                 name: torch.from_numpy(self.get(name).astype(np.float32))
                 for name in floats
@@ -170,7 +174,7 @@ def concat(tables: Sequence[Table]) -> Table:
 def _narrow(ids: np.ndarray) -> np.ndarray:
     """In 16 bits where they fit: rows are read in every step, and ids would be half of what is read."""
     fits = not len(ids) or (ids.min() >= -(2**15) and ids.max() < 2**15)
-    return ids.astype(np.int16) if fits else ids
+    return ids.astype(np.int16) if fits and ids.itemsize > 2 else ids
 
 
 def _absent(name: str, rows: int) -> np.ndarray:
