@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from kernels.head_norm import NORM_EPS
 from models.attention import AttentionLayer, MultiHeadAttention, attend, require_backend
 from models.attention.backends import choose_backend
 from models.attention.multi_head import absorbing_is_cheaper
@@ -26,8 +27,8 @@ def slow_attention(module: MultiHeadAttention, x, context, mask=None, bias=None)
         parts = []
         for h, (qh, kh, vh) in enumerate(zip(q.chunk(heads, 1), k.chunk(heads, 1), v.chunk(heads, 1), strict=True)):
             if module.qk_norm:
-                qh = qh / (qh.square().mean(1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
-                kh = kh / (kh.square().mean(1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+                qh = qh / (qh.square().mean(1, keepdim=True) + NORM_EPS).sqrt()
+                kh = kh / (kh.square().mean(1, keepdim=True) + NORM_EPS).sqrt()
             logits = qh @ kh.T / kh.shape[1] ** 0.5
             if bias is not None:
                 logits = logits + bias[b, h][:, keep]

@@ -146,12 +146,14 @@ for number in range(40):
 
 def test_shipped_defaults_name_their_origin_and_are_candidates():
     from kernels.film_tokenizer import launches as film
+    from kernels.head_norm import launches as heads
     from kernels.modulated_norm import launches as norm
     from kernels.pixel_attention import launches as pixel
     from kernels.sort_and_pack import TUNING
     from kernels.temporal_attention import launches as temporal
 
-    groups = [film.FORWARD, film.BACKWARD, pixel.FORWARD, pixel.BACKWARD, norm.TUNING, temporal.TUNING]
+    groups = [film.FORWARD, film.BACKWARD, pixel.FORWARD, pixel.BACKWARD]
+    groups += [norm.TUNING, heads.TUNING, temporal.TUNING]
     kernels = {kernel.name: kernel for group in groups for kernel in group.values()} | {TUNING.name: TUNING}
     files = sorted(tuning.DEFAULTS.glob("*.json"))
     assert {path.stem for path in files} >= {"h100", "h200"}

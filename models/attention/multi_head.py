@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.head_norm import head_norm
 from models.attention.backends import BACKENDS, attend
 from models.initialisation import linear_
 
@@ -63,7 +64,8 @@ class MultiHeadAttention(nn.Module):
     """Attention of x (B, n, query_dim) to context (B, m, context_dim) -> (B, n, output_dim).
 
     qk_width, v_width: total over heads (defaults: query_dim, qk_width); each divisible by num_heads.
-    qk_norm: RMS-normalise queries and keys of each head, without learned scale. dropout: of attention weights.
+    qk_norm: RMS-normalise queries and keys of each head (`head_norm`), without learned scale. dropout: of attention
+    weights.
     backend: see `models/attention/backends.py`. kv_mode: auto (the cheaper one), project or absorb; all exact.
     Raises ValueError when a width is not divisible by num_heads.
     """
@@ -128,7 +130,7 @@ class MultiHeadAttention(nn.Module):
             tokens = masked_to_zero(x if context is None else context, mask)
             x = tokens if context is None else x
             context = self.prepare(tokens, mask=mask, num_queries=x.shape[1], rotary=rotary)
-        query = self._normalised(rearrange(self.query(x), "b n (h k) -> b h n k", h=self.num_heads))
+        query = self._heads(self.query(x))
         if rotary is not None:
             query = rotate(query, *rotary)
         query = query.expand(context.keys.shape[0], -1, -1, -1)
@@ -156,8 +158,7 @@ class MultiHeadAttention(nn.Module):
         if rotary is None and self._absorbs(num_queries, tokens.shape[1]):
             tokens = tokens[:, None]  # (B, 1, m, C): every head reads the same tokens
             return Context(tokens, tokens, mask, absorbed=True, affine=affine)
-        keys = F.linear(tokens, *folded(self.key, affine))
-        keys = self._normalised(rearrange(keys, "b m (h k) -> b h m k", h=self.num_heads))
+        keys = self._heads(F.linear(tokens, *folded(self.key, affine)))
         values = rearrange(F.linear(tokens, *folded(self.value, affine)), "b m (h v) -> b h m v", h=self.num_heads)
         return Context(keys if rotary is None else rotate(keys, *rotary), values, mask, absorbed=False)
 
@@ -173,8 +174,12 @@ class MultiHeadAttention(nn.Module):
             v_width=self.v_width,
         )
 
-    def _normalised(self, heads: Tensor) -> Tensor:
-        return F.rms_norm(heads, heads.shape[-1:]) if self.qk_norm else heads
+    def _heads(self, projected: Tensor) -> Tensor:
+        """Queries or keys (B, n, K) -> (B, h, n, K/h), normalised where they should be."""
+        heads = rearrange(projected, "b n (h k) -> b n h k", h=self.num_heads)
+        if self.qk_norm:
+            (heads,) = head_norm(heads[:, :, None])
+        return rearrange(heads, "b n h k -> b h n k")
 
     def _attend(self, query: Tensor, context: Context, bias: Tensor | None) -> Tensor:
         return attend(

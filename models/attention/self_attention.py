@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.head_norm import head_norm
 from kernels.temporal_attention import temporal_attention
 from models.attention.backends import BACKENDS, attend
 from models.attention.disk import Disk
@@ -22,7 +23,8 @@ QK_NORMS = ("rms", "layer", "none")
 
 
 class HeadNorm(nn.Module):
-    """Normalises (..., d) heads. kind: rms (epsilon 1e-6) or layer (1e-5). affine: with learned scale (and shift)."""
+    """Normalises (..., d) heads. kind: layer, or rms, which `head_norm` computes of queries and keys at once with this
+    weight. affine: with learned scale (and shift)."""
 
     def __init__(self, kind: str, head_width: int, *, affine: bool):
         super().__init__()
@@ -31,11 +33,9 @@ class HeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(head_width)) if affine and kind == "layer" else None
 
     def forward(self, heads: Tensor) -> Tensor:
-        width = heads.shape[-1:]
+        assert self.kind == "layer"
         weight, bias = (None if part is None else part.to(heads.dtype) for part in (self.weight, self.bias))
-        if self.kind == "rms":
-            return F.rms_norm(heads, width, weight, eps=1e-6)
-        return F.layer_norm(heads, width, weight, bias, eps=1e-5)
+        return F.layer_norm(heads, heads.shape[-1:], weight, bias, eps=1e-5)
 
 
 class _Projections(nn.Module):
@@ -62,7 +62,12 @@ class _Projections(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., D) -> three of (..., h, d)."""
-        query, key, value = rearrange(self.qkv(x), "... (s h d) -> s ... h d", s=3, h=self.num_heads).unbind()
+        packed = rearrange(self.qkv(x), "... (s h d) -> ... s h d", s=3, h=self.num_heads)
+        norms = self.query_norm, self.key_norm
+        if self.query_norm is not None and self.query_norm.kind == "rms":
+            weight = None if self.query_norm.weight is None else torch.stack([norm.weight for norm in norms])
+            return head_norm(packed, weight)
+        query, key, value = packed.unbind(-3)
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         return query, key, value
