@@ -29,6 +29,7 @@ class Query(Movable):
     features: (B, F, *grid.shape) or None: input channels on the query's own grid (all frames, layout order), from which
         a decoder may build its queries (Perceiver IO, section 3.2: the input itself as the query).
     coordinates: (B, cells, 2), of crops (`Field.coordinates`), or None.
+    domain: bool, broadcastable to (B, L, C, *grid.shape), where the variables exist, or None (everywhere).
     """
 
     grid: Grid
@@ -40,6 +41,7 @@ class Query(Movable):
     features: Tensor | None = None
     places: Tensor | None = None
     coordinates: Tensor | None = None
+    domain: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,6 +56,9 @@ class Query(Movable):
         }
         wide = {name: getattr(self, name) for name in ("features", "coordinates")}
         wide = {name: part.repeat_interleave(leads, dim=0) for name, part in wide.items() if part is not None}
+        if self.domain is not None and self.domain.ndim == 3 + len(self.grid.shape):
+            domain = self.domain.expand(*self.times.shape, *self.domain.shape[2:])
+            wide["domain"] = domain.flatten(0, 1)[:, None]
         return replace(self, **wide, **each)
 
 
@@ -201,5 +206,6 @@ def _check_described(name: str, item: Field | Sequence, described: InputLayout |
             raise ValueError(
                 f"{name} has {item.tokens.shape[1]} tokens, more than the {described.length} of the layout"
             )
+            domain=target.domain,
     elif item.variables != described.variables or item.grid != described.grid:
         raise ValueError(f"{name} has other variables or another grid than the layout describes")

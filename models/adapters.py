@@ -41,7 +41,7 @@ class GridAdapter(nn.Module):
         self.latent_layout = replace(
             patches.latent_layout(hidden, latent_layout.frames if each else 1),
             condition_size=latent_layout.condition_size,
-            at_target=latent_layout.at_target,
+            held=latent_layout.held,
         )
         features = geographic_features(patches.coordinates, num_bands, patches.grid)
         self.register_buffer("features", features, persistent=False)  # (M, F)

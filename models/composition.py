@@ -119,7 +119,7 @@ def build_from_config(config: DictConfig | Mapping, layout: Layout) -> EncodePro
         matching = layout.frames_of(target, latents.frames)
         read = latents
         if matching is not None:
-            read = replace(latents, frames=1, at_target=True)
+            read = replace(latents, frames=1, held=tuple(matching))
             if latents.frames > 1:
                 frames[target] = matching
         decoders[target] = _part(

@@ -40,6 +40,7 @@ class Latents:
     modulation: FiLM of every layer from the one lead time of each sample (`model.condition=all`), or None; likewise.
     positions: (B or 1, N) int64, of the tokens of a sequence, or None. prefix_len: how many of them, the first ones,
         are context that predicts nothing.
+    held: after `of_frames`, the frame of the window that samples hold, in turn; empty before.
     """
 
     tokens: Tensor
@@ -52,6 +53,7 @@ class Latents:
     modulation: Modulations | None = None
     positions: Tensor | None = None
     prefix_len: int = 0
+    held: tuple[int, ...] = ()
 
     def of_frames(self, frames: list[int]) -> Latents:
         """One frame a sample: (B, T, N, D) -> (B L, 1, N, D) with the L given frames of every sample."""
@@ -65,6 +67,7 @@ class Latents:
             valid=None if self.valid is None else self.valid[:, frames].flatten(0, 1)[:, None],
             coordinates=coordinates,
             condition=None if condition is None else condition.repeat_interleave(count, dim=0),
+            held=tuple(self.frames[0] + frame for frame in frames),
         )
 
     def with_tokens(self, tokens: Tensor) -> Latents:
@@ -79,7 +82,8 @@ class LatentLayout:
     patch_size: (height, width) in input cells that one latent cell covers, or None for free latents.
     coordinates: (N, 2) centres in degrees, or None. wraps: the columns close around the globe.
     grid: the grid of cells that the patches tile (`models/patches.py`), or None for free latents.
-    at_target: whether a decoder gets, for each target time, the latent frame of that time.
+    held: of a target whose times are all times of latent frames, those frames: its decoder gets each of them as a
+        sample of its own (`at_target`).
     observation_size: width of the observation tokens in `Latents.context`; 0: there are none.
     condition_size: width of `Latents.condition`; 0: there is none.
     of_inputs: tokens are the cells of all inputs in layout order (input, frame, cell), in one latent frame.
@@ -93,7 +97,12 @@ class LatentLayout:
     coordinates: Tensor | None = None
     wraps: bool = False
     grid: Grid | None = None
-    at_target: bool = False
+    held: tuple[int, ...] = ()
     observation_size: int = 0
     condition_size: int = 0
     of_inputs: bool = False
+
+    @property
+    def at_target(self) -> bool:
+        """Whether a decoder gets, for each target time, the latent frame of that time."""
+        return bool(self.held)

@@ -84,7 +84,25 @@ REFUSALS = (
         lambda model, layout: (
             _is(model, "encoder", "GridPatchEncoder") and len({item.grid for item in layout.inputs.values()}) > 1
         ),
-        "model/encoder=grid_patch needs all inputs on one grid; use model/encoder=perceiver",
+        "model/encoder=grid_patch needs all inputs on one grid; use model/encoder=cross_resolution",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "encoder", "MonthlyVideoEncoder")
+            and (
+                not all(isinstance(item.grid, ROWS_AND_COLUMNS) for item in layout.inputs.values())
+                or len({item.grid for item in layout.inputs.values()}) > 1
+            )
+        ),
+        "model/encoder=monthly_video needs all inputs on one grid of rows and columns; use model/encoder=perceiver",
+    ),
+    Refusal(
+        lambda model, layout: (
+            _is(model, "decoder", "MonthlyConvDecoder")
+            and not all(isinstance(item.grid, ROWS_AND_COLUMNS) for item in layout.targets.values())
+        ),
+        "model/decoder=monthly_conv writes grids of rows and columns, and a target is not on one; "
+        "use model/decoder=perceiver_io",
     ),
     Refusal(
         lambda model, layout: (

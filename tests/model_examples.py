@@ -36,8 +36,9 @@ def tiny_layout(
     target_grid: Grid | None = None,
     boundary: Grid | None = None,
     leads: tuple[int, ...] = LEADS,
+    frames_per_group: int = 1,
 ) -> Layout:
-    inputs = {"prognostic": InputLayout((TEMPERATURE, WIND), grid, frames, 6 * HOUR, gaps)}
+    inputs = {"prognostic": InputLayout((TEMPERATURE, WIND), grid, frames, 6 * HOUR, gaps, frames_per_group)}
     if boundary is not None:
         inputs["boundary"] = InputLayout((Variable("land"),), boundary, 1, 6 * HOUR)
     return Layout(inputs=inputs, targets={"forecast": TargetLayout((TEMPERATURE, WIND), target_grid or grid, leads)})

@@ -39,6 +39,11 @@ CPU_ATTENTION = ("auto", "reference", "sdpa", "flash")
 ALIASES = {"healpix_patch"}  # another name of video_patch
 REFUSED_FOR_FORECASTS = {"grouped_reconstruction", "pooled"}  # write their inputs back, or one answer
 SIZED = ("hip_16", "hip_256", "hip_mini")  # the hierarchical perceiver with sizes of their own
+OF_ROWS = {  # cannot do with HEALPix cells; the encoders read no observations
+    "encoder": ("grid_patch", "monthly_video"),
+    "processor": ("spatial_transformer", "local_transformer", "post_norm_transformer"),
+    "decoder": ("grid_patch", "monthly_conv"),
+}
 OF_TOKENS = {"encoder": "token", "processor": "perceiver_ar", "decoder": "token"}  # combined with each other only
 
 
@@ -74,23 +79,21 @@ PLANAR = list(itertools.product(distinct("encoder"), distinct("processor"), dist
 OBSERVED = [
     *itertools.product(
         ["healpix"],
-        distinct("encoder", "grid_patch"),
-        distinct("processor", "spatial_transformer", "local_transformer"),
-        distinct("decoder", "grid_patch"),
+        distinct("encoder", *OF_ROWS["encoder"]),
+        distinct("processor", *OF_ROWS["processor"]),
+        distinct("decoder", *OF_ROWS["decoder"]),
         ("analysis", "forecast"),
     ),
     *itertools.product(
         ["latlon"],
-        distinct("encoder", "grid_patch"),
+        distinct("encoder", *OF_ROWS["encoder"]),
         distinct("processor"),
         distinct("decoder"),
         ("analysis", "forecast"),
     ),
 ]
 RECONSTRUCTED = list(
-    itertools.product(
-        ("time", "stream"), ("fourier", "learned"), distinct("processor", "spatial_transformer", "local_transformer")
-    )
+    itertools.product(("time", "stream"), ("fourier", "learned"), distinct("processor", *OF_ROWS["processor"]))
 )
 POOLED = [
     (encoder, processor)
@@ -103,11 +106,17 @@ def parts(encoder: str, processor: str, decoder: str) -> list[str]:
     return [f"model/encoder={encoder}", f"model/processor={processor}", f"model/decoder={decoder}", *TINY]
 
 
+def layout_for(encoder: str, **options) -> Layout:
+    """Fields; two months of two days each for the encoder that weighs days and mixes months."""
+    months = {"frames": 4, "frames_per_group": 2} if encoder == "monthly_video" else {}
+    return tiny_layout(**months, **options)
+
+
 def with_fields(encoder, processor, decoder, attention, scope) -> tuple[list[str], Layout]:
     given = [*parts(encoder, processor, decoder), f"model.attention={attention}"]
     if scope != "auto":
         given.append(f"model.decoder.scope={scope}")
-    return given, tiny_layout(gaps=True)
+    return given, layout_for(encoder, gaps=True)
 
 
 def with_observations(grid, encoder, processor, decoder, times) -> tuple[list[str], Layout]:
@@ -116,7 +125,8 @@ def with_observations(grid, encoder, processor, decoder, times) -> tuple[list[st
 
 
 def on_a_plane(encoder, processor, decoder) -> tuple[list[str], Layout]:
-    return parts(encoder, processor, decoder), tiny_layout(PLANE, target_grid=PLANE.window(slice(2, 8), slice(2, 7)))
+    layout = layout_for(encoder, grid=PLANE, target_grid=PLANE.window(slice(2, 8), slice(2, 7)))
+    return parts(encoder, processor, decoder), layout
 
 
 def reconstructed_layout() -> Layout:
@@ -161,7 +171,7 @@ def exercise(given: list[str], layout: Layout, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} gets no gradient"
         assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
-        if not name.endswith("attention.key.bias"):  # shifts all logits of a row alike
+        if not name.endswith(("attention.key.bias", "score_out.bias")):  # shift all logits of a row alike
             assert parameter.grad.any(), f"the gradient of {name} is zero"
 
     stored = {
@@ -214,7 +224,8 @@ def test_parts_that_write_their_inputs_back(case, tmp_path):
 
 @pytest.mark.parametrize("case", POOLED, ids="-".join)
 def test_parts_before_one_answer_a_sample(case, tmp_path):
-    exercise(parts(*case, "pooled"), tiny_layout(gaps=True, target_grid=Points([[10.0, 20.0]])), tmp_path)
+    layout = layout_for(case[0], gaps=True, target_grid=Points([[10.0, 20.0]]))
+    exercise(parts(*case, "pooled"), layout, tmp_path)
 
 
 @pytest.mark.parametrize("preset", options("."))
@@ -222,6 +233,8 @@ def test_presets(preset, tmp_path):
     given, layout = [f"model={preset}", *TINY], tiny_layout(gaps=True)
     if preset == OF_TOKENS["processor"]:
         layout = token_layout()
+    if preset == "sst_spatiotemporal":  # the months of its input
+        layout = layout_for("monthly_video", gaps=True, leads=(-12 * HOUR, 0))
     if preset in SIZED:
         given += [f"model.encoder.{name}=16" for name in ("hidden_size", "num_latents", "embed_size")]
         given, layout = [*given, "model.encoder.num_heads=2", "model.encoder.self_per_cross=1"], reconstructed_layout()

@@ -107,7 +107,7 @@ class VideoPatchEncoder(nn.Module):
     def forward(self, batch: Batch) -> Latents:
         frames = batch.num_frames
         clock = batch.clock
-        images = self.patches.to_images(rearrange(self._frames(batch), "b t c ... -> (b t) c ..."))
+        images = self.patches.to_images(rearrange(joined_frames(batch, self.layout), "b t c ... -> (b t) c ..."))
         tokens = rearrange(self.embed(images), "(b t f) d h w -> b t (f h w) d", b=batch.batch_size, t=frames)
         if self.calendar is not None:
             tokens = tokens + self.calendar(clock.second_of_day, clock.day_of_year).to(tokens.dtype)
@@ -127,15 +127,6 @@ class VideoPatchEncoder(nn.Module):
             context=context,
         )
 
-    def _frames(self, batch: Batch) -> Tensor:
-        """(B, T, C, *grid.shape)"""
-        frames = batch.num_frames
-        channels = [
-            field.channels(gaps=self.layout.inputs[name].gaps).expand(-1, frames, *[-1] * (field.values.ndim - 2))
-            for name, field in batch.inputs.items()
-        ]
-        return torch.cat(channels, dim=2)
-
     def _valid(self, batch: Batch) -> Tensor | None:
         """(B, T, N) True where any value of the patch was observed; None where everything is."""
         if all(field.presence is None for field in batch.inputs.values()):
@@ -149,3 +140,13 @@ class VideoPatchEncoder(nn.Module):
         cells = rearrange(torch.stack(seen).any(dim=0).float(), "b t ... -> (b t) 1 ...")
         patches = F.max_pool2d(self.patches.to_images(cells), self.patches.size)
         return rearrange(patches, "(b t f) 1 h w -> b t (f h w)", b=batch.batch_size, t=frames) > 0
+
+
+def joined_frames(batch: Batch, layout: Layout) -> Tensor:
+    """(B, T, C, *grid.shape): all inputs as channels of every frame; one of a single frame stands for all of them."""
+    frames = batch.num_frames
+    channels = [
+        field.channels(gaps=layout.inputs[name].gaps).expand(-1, frames, *[-1] * (field.values.ndim - 2))
+        for name, field in batch.inputs.items()
+    ]
+    return torch.cat(channels, dim=2) if len(channels) > 1 else channels[0]

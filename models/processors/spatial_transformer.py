@@ -1,7 +1,7 @@
 """A transformer over latents on a grid, frame by frame, with two-dimensional rotary positions.
 
-Attention knows the offset between two cells in rows and columns (`models/positions/rotary.py`), across the date line
-where the grid closes; it may be limited to the cells around each one, which regularises on short records.
+With `rotary` attention knows the offset between two cells in rows and columns (`models/positions/rotary.py`), across
+the date line where the grid closes; it may be limited to the cells around each one, which regularises on short records.
 Letters: B batch, T frames, N = rows x columns tokens, D hidden.
 """
 
@@ -21,7 +21,10 @@ _FAR = -1e4
 
 
 class SpatialTransformer(nn.Module):
-    """Latents -> Latents of the same shape, `depth` pre-norm layers of self-attention within each frame.
+    """Latents -> Latents of the same shape, `depth` layers of self-attention within each frame.
+
+    norm: pre or post, before the branches or after their sums with what they read. rotary: whether queries and keys
+    turn with their place; false where tokens know it already.
 
     radius: how many rows and columns away a cell attends (None: everywhere).
     dropout: of branch outputs. drop_path: chance to skip a branch in the last layer, growing linearly from 0.
@@ -45,14 +48,20 @@ class SpatialTransformer(nn.Module):
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
         attention: str = "auto",
+        norm: str = "pre",
+        rotary: bool = True,
     ):
         super().__init__()
         assert latent_layout.grid_shape is not None, "the builder puts an adapter before this processor"
         self.latent_layout = latent_layout
         if radius is not None and radius < 0:
             raise ValueError(f"model.processor.radius={radius} must be 0 or more latent cells, or null for no limit")
+        if norm not in ("pre", "post"):
+            raise ValueError(f"model.processor.norm={norm} is unknown; use pre or post")
         hidden = latent_layout.hidden_size
-        cos, sin = grid_rotary(*latent_layout.grid_shape, hidden // num_heads, wraps=latent_layout.wraps)
+        cos = sin = None
+        if rotary:
+            cos, sin = grid_rotary(*latent_layout.grid_shape, hidden // num_heads, wraps=latent_layout.wraps)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         far = None if radius is None else _beyond(radius, latent_layout)
@@ -68,6 +77,7 @@ class SpatialTransformer(nn.Module):
                 attention_dropout=attention_dropout,
                 drop_path=drop_path * index / max(1, depth - 1),
                 backend=attention,
+                post_norm=norm == "post",
             )
             for index in range(depth)
         )
@@ -81,8 +91,9 @@ class SpatialTransformer(nn.Module):
         tokens = rearrange(latents.tokens, "b t n d -> (b t) n d")
         valid = None if latents.valid is None else rearrange(latents.valid, "b t n -> (b t) n")
         film = None if latents.modulation is None else latents.modulation.repeated(frames)
+        rotary = None if self.cos is None else (self.cos, self.sin)
         for layer in self.layers:
-            tokens = layer(tokens, mask=valid, bias=self.far, rotary=(self.cos, self.sin), modulation=film)
+            tokens = layer(tokens, mask=valid, bias=self.far, rotary=rotary, modulation=film)
         return latents.with_tokens(rearrange(tokens, "(b t) n d -> b t n d", t=frames))
 
 
