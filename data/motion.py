@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.convolution import convolved
+
 LEVELS = 5  # of the pyramid, each half the size of the one before
 FINEST = 1  # level at which motion is resolved: every second pixel
 COARSENING = 8  # pixels a side of what is kept of it: motion is smooth
@@ -125,9 +127,7 @@ def _smooth(images: Tensor, deviation: float) -> Tensor:
     reach = int(3 * deviation + 0.5)
     offset = torch.arange(-reach, reach + 1, dtype=images.dtype)
     kernel = torch.exp(-(offset**2) / (2 * deviation**2))
-    kernel = kernel / kernel.sum()
-    images = F.conv2d(images[:, None], kernel[None, None, :, None], padding=(reach, 0))
-    return F.conv2d(images, kernel[None, None, None, :], padding=(0, reach))[:, 0]
+    return convolved(images, kernel / kernel.sum())
 
 
 def _resized(motion: Tensor, size: Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ from data.field import Field, Reference
 from data.grids import PlanarGrid
 from data.layout import Variable
 from data.rainfall import from_log, to_log
-from evaluation.nowcast.levels import fit_levels
+from evaluation.nowcast.probability_thresholds import fit_probability_thresholds
 from evaluation.nowcast.run import _bases
 from evaluation.nowcast.scores import NowcastScores, crps_of_bins
 from models.heads import CategoricalHead
@@ -271,7 +271,7 @@ def test_scores_agree_with_brute_force():
         valid = random.random((2, 9, 8)) < 0.8
         windows.append((made, truth, valid))
         hidden = torch.from_numpy(np.where(valid, truth, np.nan))
-        scores.update(torch.from_numpy(made), hidden, torch.from_numpy(valid))
+        scores.update(torch.from_numpy(made), scores.observed(hidden, torch.from_numpy(valid)))
     found = scores.values()
     for lead in range(2):
         made, truth, valid = (np.stack([window[item][lead] for window in windows]) for item in range(3))
@@ -313,20 +313,21 @@ def test_reliability_counts_how_often_probabilities_come_true():
     random = np.random.default_rng(1)
     probability = torch.from_numpy(random.random((1, 1, 300, 300)).astype(np.float32))
     truth = torch.from_numpy((random.random((1, 300, 300)) < probability[0].numpy()).astype(np.float32) * 2)
-    scores.update(torch.zeros_like(truth), truth, torch.ones_like(truth, dtype=torch.bool), exceedance=probability)
+    observed = scores.observed(truth, torch.ones_like(truth, dtype=torch.bool))
+    scores.update(torch.zeros_like(truth), observed, exceedance=probability)
     found = scores.reliability()
     assert found["counts"].sum() == 90_000
     torch.testing.assert_close(found["frequency"], found["probability"], atol=0.03, rtol=0)
     torch.testing.assert_close(found["probability"][0, 0], (torch.arange(10) + 0.5).double() / 10, atol=0.01, rtol=0)
 
 
-def test_levels_are_those_of_the_best_index():
+def test_probability_thresholds_are_those_of_the_best_index():
     """Where events are rare and probabilities right, the best level is about half of the F score, below one half."""
     random = np.random.default_rng(2)
     chance = torch.from_numpy(random.beta(0.3, 2.0, (1, 400, 400)).astype(np.float32))
     truth = torch.from_numpy((random.random((1, 400, 400)) < chance.numpy()).astype(np.float32))
     valid = torch.ones_like(truth, dtype=torch.bool)
-    (level,) = fit_levels([(chance[:, None], truth, valid)], [0.5], 1)[0].tolist()
+    (level,) = fit_probability_thresholds([(chance[:, None], truth, valid)], [0.5], 1)[0].tolist()
     index = {}
     for candidate in np.arange(0.1, 0.6, 0.025):
         made = chance >= candidate

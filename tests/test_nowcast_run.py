@@ -80,7 +80,7 @@ def test_a_run_trains_scores_reports_and_is_evaluated_again(command, radar, tmp_
     assert methods["lucas_kanade"] < methods["persistence"]  # the showers only drift
     reliability = json.loads((folder / "reliability.json").read_text())["0.5"]["15"]
     assert sum(reliability["counts"]) > 0
-    assert len(json.loads((folder / "checkpoints" / "best" / "levels.json").read_text())) == 2
+    assert len(json.loads((folder / "checkpoints" / "best" / "probability_thresholds.json").read_text())) == 2
     page = (folder / "report.html").read_text()
     assert "data:image/gif;base64," in page and page.count("data:image/png;base64,") >= 4 and "http" not in page
     assert "CSI of 0.5 mm/h" in out
@@ -114,7 +114,12 @@ def test_a_run_trains_scores_reports_and_is_evaluated_again(command, radar, tmp_
         ],
         ["model=hip_metnet", "model.patch_size=8"],
         pytest.param(
-            ["model=perceiver", "task.motion=false", "task.reference=persistence", "task.levels=median"],
+            [
+                "model=perceiver",
+                "task.motion=false",
+                "task.reference=persistence",
+                "task.probability_thresholds=median",
+            ],
             marks=pytest.mark.slow,
         ),
     ],

@@ -58,17 +58,21 @@ class RadarFrames:
 
         return self._kept("pyramid", frame, coarsened)
 
-    def trajectories(self, base: int, steps: int) -> Tensor:
-        """(K + 1, 2, h, w) of the motion known at `base`, from the last frames that are there; at rest if just one."""
+    def motion(self, base: int) -> Tensor:
+        """(2, h, w) of `estimate_motion`, known at `base` from the last frames that are there; at rest if just one."""
 
-        def followed() -> Tensor:
+        def estimated() -> Tensor:
             frames = [frame for frame in range(max(0, base + 1 - MOTION_FRAMES), base + 1) if self.data.present[frame]]
             if len(frames) < 2:
-                return trajectories(estimate_motion(torch.zeros(1, *self.data.grid.shape), None, []), steps)
+                return estimate_motion(torch.zeros(1, *self.data.grid.shape), None, [])
             values, known = (torch.stack(items) for items in zip(*map(self.rain, frames), strict=True))
-            return trajectories(estimate_motion(values, known, np.diff(frames).tolist()), steps)
+            return estimate_motion(values, known, np.diff(frames).tolist())
 
-        return self._kept("trajectories", (base, steps), followed)
+        return self._kept("motion", base, estimated)
+
+    def trajectories(self, base: int, steps: int) -> Tensor:
+        """(K + 1, 2, h, w) of the motion known at `base`."""
+        return self._kept("trajectories", (base, steps), lambda: trajectories(self.motion(base), steps))
 
     def _kept(self, kind: str, key: Any, make: Callable[[], Any]) -> Any:
         store = self._stores.setdefault(kind, OrderedDict())

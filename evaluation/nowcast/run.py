@@ -20,7 +20,11 @@ from data.datasets.nowcast import TARGET, NowcastDataset
 from evaluation.baselines import build
 from evaluation.baselines.nowcasts import RadarSituation
 from evaluation.evaluation import NETWORK, OURS, evaluating
-from evaluation.nowcast.levels import fit_levels, read_levels, write_levels
+from evaluation.nowcast.probability_thresholds import (
+    fit_probability_thresholds,
+    read_probability_thresholds,
+    write_probability_thresholds,
+)
 from evaluation.nowcast.scores import NowcastScores, crps_of_bins
 from evaluation.predictions import PredictionsFile
 from evaluation.run_evaluation import PREDICTIONS_FILE, Choices, Findings, output_folder
@@ -29,7 +33,7 @@ from evaluation.summary import SCORES_FILE, table, write_json
 from models.heads import CategoricalHead
 
 RELIABILITY_FILE = "reliability.json"
-_VALIDATION_BASES = 4  # whose forecasts decide the levels
+_VALIDATION_BASES = 4  # whose forecasts decide the probability thresholds
 _TILES = 24  # predicted at a time
 
 
@@ -67,10 +71,14 @@ class NowcastFindings:
 
 
 class Forecaster:
-    """A model's rain of a whole window, tile by tile. levels: (L, E) of a categorical head, or None: its median."""
+    """A model's rain of a whole window, tile by tile.
 
-    def __init__(self, model: nn.Module, head, dataset: NowcastDataset, levels: Tensor | None = None):
-        self.model, self.head, self.dataset, self.levels = model, head, dataset, levels
+    probability_thresholds: (L, E), from which an edge of a categorical head counts as reached; None: 0.5.
+    """
+
+    def __init__(self, model: nn.Module, head, dataset: NowcastDataset, probability_thresholds: Tensor | None = None):
+        self.model, self.head, self.dataset = model, head, dataset
+        self.probability_thresholds = probability_thresholds
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
     @torch.inference_mode()
@@ -95,10 +103,10 @@ class Forecaster:
         return point, _assembled(torch.cat(chances), corners, size) if chances else None
 
     def points(self, probabilities: Tensor, median: Tensor) -> Tensor:
-        """(L, H, W): the rates that the levels choose, or the median."""
-        if self.levels is None:
+        """(L, H, W): the rates that the probability thresholds choose, or the median."""
+        if self.probability_thresholds is None:
             return median
-        return self.head.point(probabilities[None, :, None], self.levels)[0, :, 0]
+        return self.head.point(probabilities[None, :, None], self.probability_thresholds)[0, :, 0]
 
 
 def _rows(values: Tensor, start: int, count: int) -> Tensor:
@@ -132,9 +140,11 @@ def evaluate_nowcasts(run: RunFolder, model: nn.Module, task, data, normalisatio
             attributes={"title": f"nowcasts of {run.path.resolve().name}", "source": str(data.path)},
         )
     with evaluating(model), file as predictions:
-        levels = _levels(run.checkpoint(choices.checkpoint), model, task, data, normalisation)
+        from_where = _probability_thresholds(run.checkpoint(choices.checkpoint), model, task, data, normalisation)
         append = None if predictions is None else predictions.append
-        found = score_nowcasts(model, task, data, normalisation, choices, levels=levels, on_forecast=append)
+        found = score_nowcasts(
+            model, task, data, normalisation, choices, probability_thresholds=from_where, on_forecast=append
+        )
     content = found.content()
     write_json(folder / SCORES_FILE, content)
     write_json(folder / RELIABILITY_FILE, _reliability(found))
@@ -154,7 +164,7 @@ def score_nowcasts(
     normalisation,
     choices: Choices,
     *,
-    levels: Tensor | None,
+    probability_thresholds: Tensor | None,
     on_forecast: Callable[[np.ndarray, Tensor], None] | None = None,
 ) -> NowcastFindings:
     """One pass over the base frames of a split, every method on the same pixels.
@@ -175,8 +185,8 @@ def score_nowcasts(
         left_out=left_out if choices.baselines is None else None,
     )
     head = task.head()
-    ours = Forecaster(model, head, dataset, levels)
-    methods = [OURS, *([NETWORK] if levels is not None else []), *rivals]
+    ours = Forecaster(model, head, dataset, probability_thresholds)
+    methods = [OURS, *([NETWORK] if probability_thresholds is not None else []), *rivals]
     scores = {
         method: NowcastScores(len(dataset.lead_steps), thresholds=task.thresholds, fss_windows=task.fss_windows)
         for method in methods
@@ -187,22 +197,30 @@ def score_nowcasts(
         truth, valid = _truth(data, base, dataset.lead_steps)
         median, probabilities = ours.forecast(base)
         made = {OURS: median}
-        given = {}
+        crps = reached = None
         if probabilities is not None:
             dry = torch.eye(probabilities.shape[1])[0][:, None, None]
             probabilities = torch.where(in_range, probabilities, dry)
-            given = {
-                "crps": crps_of_bins(probabilities, head.values, truth),
-                "exceedance": _exceedance(probabilities, head, task.thresholds),
-            }
-            made = {OURS: ours.points(probabilities, median), NETWORK: median} if levels is not None else made
+            crps = crps_of_bins(probabilities, head.values, truth)
+            reached = _exceedance(probabilities, head, task.thresholds)
+            made = (
+                {OURS: ours.points(probabilities, median), NETWORK: median}
+                if probability_thresholds is not None
+                else made
+            )
         made |= {
             name: rival.forecast(RadarSituation(data, base))[:, data.rows, data.columns]
             for name, rival in rivals.items()
         }
         made = {name: torch.where(in_range, rates, 0.0) for name, rates in made.items()}
+        observed = scores[OURS].observed(truth, valid)
         for method in methods:
-            scores[method].update(made[method], truth, valid, **(given if method in (OURS, NETWORK) else {}))
+            scores[method].update(
+                made[method],
+                observed,
+                crps=crps if method in (OURS, NETWORK) else None,
+                exceedance=reached if method == OURS else None,
+            )
         if on_forecast is not None:
             on_forecast(np.array([base]), made[OURS][None, :, None])
         if base == example_base:
@@ -213,12 +231,12 @@ def score_nowcasts(
     return NowcastFindings(minutes, bases, scores, example_base, example, left_out)
 
 
-def _levels(checkpoint: Path, model: nn.Module, task, data, normalisation) -> Tensor | None:
+def _probability_thresholds(checkpoint: Path, model: nn.Module, task, data, normalisation) -> Tensor | None:
     """Those stored beside the weights, else fitted on validation frames and stored; None where rates are the median."""
     head = task.head()
-    if task.levels == "median" or not isinstance(head, CategoricalHead):
+    if task.probability_thresholds == "median" or not isinstance(head, CategoricalHead):
         return None
-    stored = read_levels(checkpoint)
+    stored = read_probability_thresholds(checkpoint)
     if stored is not None:
         return stored
     dataset = task.scored(data, "validation", normalisation)
@@ -230,10 +248,11 @@ def _levels(checkpoint: Path, model: nn.Module, task, data, normalisation) -> Te
             reached = _exceedance(forecaster.forecast(base)[1], head, task.thresholds)
             yield reached, truth, valid & in_range
 
-    levels = torch.full((len(dataset.lead_steps), len(head.edges)), 0.5)  # rates in between are those of the median
-    levels[:, _edges_of(head, task.thresholds)] = fit_levels(forecasts(), task.thresholds, len(dataset.lead_steps))
-    write_levels(checkpoint, levels)
-    return levels
+    leads = len(dataset.lead_steps)
+    found = torch.full((leads, len(head.edges)), 0.5)  # rates in between are those of the median
+    found[:, _edges_of(head, task.thresholds)] = fit_probability_thresholds(forecasts(), task.thresholds, leads)
+    write_probability_thresholds(checkpoint, found)
+    return found
 
 
 def _bases(dataset: NowcastDataset, most: int | None) -> np.ndarray:

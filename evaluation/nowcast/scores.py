@@ -11,13 +11,28 @@ Letters: L lead times, K bins, H x W pixels, S thresholds, W windows, P classes 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from data.convolution import convolved
 
 CLASSES = 10  # of probability
 _ERRORS = ("weight", "absolute", "squared", "error", "crps")
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was seen in a window, as every method is scored against it. values: (L, H, W) mm/h, 0 where not valid.
+
+    valid: (L, H, W) bool. events: (L, H, W) bool a threshold; shares: (L, H, W) a threshold and FSS window.
+    """
+
+    values: Tensor
+    valid: Tensor
+    events: tuple[Tensor, ...]
+    shares: tuple[tuple[Tensor, ...], ...]
 
 
 class NowcastScores:
@@ -31,31 +46,33 @@ class NowcastScores:
         self.classes = torch.zeros(3, leads, len(thresholds), CLASSES, dtype=torch.float64)
         self.probabilistic = False
 
+    def observed(self, truth: Tensor, valid: Tensor) -> Observed:
+        """truth: (L, H, W) mm/h; valid: (L, H, W) bool, other pixels are not read."""
+        values = torch.where(valid, truth, 0.0)
+        events = tuple((values >= threshold) & valid for threshold in self.thresholds)
+        shares = tuple(tuple(_shares(event, width) for width in self.fss_windows) for event in events)
+        return Observed(values, valid, events, shares)
+
     def update(
-        self,
-        forecast: Tensor,
-        truth: Tensor,
-        valid: Tensor,
-        *,
-        crps: Tensor | None = None,
-        exceedance: Tensor | None = None,
+        self, forecast: Tensor, observed: Observed, *, crps: Tensor | None = None, exceedance: Tensor | None = None
     ) -> None:
-        """Adds a window. forecast, truth: (L, H, W) mm/h; valid: (L, H, W) bool, other pixels are not read.
+        """Adds a window. forecast: (L, H, W) mm/h, not read where nothing was observed.
 
         crps: (L, H, W) of a forecast distribution; None: the forecast is a single value. exceedance: (L, S, H, W)
         probabilities of reaching each threshold.
         """
-        forecast, truth = torch.where(valid, forecast, 0.0), torch.where(valid, truth, 0.0)
-        error = forecast - truth
+        valid = observed.valid
+        forecast = torch.where(valid, forecast, 0.0)
+        error = forecast - observed.values
         crps = error.abs() if crps is None else torch.where(valid, crps, 0.0)
         terms = (valid, error.abs(), error.square(), error, crps)
         self.errors += torch.stack([term.double().sum(dim=(-2, -1)) for term in terms])
         for place, threshold in enumerate(self.thresholds):
-            made, seen = (forecast >= threshold) & valid, (truth >= threshold) & valid
+            made, seen = (forecast >= threshold) & valid, observed.events[place]
             for row, event in enumerate((made & seen, made | seen)):
                 self.events[row, :, place] += event.sum(dim=(-2, -1))
             for column, width in enumerate(self.fss_windows):
-                shares = [_shares(event, width) for event in (made, seen)]
+                shares = _shares(made, width), observed.shares[place][column]
                 self.fractions[0, :, place, column] += (shares[0] - shares[1]).square().sum(dim=(-2, -1))
                 self.fractions[1, :, place, column] += sum(share.square().sum(dim=(-2, -1)) for share in shares)
             if exceedance is not None:
@@ -108,7 +125,5 @@ def crps_of_bins(probabilities: Tensor, values: Tensor, truth: Tensor) -> Tensor
 
 def _shares(event: Tensor, width: int) -> Tensor:
     """(L, H, W) bool -> share of the pixels around each that are true, float64; squares are cut at the edges."""
-    shares, reach = event.double()[:, None], width // 2
-    for kernel, padding in (((width, 1), (reach, 0)), ((1, width), (0, reach))):  # rows, then columns: far fewer sums
-        shares = F.avg_pool2d(shares, kernel, stride=1, padding=padding, count_include_pad=False)
-    return shares[:, 0]
+    square, image = torch.ones(width), torch.ones(1, *event.shape[1:])
+    return convolved(event.float(), square).double() / convolved(image, square).double()  # whole numbers, so exact

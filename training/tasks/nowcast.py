@@ -42,8 +42,8 @@ class NowcastTask(GriddedTask):
     reference: what a deterministic output is added to: extrapolation (the last frame moved along), persistence, none.
     head, loss: categorical with cross_entropy of `bins` (edges in mm/h), or deterministic with mse, l1 or huber of
         ln(1 + rate / 0.1 mm/h) in units of the reference's error.
-    levels: of a categorical forecast's rates: median, or csi (the median, but a threshold counts as reached from the
-        probability on that scores best on validation frames).
+    probability_thresholds: of a categorical forecast: median (a rate is reached from a probability of one half on), or
+        csi (the same, but a scored threshold from the probability on that scores best on validation frames).
     thresholds: mm/h, fss_windows: pixels, that scores are given for. query_fraction: see `GriddedTask`.
     Raises ValueError where a value is not allowed.
     """
@@ -67,7 +67,7 @@ class NowcastTask(GriddedTask):
         score_minutes: Sequence[float] | None = None,
         crops: int = 1,
         motion: bool = True,
-        levels: str = "csi",
+        probability_thresholds: str = "csi",
         thresholds: Sequence[float] = (0.5, 2.0),
         fss_windows: Sequence[int] = (5, 21),
         huber_delta: float = 1.0,
@@ -86,7 +86,7 @@ class NowcastTask(GriddedTask):
         for name, value, allowed in (
             ("leads", leads, LEADS),
             ("reference", reference, REFERENCES),
-            ("levels", levels, ("csi", "median")),
+            ("probability_thresholds", probability_thresholds, ("csi", "median")),
         ):
             if value not in allowed:
                 raise ValueError(f"task.{name}={value} is unknown; use one of {', '.join(allowed)}")
@@ -106,7 +106,7 @@ class NowcastTask(GriddedTask):
         self.check_query_fraction(query_fraction)
         self.input_frames, self.leads, self.crop, self.context, self.crops = input_frames, leads, crop, context, crops
         self.lead_minutes, self.score_minutes = lead_minutes, score_minutes
-        self.motion, self.reference, self.levels = motion, reference, levels
+        self.motion, self.reference, self.probability_thresholds = motion, reference, probability_thresholds
         self.check_head(head)
         self.head_name, self.loss_name, self.huber_delta, self.bins = head, loss, huber_delta, tuple(bins)
         self.thresholds, self.fss_windows = tuple(thresholds), tuple(fss_windows)

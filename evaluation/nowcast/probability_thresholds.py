@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LEVELS_FILE = "levels.json"
+THRESHOLDS_FILE = "probability_thresholds.json"
 CANDIDATES = torch.linspace(0.1, 0.6, 21)
 _FEWEST = 200  # pixels that reach a threshold, below which nothing can be fitted
 _FINE = 1000  # classes of probability that are counted
 
 
-def fit_levels(forecasts: Iterable[tuple[Tensor, Tensor, Tensor]], thresholds: Sequence[float], leads: int) -> Tensor:
+def fit_probability_thresholds(
+    forecasts: Iterable[tuple[Tensor, Tensor, Tensor]], thresholds: Sequence[float], leads: int
+) -> Tensor:
     """(L, S) the candidates with the highest index, averaged over three neighbouring lead times.
 
     forecasts: (probabilities of reaching each threshold (L, S, H, W), truth (L, H, W), valid (L, H, W)), window by
@@ -45,16 +47,16 @@ def fit_levels(forecasts: Iterable[tuple[Tensor, Tensor, Tensor]], thresholds: S
     return (padded[:-2] + padded[1:-1] + padded[2:]) / 3
 
 
-def write_levels(checkpoint: Path, levels: Tensor) -> None:
+def write_probability_thresholds(checkpoint: Path, found: Tensor) -> None:
     """Adds them to a checkpoint folder."""
-    beside = checkpoint / f".{LEVELS_FILE}.part"
-    beside.write_text(json.dumps(levels.tolist()) + "\n")
-    os.replace(beside, checkpoint / LEVELS_FILE)
+    beside = checkpoint / f".{THRESHOLDS_FILE}.part"
+    beside.write_text(json.dumps(found.tolist()) + "\n")
+    os.replace(beside, checkpoint / THRESHOLDS_FILE)
 
 
-def read_levels(checkpoint: Path) -> Tensor | None:
+def read_probability_thresholds(checkpoint: Path) -> Tensor | None:
     """What was written there, or None. Raises ValueError where the file is damaged."""
-    path = checkpoint / LEVELS_FILE
+    path = checkpoint / THRESHOLDS_FILE
     if not path.is_file():
         return None
     try:
