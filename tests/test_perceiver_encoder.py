@@ -187,15 +187,22 @@ def test_fourier_positions_of_cells_are_concatenated(spacing, max_frequency, fra
         torch.testing.assert_close(given, torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_learned_positions_are_added_and_values_projected_first():
+@pytest.mark.parametrize("positions", ("learned", "projected"))
+def test_learned_positions_are_added_or_further_channels_and_values_projected_first(positions):
     layout = image_layout(4, 5, 2, 1)
     tokens = ConcatenatedTokens(
-        layout.inputs["image"], positions="learned", value_size=6, num_bands=1, spacing="linear", max_frequency=None
+        layout.inputs["image"], positions=positions, value_size=6, num_bands=1, spacing="linear", max_frequency=None
     )
     batch = tiny_batch(layout)
-    values = batch.inputs["image"].values.flatten(3).transpose(2, 3)
+    values = batch.inputs["image"].values.flatten(3).transpose(2, 3) @ tokens.value.weight.T + tokens.value.bias
+    if positions == "learned":
+        expected = values + tokens.table
+    else:
+        places = tokens.table @ tokens.project.weight.T + tokens.project.bias
+        expected = torch.cat([values, places.expand_as(values)], dim=-1)
     found, _ = tokens(batch.inputs["image"], batch.base_time)
-    torch.testing.assert_close(found, values @ tokens.value.weight.T + tokens.value.bias + tokens.table)
+    assert tokens.size == found.shape[-1]
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("activation, matrices", (("gelu", 2), ("geglu", 3)))
@@ -216,7 +223,7 @@ def test_feed_forwards_with_and_without_gate(activation, matrices):
     (
         (dict(inputs_per_iteration="frame"), "use one of all, timestep"),
         (dict(positions="fourier"), "use model.encoder.embed=false"),
-        (dict(embed=False, positions="rotary"), "use one of none, fourier, learned"),
+        (dict(embed=False, positions="rotary"), "use one of none, fourier, learned, projected"),
     ),
 )
 def test_encoders_that_cannot_be(options, sentence):

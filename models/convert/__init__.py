@@ -20,24 +20,39 @@ import torch
 from torch import Tensor, nn
 
 from data.layout import Layout
-from models.convert import healda, krasserm, lucidrains, perceiver_ar, physicsnemo, transformers, transformers_tasks
+from models.convert import (
+    climanet,
+    healda,
+    krasserm,
+    lucidrains,
+    perceiver_ar,
+    physicsnemo,
+    transformers,
+    transformers_tasks,
+)
+from models.convert.climanet import ClimaNetSource
 from models.convert.lucidrains import LucidrainsSource
 from models.convert.perceiver import TARGET, PerceiverSource, token_batch
 from models.convert.perceiver_ar import PerceiverARSource
 from models.convert.physicsnemo import PhysicsNeMoSource
+from models.convert.transformers_tasks import UNSUPPORTED
 
 __all__ = ["SOURCES", "TARGET", "convert", "export", "recognise", "token_batch"]
 
-SOURCES: dict[str, PerceiverSource | PerceiverARSource | PhysicsNeMoSource | LucidrainsSource] = {
+SOURCES: dict[str, PerceiverSource | PerceiverARSource | PhysicsNeMoSource | LucidrainsSource | ClimaNetSource] = {
     "transformers": transformers.SOURCE,
     "perceiver_io": krasserm.SOURCE,
     "perceiver_ar": perceiver_ar.SOURCE,
     "physicsnemo": physicsnemo.SOURCE,
     "healda": healda.SOURCE,
-    "transformers_image": transformers_tasks.IMAGE,
     "transformers_text": transformers_tasks.TEXT,
+    "transformers_flow": transformers_tasks.FLOW,
+    "transformers_image_learned": transformers_tasks.LEARNED_IMAGE,
+    "transformers_text_classes": transformers_tasks.TEXT_CLASSES,
+    "transformers_image": transformers_tasks.IMAGE,
     "lucidrains": lucidrains.SOURCE,
     "lucidrains_0.9": lucidrains.SOURCE_0_9,
+    "climanet": climanet.SOURCE,
 }
 
 
@@ -84,7 +99,10 @@ def export(source: str, model: nn.Module, config: Mapping[str, Any]) -> dict[str
 
 
 def recognise(state_dict: Mapping[str, Any]) -> str:
-    """The source whose state dict this is. Raises ValueError when none of them fits."""
+    """The source whose state dict this is. Raises ValueError when none of them fits, or why one is not supported."""
+    for start, why in UNSUPPORTED.items():
+        if any(key.startswith(start) for key in state_dict):
+            raise ValueError(why)
     for name, source in SOURCES.items():
         if any(key.startswith(source.recognises) for key in state_dict):
             return name
@@ -93,7 +111,7 @@ def recognise(state_dict: Mapping[str, Any]) -> str:
     )
 
 
-def _source(name: str) -> PerceiverSource | PerceiverARSource | PhysicsNeMoSource | LucidrainsSource:
+def _source(name: str) -> PerceiverSource | PerceiverARSource | PhysicsNeMoSource | LucidrainsSource | ClimaNetSource:
     if name not in SOURCES:
         raise ValueError(f"unknown source of weights {name!r}; use one of {', '.join(SOURCES)}")
     return SOURCES[name]

@@ -37,14 +37,15 @@ class Perceiver:
     """A Perceiver IO in the order of its computation.
 
     cross: cross-attentions. between: the block of self-attention layers after each cross-attention but the last.
-    blocks: the blocks after the last one. A layer that appears more than once is shared.
+    blocks: the blocks after the last one. A layer that appears more than once is shared. queries: the learned table of
+    output queries, or None where the tokens that were read are the queries.
     """
 
     latents: str
     cross: tuple[Layer, ...]
     between: tuple[tuple[Layer, ...], ...]
     blocks: tuple[tuple[Layer, ...], ...]
-    queries: str
+    queries: str | None
     decoder: Layer
     head: str
     mlp: str = "gelu"
@@ -66,7 +67,9 @@ class PerceiverSource:
     def names(self, config: Mapping[str, Any]) -> dict[str, str]:
         """Our names -> theirs. Several of ours point to one of theirs where the source shares more than we do."""
         described = self.describe(config)
-        names = {"encoder.latents": described.latents, f"decoder.{TARGET}.table": described.queries}
+        names = {"encoder.latents": described.latents}
+        if described.queries is not None:
+            names[f"decoder.{TARGET}.table"] = described.queries
 
         def layer(prefix: str, theirs: Layer, *, cross: bool) -> None:
             for ours, name in self.layer_names(theirs, cross).items():
@@ -110,7 +113,7 @@ def token_batch(layout: Layout, tokens: Tensor, valid: Tensor | None = None) -> 
     age = torch.arange(1 - described.frames, 1) * described.step
     shape = (batch, described.frames, *described.grid.shape)
     now = torch.zeros(batch, 1, dtype=torch.int64)
-    empty = torch.zeros(batch, 1, len(target.variables), target.grid.num_points)
+    empty = torch.zeros(batch, 1, len(target.variables), *target.grid.shape)
     given = Field(
         values=tokens.reshape(*shape, -1).movedim(-1, 2),  # a view: (B, T, channels, *grid.shape)
         variables=described.variables,
@@ -164,12 +167,12 @@ def _overrides(described: Perceiver, weights: Mapping[str, Tensor]) -> list[str]
         **{f"encoder.{name}": value for name, value in own.items()},
         **{f"processor.{name}": value for name, value in own.items()},
         "processor.num_blocks": len(described.blocks) if len(set(described.blocks)) == 1 else 1,
-        "decoder.hidden_size": weights[f"decoder.{TARGET}.table"].shape[1],
+        "decoder.hidden_size": weights[f"decoder.{TARGET}.layer.query_norm.weight"].shape[0],
         "decoder.num_heads": described.decoder.heads,
         **{f"decoder.{name}": value for name, value in decoder.items()},
         "decoder.query_residual": described.decoder.residual,
-        "decoder.queries": "trainable",
-        "decoder.features": 0,
+        "decoder.queries": "index" if described.queries is None else "trainable",
+        "decoder.features": int(described.queries is None),
         "decoder.moment": False,
         "decoder.output_norm": False,
     }

@@ -25,15 +25,17 @@ from models.latents import LatentLayout, Latents
 from models.patches import patches_of
 from models.positions.fourier import fourier_features, frequencies
 
-QUERIES = ("coordinates", "trainable", "local")
+# Queries of an option -> `position` of `PlaceQueries`.
+QUERIES = {"coordinates": "fourier", "index": "index", "trainable": "table", "local": "none"}
 SCOPES = ("auto", "global", "local")
 
 
 class PerceiverIODecoder(PlaceQueries):
     """Latents, Query -> (B, L, C * K, *query.shape) for one target.
 
-    queries: coordinates (Fourier features of the places), trainable (a learned table, one row a place) or local (only
-        where a place lies in its latent cell and the input around it; needs local windows).
+    queries: coordinates (Fourier features of the places), index (of the index along every axis, as published models),
+        trainable (a learned table, one row a place) or local (only where a place lies in its latent cell and the input
+        around it; needs local windows).
     features: side (odd number of cells) of the neighbourhood of input values that joins each query where an input
         shares the target's grid; 0: none. The input itself as the query, as the paper does for optical flow.
     scope: global, local (the `window` x `window` latent cells around each place, on HEALPix too) or auto (local on
@@ -82,7 +84,7 @@ class PerceiverIODecoder(PlaceQueries):
             layout,
             target=target,
             hidden_size=hidden_size,
-            position={"coordinates": "fourier", "trainable": "table", "local": "none"}[queries],
+            position=QUERIES[queries],
             features=features,
             num_bands=num_bands,
             spacing=spacing,
@@ -102,7 +104,7 @@ class PerceiverIODecoder(PlaceQueries):
             own = fourier_features(2 * windows.own, [frequencies(4, 4.0).float()] * 2)
             self.register_buffer("own_features", own, persistent=False)  # (P, F)
             self.own_position = nn.Linear(own.shape[1], hidden_size, bias=False)
-        self.reads_coordinates = self.windows is None and self.position is not None
+        self.reads_coordinates = self.windows is None and queries == "coordinates"
         self.moment = Moment(hidden_size, num_norms=2, calendar=calendar) if moment else None
         self.layer = AttentionLayer(
             hidden_size,

@@ -15,13 +15,14 @@ from data.grids import ROWS_AND_COLUMNS
 from data.layout import Layout
 from models.initialisation import linear_, table_
 from models.patches import neighbourhoods
-from models.positions.fourier import geographic_features
+from models.positions.fourier import geographic_features, index_features
 
 
 class PlaceQueries(nn.Module):
     """`place_queries(query)` -> (B or 1, P, D) for one target.
 
-    position: fourier (features of the places), table (learned, one row a place) or none. features: side (odd number of
+    position: fourier (features of the places), index (of the index along every axis, whatever place that is), table
+    (learned, one row a place) or none. features: side (odd number of
     cells) of the neighbourhood of input values that joins each query where an input shares the target's grid, 0: none.
     chunk_size: places decoded at a time (None: all). Raises ValueError on values not allowed.
     """
@@ -50,11 +51,14 @@ class PlaceQueries(nn.Module):
         self.table = self.position = None
         if position == "table":
             self.table = nn.Parameter(torch.empty(self.grid.num_points, hidden_size))
-        elif position == "fourier":
+        elif position != "none":
             # A window of an input knows its places as the input does, whose edges scale them in a plane.
             around = [layout.inputs[name].grid for name in layout.windows[target]] or [self.grid]
             self.features = partial(geographic_features, num_bands=num_bands, grid=around[0], spacing=spacing)
-            places = self.features(self.grid.coordinates)
+            if position == "index":
+                places = index_features(self.grid.shape, num_bands, spacing=spacing)
+            else:
+                places = self.features(self.grid.coordinates)
             self.register_buffer("places", places, persistent=False)  # (P, F)
             self.position = nn.Linear(places.shape[1], hidden_size)
         channels = layout.query_features(target)

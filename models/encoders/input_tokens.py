@@ -19,7 +19,7 @@ from data.observations import Observations
 from kernels.sort_and_pack import sort_and_pack
 from models.encoders.observation_tokenizer import ObservationTokenizer
 from models.initialisation import linear_, table_
-from models.positions.fourier import fourier_features, frequencies, geographic_features, grid_positions
+from models.positions.fourier import geographic_features, index_features
 from models.positions.time import LEAD_WIDTH, CalendarEmbedding, lead_features
 
 
@@ -105,8 +105,8 @@ class ConcatenatedTokens(nn.Module):
 
     The values of a cell, or value_size channels that a linear layer makes of them, and its position: none, fourier
     (further channels: features of its index along every axis, -1 to 1, both ends included; frames are the first axis
-    where there are several) or learned (a vector of the same width, added). max_frequency: of all axes; None: half the
-    cells along each.
+    where there are several), learned (a vector of the same width, added) or projected (such a vector after a linear
+    layer, as further channels). max_frequency: of all axes; None: half the cells along each.
     """
 
     def __init__(
@@ -124,15 +124,17 @@ class ConcatenatedTokens(nn.Module):
         self.value = None if value_size is None else nn.Linear(described.channels, value_size)
         self.size = described.channels if value_size is None else value_size
         frames, points = described.frames, described.grid.num_points
-        self.table = None
-        if positions == "learned":
+        self.table = self.project = None
+        if positions in ("learned", "projected"):
             self.table = nn.Parameter(torch.empty(frames, points, self.size))
+        if positions == "projected":
+            self.project = nn.Linear(self.size, self.size)
+            self.size *= 2
         features = torch.empty(frames, points, 0, device="cpu")
         if positions == "fourier":
             axes = described.grid.shape if frames == 1 else (frames, *described.grid.shape)
-            limits = [cells / 2 if max_frequency is None else max_frequency for cells in axes]
-            bands = [frequencies(num_bands, limit, spacing) for limit in limits]
-            features = fourier_features(grid_positions(axes), bands).float().unflatten(0, (frames, points))
+            features = index_features(axes, num_bands, spacing=spacing, max_frequency=max_frequency)
+            features = features.unflatten(0, (frames, points))
         self.register_buffer("features", features, persistent=False)  # (T, P, F)
         self.size += features.shape[-1]
         self.initialise()
@@ -142,14 +144,18 @@ class ConcatenatedTokens(nn.Module):
             linear_(self.value)
         if self.table is not None:
             table_(self.table)
+        if self.project is not None:
+            linear_(self.project)
 
     def forward(self, field: Field, base_time: Tensor) -> tuple[Tensor, Tensor | None]:
-        values = cells(field, gaps=self.gaps)
+        values, features = cells(field, gaps=self.gaps), self.features
         if self.value is not None:
             values = self.value(values)
-        if self.table is not None:
+        if self.project is not None:
+            features = self.project(self.table)
+        elif self.table is not None:
             values = values + self.table
-        features = self.features.to(values.dtype).expand(values.shape[0], -1, -1, -1)
+        features = features.to(values.dtype).expand(values.shape[0], -1, -1, -1)
         return torch.cat([values, features], dim=-1), any_present(field)
 
 

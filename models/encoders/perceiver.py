@@ -21,7 +21,7 @@ from models.latents import LatentLayout, Latents
 SHARES = ("none", "all", "all_but_first")
 FRAMES = ("joint", "each")  # the builder turns auto into one of them
 ITERATIONS = ("all", "timestep")
-POSITIONS = ("none", "fourier", "learned")
+POSITIONS = ("none", "fourier", "learned", "projected")
 
 
 class PerceiverEncoder(nn.Module):

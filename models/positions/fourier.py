@@ -40,6 +40,15 @@ def grid_positions(shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(shape)))
 
 
+def index_features(
+    shape: tuple[int, ...], num_bands: int, *, spacing: str = "linear", max_frequency: float | None = None
+) -> Tensor:
+    """(cells, d + 2 d num_bands) float32 features of a cell's index along the d axes of a plain grid, as published
+    models have them. max_frequency: of all axes; None: half the cells along each."""
+    limits = [cells / 2 if max_frequency is None else max_frequency for cells in shape]
+    return fourier_features(grid_positions(shape), [frequencies(num_bands, limit, spacing) for limit in limits]).float()
+
+
 def unit_sphere(coordinates: Tensor) -> Tensor:
     """(..., 2) latitude, longitude in degrees -> (..., 3) on the unit sphere: continuous across date line and poles."""
     latitude, longitude = torch.deg2rad(coordinates).unbind(-1)

@@ -21,6 +21,7 @@ from data.layout import Layout
 from data.observations import Observations, check
 from data.sequence import Sequence
 from models.convert import TARGET, perceiver_ar, physicsnemo, recognise, token_batch
+from models.convert.perceiver import INPUT
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Texts(TokenSequences):
         return inputs["ids"].shape[1]
 
     def batch(self, layout: Layout, inputs: Mapping[str, Tensor], golden: Golden) -> Batch:
-        vocabulary = len(layout.targets[TARGET].variables)
+        vocabulary = len(layout.inputs[INPUT].variables)
         tokens = torch.nn.functional.one_hot(inputs["ids"], vocabulary).float()
         return token_batch(layout, tokens, inputs["valid"].bool() if "valid" in inputs else None)
 
@@ -117,6 +118,26 @@ class Images(TokenSequences):
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"": model(batch)[TARGET][:, 0, :, 0]}
+
+
+class TextClasses(Texts):
+    """transformers' classifier of texts: token ids (B, M) in, logits (B, classes) out."""
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"": model(batch)[TARGET][:, 0, :, 0]}
+
+
+class Flow(TokenSequences):
+    """transformers' optical flow: patches of two images (B, 2, channels, H, W) in, flow (B, H, W, 2) in pixels out."""
+
+    def num_tokens(self, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
+        return tuple(inputs["x"].shape[3:])
+
+    def batch(self, layout: Layout, inputs: Mapping[str, Tensor], golden: Golden) -> Batch:
+        return token_batch(layout, inputs["x"].flatten(1, 2).movedim(1, -1))
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"": model(batch)[TARGET][:, 0].movedim(1, -1) / 100}
 
 
 class HEALPixFrames:
@@ -169,7 +190,10 @@ COMPARISONS = {
     "physicsnemo": HEALPixFrames(),
     "healda": HEALPixFrames(),
     "transformers_image": Images(),
+    "transformers_image_learned": Images(),
     "transformers_text": Texts(),
+    "transformers_text_classes": TextClasses(),
+    "transformers_flow": Flow(),
     "lucidrains": PooledImages(),
     "lucidrains_0.9": PooledImages(),
 }
