@@ -15,6 +15,8 @@ from torch import Tensor
 PATHS = ("auto", "reference", "vectorised", "triton")
 TRITON = find_spec("triton") is not None
 INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+# Asked once, as PyTorch 2.11 does not trace the question.
+AUTOCAST = {kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)}
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,3 +39,9 @@ def chosen_path(path: str, kernel: str, tensor: Tensor, *, suits: bool = True) -
             "needs CUDA tensors of 16 or 32 bits and Triton; use path auto"
         )
     return path
+
+
+def autocast_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
+    """In which products are computed under autocast on a device; `otherwise` where it is off."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else otherwise

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import chosen_path
+from kernels.dispatch import autocast_dtype, chosen_path
 from kernels.film_tokenizer import features
 
 NORM_EPS = 1e-5
@@ -93,9 +93,7 @@ def row_bytes(rows: Mapping[str, Tensor | None], num_features: int) -> int:
 
 def _precision(value: Tensor, weight: Tensor) -> torch.dtype:
     """Of the factors of products."""
-    kind = value.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if casts else weight.dtype
+    return autocast_dtype(value.device, weight.dtype)
 
 
 @torch.library.custom_op("hydrasphere::film_tokenizer", mutates_args=())

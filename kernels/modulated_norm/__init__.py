@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import chosen_path
+from kernels.dispatch import autocast_dtype, chosen_path
 
 NORM_EPS = 1e-6
 WIDEST = 8192  # rows that registers of a program hold
@@ -25,7 +25,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, path: str = "auto
 
     In the dtype of x, or of autocast where it is on: what follows is a product, which would cast it.
     """
-    dtype = _autocast_dtype(x)
+    dtype = _result_dtype(x)
     path = chosen_path(path, "modulated_norm", x, suits=x.shape[-1] <= WIDEST)
     if path == "triton":
         return torch.ops.hydrasphere.modulated_norm(x, shift, scale, dtype)
@@ -54,7 +54,7 @@ def gated_norm(
 ) -> tuple[Tensor, Tensor]:
     """The stream x + gate * branch, as `gated`, and its (1 + scale) * norm + shift, as `modulated_norm`."""
     if x.shape[-1] <= WIDEST_OF_BOTH and chosen_path(path, "gated_norm", x) == "triton":
-        return torch.ops.hydrasphere.gated_norm(x, gate, branch, shift, scale, _autocast_dtype(x))
+        return torch.ops.hydrasphere.gated_norm(x, gate, branch, shift, scale, _result_dtype(x))
     stream = gated(x, gate, branch, path=path)
     return stream, modulated_norm(stream, shift, scale, path=path)
 
@@ -78,10 +78,8 @@ def _over_rows(part: Tensor, x: Tensor) -> Tensor:
     return part.view(part.shape[0], *[1] * (x.ndim - 2), part.shape[-1])
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if casts else x.dtype
+def _result_dtype(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device, x.dtype)
 
 
 @torch.library.custom_op("hydrasphere::modulated_norm", mutates_args=())

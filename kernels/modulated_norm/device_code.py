@@ -42,6 +42,15 @@ def _normed(x, inside, eps, D: tl.constexpr):
 
 
 @triton.jit
+def _norm_backward(upstream, normed, rate, factor, D: tl.constexpr):
+    """Gradient of the rows before the norm, from that of normed * factor + shift."""
+    upstream *= factor
+    mean = tl.sum(upstream, axis=1)[:, None] / D
+    along = tl.sum(upstream * normed, axis=1)[:, None] / D
+    return rate * (upstream - mean - normed * along)
+
+
+@triton.jit
 def norm_forward(
     x, shift, scale, y, rows, programs, steps, shift_stride, scale_stride, eps,
     D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
@@ -71,10 +80,7 @@ def norm_backward(
         upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
         towards_shift += upstream
         towards_scale += upstream * normed
-        upstream *= factor
-        mean = tl.sum(upstream, axis=1)[:, None] / D
-        along = tl.sum(upstream * normed, axis=1)[:, None] / D
-        tl.store(towards_x + place, rate * (upstream - mean - normed * along), mask=inside)
+        tl.store(towards_x + place, _norm_backward(upstream, normed, rate, factor, D), mask=inside)
     column = tl.arange(0, BLOCK)
     sums += tl.program_id(0).to(tl.int64) * 2 * D + column
     tl.store(sums, tl.sum(towards_shift, axis=0), mask=column < D)
@@ -149,11 +155,8 @@ def gated_norm_backward(
         upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
         towards_shift += upstream
         towards_scale += upstream * normed
-        upstream *= factor
-        mean = tl.sum(upstream, axis=1)[:, None] / D
-        along = tl.sum(upstream * normed, axis=1)[:, None] / D
         whole = tl.load(towards_stream + place, mask=inside, other=0.0).to(tl.float32)
-        whole += tl.where(inside, rate * (upstream - mean - normed * along), 0.0)
+        whole += tl.where(inside, _norm_backward(upstream, normed, rate, factor, D), 0.0)
         tl.store(towards_x + place, whole, mask=inside)
         tl.store(towards_branch + place, whole * opened, mask=inside)
         towards_gate += whole * tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)

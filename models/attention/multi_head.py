@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.dispatch import autocast_dtype
 from kernels.head_norm import head_norm
 from models.attention.backends import BACKENDS, attend
 from models.initialisation import linear_
@@ -223,9 +224,7 @@ def folded(linear: nn.Linear, affine: tuple[Tensor, Tensor] | None) -> tuple[Ten
 
 def in_autocast_dtype(tokens: Tensor) -> Tensor:
     """Casts once what several matrix products would cast each, and keep each for the backward pass."""
-    kind = tokens.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return tokens.to(torch.get_autocast_dtype(kind)) if casts else tokens
+    return tokens.to(autocast_dtype(tokens.device, tokens.dtype))
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
