@@ -84,8 +84,8 @@ class Observations(Movable):
         return {name: tensor for name, tensor in given.items() if tensor is not None}
 
     def flat_frame(self) -> Tensor:
-        """(n,) int64, the frame of each row among those of all samples: b T + t."""
-        return self.batch.long() * self.times.shape[1] + self.frame
+        """(n,) int32, the frame of each row among those of all samples: b T + t."""
+        return self.batch.int() * self.times.shape[1] + self.frame.int()
 
     def time(self) -> Tensor:
         """(n,) int64 seconds since 1970 UTC."""

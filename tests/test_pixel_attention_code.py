@@ -42,18 +42,32 @@ def test_rows_beyond_two_to_the_31_are_reached(name):
         assert all(re.search(rf"tt\.addptr %{argument}, %\w+ : !tt\.ptr<\w+>, i64", use) for use in uses), uses
 
 
-@pytest.mark.parametrize("name", ["count_digits", "scatter"])
+@pytest.mark.parametrize("name", ["count_digits", "scatter", "count_lower"])
 def test_more_than_two_to_the_31_rows_are_sorted(name):
     from kernels.sort_and_pack import device_code
 
     kernel = getattr(device_code, name)
-    types = {"key": "*i64", "row": "*i64", "key_out": "*i64", "row_out": "*i64", "begins": "*i64"}
-    types |= {"counts": "*i32", "count": "i64", "tiles": "i64"}
-    constants = {"SHIFT": 9, "BINS": 512, "TILE": 1024, "FIRST": False}
+    types = dict.fromkeys(("key", "row", "key_out", "row_out", "ends", "cell", "order", "offsets"), "*i64")
+    types |= {"counts": "*i32", "count": "i64", "tiles": "i64", "cells": "i64", "bits": "i32"}
+    constants = {"BITS": 9, "BINS": 512, "TILE": 1024, "BLOCK": 256}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     code = compiled(kernel, types, constants, num_warps=4).asm["ttir"]
     offsets = re.findall(r"tt\.addptr [^\n]*, (tensor<\d+xi\d+>|i\d+) ", code)
     assert offsets and all(offset.endswith(("xi64>", "i64")) for offset in offsets), offsets
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [False, True])
+def test_sorting_spills_no_registers(last):
+    """Both passes of 31 M rows in 98,304 cells, in every configuration that is measured."""
+    from kernels.sort_and_pack import TUNING, device_code
+
+    types = dict.fromkeys(("row", "ends"), "*i32") | {"count": "i32", "tiles": "i32"}
+    types |= {"key": "*i16", "row_out": "*i64"} if last else {"key": "*i32", "key_out": "*i16", "row_out": "*i32"}
+    for config in TUNING.candidates:
+        constants = {"BITS": 9, "BINS": 512, "TILE": config["TILE"], **({"key_out": None} if last else {"row": None})}
+        needs = resources(device_code.scatter, types, constants, num_warps=config["num_warps"])
+        assert needs["stack"] == 0 and needs["shared"] <= 48 * 1024
 
 
 @pytest.mark.slow

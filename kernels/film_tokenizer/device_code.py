@@ -106,7 +106,6 @@ def forward(
     from_tables = _from_tables(expand, expand_bias, hidden, LAYOUT, size, K, H).to(FACTOR)
     to_scale = _weight(project, hidden, width, hidden, 0, 0, H, C).to(FACTOR)
     to_shift = _weight(project, hidden, width, hidden, width, 0, H, C).to(FACTOR)
-    factor, offset = _vector(norm, hidden, H), _vector(norm_bias, hidden, H)
     scale_bias, shift_bias = _vector(project_bias, width, C), _vector(project_bias + width, width, C)
     # Invariants hoisted out of the loop would take the registers that it needs.
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), disable_licm=True):
@@ -124,7 +123,7 @@ def forward(
         )  # fmt: skip
         x = tl.dot(embedded, from_tables, x, input_precision=PRECISION)
         normed, _ = _normed(x, hidden, eps)
-        x = normed * factor + offset
+        x = normed * _vector(norm, hidden, H) + _vector(norm_bias, hidden, H)
         x = (x * _sigmoid(x)).to(FACTOR)
         scale = tl.dot(x, to_scale, input_precision=PRECISION) + scale_bias
         shift = tl.dot(x, to_shift, input_precision=PRECISION) + shift_bias

@@ -17,11 +17,12 @@ TUNING = Tuning(
     [{"TILE": tile, "num_warps": warps} for tile, warps in ((2048, 8), (1024, 4), (4096, 8), (2048, 4))],
     [Path(__file__), Path(__file__).with_name("device_code.py")],
 )
+SEARCHED = 256  # cells of a program that finds where they begin
 INTERPRETED = {"TILE": 64, "num_warps": 4}  # a small tile, so that small tests have several
 
 
 def sort_and_pack(cell: Tensor, num_cells: int, *, path: str = "auto") -> tuple[Tensor, Tensor]:
-    """cell (n,) int64 in 0 .. num_cells -> (order (n,) int64, offsets (num_cells + 1,) int64).
+    """cell (n,) int32 or int64 in 0 .. num_cells -> (order (n,) int64, offsets (num_cells + 1,) int64).
 
     Rows order[offsets[i] : offsets[i + 1]] lie in cell i, in the order they came (a stable sort, the same on every
     device and path); rows of cell num_cells come behind all cells. No host synchronisation; other cells are the
@@ -50,7 +51,7 @@ def _packed_sort(cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
     alike, any sort is stable, also NumPy's of plain numbers, which uses vector instructions."""
     bits = len(cell).bit_length()
     assert num_cells.bit_length() + bits < 64, "so many rows and cells fit no memory"
-    keys = cell.long().numpy() << bits
+    keys = np.left_shift(cell.numpy(), bits, dtype=np.int64)
     keys |= np.arange(len(keys))
     keys.sort()
     offsets = np.searchsorted(keys, np.arange(num_cells + 1) << bits)
@@ -63,55 +64,57 @@ def _(cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(cell, dtype=torch.int64), cell.new_empty(num_cells + 1, dtype=torch.int64)
 
 
-def digits(highest: int) -> list[tuple[int, int]]:
-    """(shift, bits) of the digits of numbers 0 .. highest, lowest first: as few as may be, of equal width."""
+def digits(highest: int) -> list[int]:
+    """Bits of the digits of numbers 0 .. highest, lowest first: as few as may be, of about equal width."""
     bits = max(highest.bit_length(), 1)
     passes = -(-bits // MOST_BITS)
-    width = -(-bits // passes)
-    return [(shift, width) for shift in range(0, bits, width)]
+    return [bits // passes + (index < bits % passes) for index in range(passes)]
 
 
 @torch.library.custom_op("hydrasphere::counting_sort", mutates_args=())
 def _counting_sort(cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
     """Order and offsets of `sort_and_pack`."""
-    count = len(cell)
-    if count == 0:
-        return torch.empty_like(cell, dtype=torch.int64), cell.new_zeros(num_cells + 1, dtype=torch.int64)
-    cell = cell.contiguous()
-    small = torch.int32 if max(count, num_cells) < 2**31 else torch.int64
+    from kernels.sort_and_pack import device_code
 
-    def run(config: Config) -> tuple[Tensor, Tensor]:
-        key, row = cell, cell  # the first pass reads no rows
-        passes = digits(num_cells)
-        for index, (shift, bits) in enumerate(passes):
-            last = index == len(passes) - 1
-            rows = cell.new_empty(count, dtype=torch.int64 if last else small)
-            key, row = _pass(key, row, rows, cell.new_empty(count, dtype=small), shift, bits, config, index == 0)
-        return key, row
+    count, offsets = len(cell), cell.new_zeros(num_cells + 1, dtype=torch.int64)
+    if count == 0:
+        return torch.empty_like(cell, dtype=torch.int64), offsets
+    cell, widths = cell.contiguous(), digits(num_cells)
+
+    def run(config: Config) -> Tensor:
+        key, row = cell, None  # rows are still in their order
+        for index, bits in enumerate(widths):
+            left = sum(widths[index + 1 :])
+            keys = cell.new_empty(count, dtype=_integer(left)) if left else None
+            rows = cell.new_empty(count, dtype=_integer(count.bit_length()) if left else torch.int64)
+            _pass(key, row, rows, keys, bits, config)
+            key, row = keys, rows
+        return row
 
     with torch.cuda.device_of(cell):
         config = INTERPRETED
         if cell.device.type == "cuda":
             config = TUNING.config((num_cells.bit_length(), cell.dtype), cell.device, run)
-        ordered, order = run(config)
-    return order, _offsets(ordered, num_cells)
+        order = run(config)
+        blocks = -(-(num_cells + 1) // SEARCHED)
+        device_code.count_lower[(blocks,)](cell, order, offsets, count, num_cells, count.bit_length(), BLOCK=SEARCHED)
+    return order, offsets
 
 
-def _pass(
-    key: Tensor, row: Tensor, rows: Tensor, keys: Tensor, shift: int, bits: int, config: Config, first: bool
-) -> tuple[Tensor, Tensor]:
-    """keys and rows, sorted by one digit."""
+def _integer(bits: int) -> torch.dtype:
+    return torch.int16 if bits < 16 else torch.int32 if bits < 32 else torch.int64
+
+
+def _pass(key: Tensor, row: Tensor | None, rows: Tensor, keys: Tensor | None, bits: int, config: Config) -> None:
+    """Fills keys and rows, sorted by the lowest digit of key; row: None where rows are 0 .. n - 1."""
     from kernels.sort_and_pack import device_code
 
     count, bins = len(key), 2**bits
     tiles = -(-count // config["TILE"])
     counts = key.new_empty(bins, tiles, dtype=torch.int32)
-    constant = {"SHIFT": shift, "BINS": bins, **config}
-    device_code.count_digits[(tiles,)](key, counts, count, tiles, **constant)
-    # Where a tile's rows of a digit begin among all rows, less where they begin among the rows of the tile.
-    begins = counts.flatten().cumsum(0).view(bins, tiles) - counts.cumsum(0)
-    device_code.scatter[(tiles,)](key, row, begins, keys, rows, count, tiles, FIRST=first, **constant)
-    return keys, rows
+    device_code.count_digits[(tiles,)](key, counts, count, tiles, BINS=bins, **config)
+    ends = counts.flatten().cumsum(0, dtype=torch.int32 if count < 2**31 else torch.int64)
+    device_code.scatter[(tiles,)](key, row, ends, keys, rows, count, tiles, BITS=bits, BINS=bins, **config)
 
 
 @_counting_sort.register_fake

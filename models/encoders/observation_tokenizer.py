@@ -70,9 +70,9 @@ def pack(
     cell = observations.cell
     if cell is None:
         cell = cell_of(torch.stack([observations.latitude, observations.longitude], dim=-1))
-    batch, frames = observations.times.shape
-    flat = observations.flat_frame() * num_cells + cell
-    total = batch * frames * num_cells
+    total = observations.times.numel() * num_cells
+    small = torch.int32 if total < 2**31 else torch.int64  # a sort reads its keys more than once
+    flat = observations.flat_frame().to(small) * num_cells + cell.to(small)
     flat = torch.where((cell >= 0) & (cell < num_cells), flat, total)
     order, offsets = sort_and_pack(flat, total)
     return ObservationContext(tokens.index_select(0, order), offsets, plan(offsets, tokens.shape[0]))
