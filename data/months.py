@@ -1,0 +1,62 @@
+"""Calendar months as rows of equally many slots, one a time step of the longest month.
+
+A month of 28 days has three slots at its end that are padded; a day that a file leaves out has an empty slot. Works in
+every calendar of `data/calendars.py`. Letters: m months, D slots of a month.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.calendars import format_time, month_number, month_start
+from data.field import SECONDS_PER_DAY
+
+LONGEST = 31  # days
+
+
+@dataclass(frozen=True)
+class MonthSlots:
+    """months: (m,) int64, consecutive, counted from January 1970. frames: (m, D) int64 indices of a series, -1 where
+    the month or the file has none. step: seconds between slots. calendar: of the times."""
+
+    months: np.ndarray
+    frames: np.ndarray
+    step: int
+    calendar: str
+
+    @staticmethod
+    def of(times: np.ndarray, step: int, calendar: str) -> MonthSlots:
+        """times: (N,) int64 seconds of the calendar, increasing, about `step` seconds apart.
+
+        Raises ValueError where a step is no whole part of a day or two frames share a slot.
+        """
+        if step > SECONDS_PER_DAY or SECONDS_PER_DAY % step:
+            raise ValueError(
+                f"months of days need steps of a day or a whole part of one, and these data have one of {step} "
+                "seconds; use task.months=null to fill the gaps of frames"
+            )
+        month = month_number(times, calendar)
+        months = np.arange(month[0], month[-1] + 1)
+        slot = (times - month_start(month, calendar)) // step
+        frames = np.full((months.size, LONGEST * SECONDS_PER_DAY // step), -1, dtype=np.int64)
+        place = (month - month[0], slot)
+        frames[place] = np.arange(times.size)
+        lost = np.setdiff1d(np.arange(times.size), frames)
+        if lost.size:
+            raise ValueError(
+                f"{format_time(times[lost[0]], calendar)} and the time after it lie in one step of {step} seconds; "
+                "give files with one frame a step"
+            )
+        return MonthSlots(months, frames, step, calendar)
+
+    def times(self, rows: np.ndarray) -> np.ndarray:
+        """(..., D) int64: when the slots of months `rows` (...) begin; padded ones go on into the next month."""
+        start = month_start(self.months[rows], self.calendar)
+        return start[..., None] + np.arange(self.frames.shape[1]) * self.step
+
+    def middles(self, rows: np.ndarray) -> np.ndarray:
+        """(...) int64: the middle of months."""
+        first, following = (month_start(self.months[rows] + after, self.calendar) for after in (0, 1))
+        return (first + following) // 2

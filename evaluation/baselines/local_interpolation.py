@@ -1,0 +1,240 @@
+"""Optimal interpolation of gappy fields from the nearest visible values (Gandin 1965), in space, in space and time, or
+cycled: with a damped analysis of the frame before as background.
+
+    analysis = background + c^T (C + noise)^-1 (visible - background),   error^2 = 1 - c^T (C + noise)^-1 c
+
+Correlations are Matern-3/2 or exponential in the chord, times an exponential of the time between. What is visible stays
+as it is. Scales are chosen in the training period. Letters: F frames, P cells of the sea, Q targets, K neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.covariances import positions
+from data.datasets.cloudy_series import CloudySeries
+from evaluation.baselines import Unsuitable
+
+SPACINGS = (2.0, 4.0, 7.0, 12.0, 20.0)  # lengths tried, in distances between neighbouring cells
+NOISES = (0.001, 0.01, 0.05, 0.2)
+TIMES = (0.5, 1.0, 2.0, 4.0, 8.0)  # frames
+DAMPING = 0.8  # of a cycled background, a frame later
+SPIN_UP = 8  # frames before the first one that is wanted
+_TRIED_FRAMES, _TRIED_CELLS, _BLOCK = 8, 250, 2048
+
+
+@dataclass(frozen=True)
+class LocalCovariance:
+    """correlation: exponential or matern32, of length km. time: frames over which it falls to 1/e, 0: a frame stands
+    alone. noise: error variance over variance. neighbours: visible values that a target is told by."""
+
+    correlation: str = "matern32"
+    length: float = 1000.0
+    time: float = 0.0
+    noise: float = 0.01
+    neighbours: int = 24
+
+    @property
+    def reach(self) -> int:
+        """Frames before and after that are read."""
+        return 0 if self.time == 0 else int(min(np.ceil(self.time), 3))
+
+    def __call__(self, apart: np.ndarray, later: np.ndarray | float = 0.0) -> np.ndarray:
+        """Correlations at km and frames apart."""
+        ratio = apart / self.length
+        found = np.exp(-ratio) if self.correlation == "exponential" else _matern32(ratio)
+        return found * np.exp(-np.abs(later) / self.time) if self.time else found
+
+
+def _matern32(ratio: np.ndarray) -> np.ndarray:
+    ratio = np.sqrt(3.0) * ratio
+    return (1 + ratio) * np.exp(-ratio)
+
+
+def interpolated(
+    places: np.ndarray, values: np.ndarray, frames: np.ndarray, targets: np.ndarray, covariance: LocalCovariance
+) -> tuple[np.ndarray, np.ndarray]:
+    """(estimates (Q,), expected error variances (Q,)) at cells `targets` (Q,) of frame 0.
+
+    places: (P, 3) km. values: (F, P), NaN where unknown. frames: (F,), of each row, counted from the targets'.
+    """
+    from scipy.spatial import cKDTree
+
+    frame, cell = np.nonzero(np.isfinite(values))
+    if not frame.size:
+        return np.zeros(targets.size), np.ones(targets.size)
+    near = covariance.length / max(covariance.time, 1e-6)  # km that are as far as a frame
+    later = frames[frame].astype(np.float32)
+    points = np.column_stack([places[cell], later * near])
+    tree, seen = cKDTree(points), values[frame, cell]
+    count = min(covariance.neighbours, frame.size)
+    estimates, variances = np.empty(targets.size), np.empty(targets.size)
+    wanted = np.column_stack([places[targets], np.zeros(targets.size)])
+    for start in range(0, targets.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        index = tree.query(wanted[block], k=count)[1].reshape(-1, count)
+        where, when = places[cell[index]].astype(np.float32), later[index]
+        to_target = np.linalg.norm(where - places[targets[block], None].astype(np.float32), axis=-1)
+        square = (where**2).sum(-1)
+        between = square[:, :, None] + square[:, None] - 2 * where @ where.transpose(0, 2, 1)
+        among = covariance(np.sqrt(np.maximum(between, 0)), when[:, :, None] - when[:, None])
+        diagonal = np.arange(count)
+        among[:, diagonal, diagonal] = 1 + covariance.noise
+        towards = covariance(to_target, when)
+        right = np.stack([seen[index], towards], axis=-1)
+        solved = np.linalg.solve(among.astype(np.float64), right)
+        estimates[block], explained = np.einsum("qk,qkr->rq", towards, solved)
+        variances[block] = np.clip(1 - explained, 0, 1)
+    return estimates, variances
+
+
+class LocalInterpolation:
+    """Analyses of a `CloudySeries`. cycled: whether the background is DAMPING times the analysis before, instead of the
+    climatology."""
+
+    def __init__(self, series: CloudySeries, covariance: Sequence[LocalCovariance], *, cycled: bool = False):
+        self.series, self.covariance, self.cycled = series, tuple(covariance), cycled
+        self.places, self.sea = sea_places(series)
+        self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def under(self, series: CloudySeries) -> LocalInterpolation:
+        """The same of other clouds."""
+        return type(self)(series, self.covariance, cycled=self.cycled)
+
+    def __call__(self, frames: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Anomalies and their expected errors, (n, C, H, W), of `frames` (n,); the visible is kept, with error 0."""
+        for frame in np.unique(frames):
+            self._analyse(int(frame))
+        shape = (len(frames), len(self.covariance), *self.series.data.grid.shape)
+        found, error = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+        for number, frame in enumerate(frames):
+            found[number][:, self.sea], error[number][:, self.sea] = self._known[int(frame)]
+        return torch.from_numpy(found), torch.from_numpy(error)
+
+    def filled(self, frames: np.ndarray, wanted: np.ndarray) -> Tensor:
+        """(L, C, H, W) of the frames `wanted`, whatever else the window `frames` holds."""
+        return self(wanted)[0]
+
+    def _analyse(self, frame: int) -> None:
+        """Fills in a frame and, where it is cycled, those before it that are not known yet."""
+        if frame in self._known:
+            return
+        first = frame
+        segments = self.series.data.segments
+        if self.cycled:
+            while (
+                first > max(0, frame - SPIN_UP) and first not in self._known and segments[first - 1] == segments[frame]
+            ):
+                first -= 1
+        for each in range(first, frame + 1):
+            if each not in self._known:
+                self._known[each] = self._one(each)
+
+    def _one(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        """(C, P) anomalies and errors of one frame."""
+        reach = max(covariance.reach for covariance in self.covariance)
+        around = np.arange(max(0, frame - reach), min(self.series.data.times.size, frame + reach + 1))
+        around = around[self.series.data.segments[around] == self.series.data.segments[frame]]
+        visible = self.series.visible(around)[:, :, self.sea].numpy()
+        before = self._known.get(frame - 1) if self.cycled else None
+        background = np.zeros(visible.shape[1:]) if before is None else DAMPING * before[0]
+        now = visible[around == frame][0]
+        found, error = np.where(np.isfinite(now), now, background), np.zeros(now.shape)
+        for channel, covariance in enumerate(self.covariance):
+            hidden = np.flatnonzero(~np.isfinite(now[channel]))
+            departures = visible[:, channel] - background[channel]
+            estimate, variance = interpolated(self.places, departures, around - frame, hidden, covariance)
+            found[channel, hidden] += estimate
+            error[channel, hidden] = np.sqrt(variance)
+        return found.astype(np.float32), error.astype(np.float32)
+
+
+def sea_places(series: CloudySeries) -> tuple[np.ndarray, np.ndarray]:
+    """(positions (P, 3) km, (H, W) bool) of the cells where variables exist. Raises `Unsuitable` on a plane."""
+    grid = series.data.grid
+    if not grid.geographic:
+        raise Unsuitable("cells on a plane have no distance on the sphere")
+    return positions(grid.coordinates).numpy()[series.sea.ravel()], series.sea
+
+
+def tuned(series: CloudySeries, *, in_time: bool) -> list[LocalCovariance]:
+    """One a variable: the scales with the least error at hidden cells of some frames of the training period."""
+    data, (places, sea) = series.data, sea_places(series)
+    spacing = _spacing(places)
+    random = np.random.default_rng(0)
+    period = data.training_period
+    frames = period[np.linspace(0, period.size - 1, _TRIED_FRAMES + 2)[1:-1].astype(int)]
+    found = []
+    for channel in range(len(data.variables)):
+        trials = [_trial(series, int(frame), channel, sea, random) for frame in frames]
+
+        def error(covariance: LocalCovariance, trials=trials) -> float:
+            total = 0.0
+            for around, visible, targets, truth in trials:
+                within = np.abs(around) <= covariance.reach
+                estimate, _ = interpolated(places, visible[within], around[within], targets, covariance)
+                total += float(np.square(estimate - truth).sum())
+            return total
+
+        best = LocalCovariance(length=4 * spacing, time=1.0 if in_time else 0.0)
+        steps = [
+            [{"correlation": name, "length": k * spacing} for name in ("exponential", "matern32") for k in SPACINGS],
+            [{"noise": noise} for noise in NOISES],
+        ]
+        if in_time:
+            steps.append([{"time": time} for time in TIMES])
+            steps.append(steps[0])
+        for changes in steps:
+            best = min((replace(best, **change) for change in changes), key=error)
+        found.append(best)
+    return found
+
+
+def _trial(series: CloudySeries, frame: int, channel: int, sea: np.ndarray, random: np.random.Generator):
+    """(frames around, what is visible of them (F, P), hidden cells of the middle one, their truth)."""
+    segments = series.data.segments
+    around = np.arange(max(0, frame - 3), min(segments.size, frame + 4))
+    around = around[segments[around] == segments[frame]]
+    visible = series.visible(around)[:, channel].numpy()[:, sea]
+    truth = series.truth(np.array([frame]))[0, channel].numpy()[sea]
+    hidden = np.flatnonzero(np.isfinite(truth) & ~np.isfinite(visible[around == frame][0]))
+    targets = random.permutation(hidden)[:_TRIED_CELLS]
+    return around - frame, visible, targets, truth[targets]
+
+
+def _spacing(places: np.ndarray) -> float:
+    """Median km from a cell to the nearest other one."""
+    from scipy.spatial import cKDTree
+
+    return float(np.median(cKDTree(places).query(places, k=2)[0][:, 1]))
+
+
+class OptimalInterpolation(LocalInterpolation):
+    """Each frame alone, climatology as background."""
+
+    @classmethod
+    def fit(cls, series: CloudySeries, normalisation, *, lead_steps: Sequence[int], split: str) -> OptimalInterpolation:
+        return cls(series, tuned(series, in_time=False))
+
+
+class CycledInterpolation(LocalInterpolation):
+    """Each frame with a damped analysis of the one before as background."""
+
+    @classmethod
+    def fit(cls, series: CloudySeries, normalisation, *, lead_steps: Sequence[int], split: str) -> CycledInterpolation:
+        return cls(series, tuned(series, in_time=False), cycled=True)
+
+
+class SpaceTimeInterpolation(LocalInterpolation):
+    """Frames before and after as well."""
+
+    @classmethod
+    def fit(
+        cls, series: CloudySeries, normalisation, *, lead_steps: Sequence[int], split: str
+    ) -> SpaceTimeInterpolation:
+        return cls(series, tuned(series, in_time=True))

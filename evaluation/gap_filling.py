@@ -1,0 +1,181 @@
+"""Scoring reconstructions: hidden cells of frames, and means of months, by the model and every baseline.
+
+All methods see the same clouds and are scored on the same cells: those that a cloud hid though their value is known,
+and for months every known cell. A baseline's month is the mean of what is visible and what it fills in.
+Letters: T slots of a window, L target times, C variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch
+from data.datasets.gap_windows import FILLED, MONTHLY, GapWindows
+from evaluation.baselines import build
+from evaluation.evaluation import BACKGROUND, OURS, evaluating
+from evaluation.regions import land_fraction, regions_of
+from evaluation.run_evaluation import Choices, Findings, output_folder
+from evaluation.run_folder import RunFolder
+from evaluation.scores import SCORES, ForecastScores, cell_weights
+from evaluation.stitching import blended, corners
+from evaluation.summary import REGIONS_FILE, SCORES_FILE, table, write_json
+
+_TILES = 16  # patches predicted at a time
+
+
+def evaluate_gap_filling(run: RunFolder, model: nn.Module, task, data, normalisation, choices: Choices) -> Findings:
+    """Scores the windows of a split and writes the files. Raises ValueError, OSError."""
+    choices.only(
+        "checkpoint", "split", "weights", "baselines", "regions", "max_windows", "report", "predictions",
+        task="reconstruct",
+    )  # fmt: skip
+    folder = output_folder(run, choices)
+    folder.mkdir(exist_ok=True)
+    scores, left_out, count = score_gap_filling(model, task, data, normalisation, choices)
+    names = [variable.label for variable in data.variables]
+    regions = next(iter(next(iter(scores.values())).values())).regions
+    contents = {region: _content(scores, names, place) for place, region in enumerate(regions)}
+    write_json(folder / SCORES_FILE, contents["all"])
+    write_json(folder / REGIONS_FILE, contents)
+    heading = (
+        f"{count} windows of the {choices.split} split, checkpoint {choices.checkpoint}, {choices.weights} weights"
+    )
+    missing = "\n".join(f"left out: {name} ({reason})" for name, reason in left_out.items())
+    return Findings(folder, heading, "\n\n".join(filter(None, [gap_table(contents["all"], names), missing])))
+
+
+def score_gap_filling(
+    model: nn.Module, task, data, normalisation, choices: Choices
+) -> tuple[dict[str, dict[str, ForecastScores]], dict[str, str], int]:
+    """({target: {method: scores}}, {baseline left out: reason}, number of windows)."""
+    dataset = task.dataset(data, choices.split, normalisation)
+    windows = np.arange(len(dataset.frames))
+    if choices.max_windows is not None:
+        if choices.max_windows < 1:
+            raise ValueError(f"max_windows={choices.max_windows} must be at least 1; null takes the whole split")
+        windows = np.unique(np.linspace(0, windows[-1], min(choices.max_windows, windows.size)).round().astype(int))
+    left_out: dict[str, str] = {}
+    asked = list(task.baselines) if choices.baselines is None else list(choices.baselines)
+    rivals = build(
+        asked,
+        dataset.series[0],
+        normalisation,
+        lead_steps=(),
+        split=choices.split,
+        known=task.baselines,
+        left_out=left_out if choices.baselines is None else None,
+    )
+    cells = cell_weights(data.grid, choices.weights)
+    regions = regions_of(data.grid, land_fraction=land_fraction(data), boxes=choices.regions)
+    methods = [OURS, *([BACKGROUND] if task.reference == "analysis" else []), *rivals]
+    scores = {target: {method: ForecastScores(cells, regions) for method in methods} for target in task.targets}
+    scored: dict[str, set] = {target: set() for target in task.targets}
+    with evaluating(model):
+        for window in windows:
+            batch, ours = predicted(model, dataset, int(window), task.overlap)
+            made = {OURS: ours, BACKGROUND: _reference(batch)}
+            made |= {name: _filled_by(rival, dataset, int(window), batch) for name, rival in rivals.items()}
+            for target, field in batch.targets.items():
+                fresh = _unscored(field.times[0].tolist(), scored[target])
+                valid = (field.presence.expand_as(field.values) & fresh[None, :, None, None, None])[0]
+                truth, usual = field.physical()[0], field.physical(torch.zeros_like(field.values))[0]
+                for method in methods:
+                    values = (made[method][target], truth, usual, valid)
+                    scores[target][method].update(*(tensor[:, None] for tensor in values))
+    return scores, left_out, windows.size
+
+
+@torch.inference_mode()
+def predicted(model: nn.Module, dataset: GapWindows, window: int, overlap: int) -> tuple[Batch, dict[str, Tensor]]:
+    """A window of the whole domain, and the model's targets of it, (L, C, H, W) in physical units: in one piece, or
+    patch by patch where that is what it was trained on."""
+    device = next(model.parameters()).device
+    one = np.array([window])
+    batch = dataset.batch(one, np.zeros(1, dtype=int))
+    if dataset.window.crop is None:
+        found = model.predict(batch.to(device))
+        return batch, {name: prediction.point.values[0].float().cpu() for name, prediction in found.items()}
+    shape = dataset.data.grid.shape
+    places = corners(shape, dataset.window.crop, overlap)
+    made: dict[str, list[Tensor]] = {}
+    for part in _parts(places):
+        tiles = dataset.batch(one.repeat(len(part)), np.zeros(len(part), dtype=int), part)
+        for name, prediction in model.predict(tiles.to(device)).items():
+            made.setdefault(name, []).append(prediction.point.values.float().cpu())
+    return batch, {name: blended(torch.cat(tiles), places, shape) for name, tiles in made.items()}
+
+
+def _parts(places: list) -> Iterator[list]:
+    for start in range(0, len(places), _TILES):
+        yield places[start : start + _TILES]
+
+
+def _reference(batch: Batch) -> dict[str, Tensor]:
+    return {name: field.physical(field.reference.values)[0] for name, field in batch.targets.items()}
+
+
+def _filled_by(rival, dataset: GapWindows, window: int, batch: Batch) -> dict[str, Tensor]:
+    """Every target in physical units, (L, C, H, W)."""
+    slots = dataset.frames[window]
+    there = slots >= 0
+    found = {}
+    months = MONTHLY in batch.targets
+    wanted = np.arange(slots.size) if months else np.arange(slots.size)[dataset.filled_slots]
+    wanted = wanted[there[wanted]]
+    known = rival.filled(slots[there], slots[wanted])
+    every = known.new_full((slots.size, *known.shape[1:]), torch.nan)
+    every[wanted] = known
+    if FILLED in batch.targets:
+        found[FILLED] = batch.targets[FILLED].physical(every[dataset.filled_slots][None].nan_to_num(0.0))[0]
+    if months:
+        given = batch.inputs[dataset.window.name]
+        visible = given.values.where(given.presence, torch.nan)[0]
+        mean = visible.where(visible.isfinite(), every).unflatten(0, (-1, dataset.window.per_group(dataset.data)))
+        found[MONTHLY] = batch.targets[MONTHLY].physical(mean.nanmean(dim=1)[None].nan_to_num(0.0))[0]
+    return found
+
+
+def _unscored(times: list[int], scored: set[int]) -> Tensor:
+    """(L,) bool: times that no earlier window had; the last window of a run may overlap the one before."""
+    fresh = torch.tensor([time not in scored for time in times])
+    scored.update(times)
+    return fresh
+
+
+def _content(scores: dict[str, dict[str, ForecastScores]], names: list[str], place: int) -> dict:
+    """{target variable: {score: {"0": {method: value}}}}, as `scores.json` of forecasts; what is no number is left
+    out."""
+    values = {target: {method: each.values() for method, each in found.items()} for target, found in scores.items()}
+    return {
+        f"{target} {name}": {
+            score: {
+                "0": {
+                    method: float(found[score][place, 0, channel])
+                    for method, found in by_method.items()
+                    if torch.isfinite(found[score][place, 0, channel])
+                }
+            }
+            for score in SCORES
+        }
+        for target, by_method in values.items()
+        for channel, name in enumerate(names)
+    }
+
+
+def gap_table(content: dict, names: list[str]) -> str:
+    """One table a variable, for people: a row a method, a column a target."""
+    tables = []
+    for name in names:
+        columns = {
+            target: content[f"{target} {name}"]["rmse"]["0"]
+            for target in (FILLED, MONTHLY)
+            if f"{target} {name}" in content
+        }
+        largest = max(value for by_method in columns.values() for value in by_method.values())
+        decimals = int(np.clip(3 - np.floor(np.log10(largest)), 0, 9)) if largest else 3
+        tables.append(table(f"RMSE of {name}", columns, decimals=decimals))
+    return "\n\n".join(tables)

@@ -1,0 +1,61 @@
+"""A whole domain from overlapping patches: where they lie, and how they are blended.
+
+Weights fall to 0 as a raised cosine towards a patch's edges, so that no seam is seen. Letters: h x w cells of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def starts(cells: int, size: int, overlap: int) -> list[int]:
+    """First cells of patches of `size` that overlap by `overlap` or more and cover `cells`; the last one is flush."""
+    if cells <= size:
+        return [0]
+    return sorted({*range(0, cells - size, size - overlap), cells - size})
+
+
+def corners(shape: Sequence[int], crop: Sequence[int], overlap: int) -> list[tuple[int, int]]:
+    """First rows and columns of the patches that cover a domain, row by row."""
+    rows, columns = (starts(cells, size, overlap) for cells, size in zip(shape, crop, strict=True))
+    return [(row, column) for row in rows for column in columns]
+
+
+def raised_cosine(size: int) -> Tensor:
+    """(size,) weights above 0."""
+    return torch.sin(torch.pi * (torch.arange(size) + 0.5) / size).square().float()
+
+
+class Mosaic:
+    """Adds patches (..., h, w) to a domain and gives their weighted mean."""
+
+    def __init__(self, shape: Sequence[int]):
+        self.shape = tuple(shape)
+        self.total: Tensor | None = None
+        self.weights = torch.zeros(self.shape)
+
+    def add(self, patch: Tensor, corner: tuple[int, int]) -> None:
+        """Cells of the patch beyond the domain are left out."""
+        row, column = corner
+        patch = patch[..., : self.shape[0] - row, : self.shape[1] - column]
+        height, width = patch.shape[-2:]
+        weight = raised_cosine(height)[:, None] * raised_cosine(width)
+        if self.total is None:
+            self.total = patch.new_zeros(*patch.shape[:-2], *self.shape)
+        self.total[..., row : row + height, column : column + width] += weight * patch
+        self.weights[row : row + height, column : column + width] += weight
+
+    def mean(self) -> Tensor:
+        return self.total / self.weights
+
+
+def blended(patches: Tensor, places: Sequence[tuple[int, int]], shape: Sequence[int]) -> Tensor:
+    """Patches (n, ..., h, w) at `places`, as one domain (..., *shape)."""
+    mosaic = Mosaic(shape)
+    for patch, place in zip(patches, np.asarray(places).tolist(), strict=True):
+        mosaic.add(patch, tuple(place))
+    return mosaic.mean()

@@ -1,0 +1,177 @@
+"""Reconstruction: fields with gaps in, the gaps filled frame by frame and means of months out.
+
+Letters: B batch, L target times, C variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from data.batch import Batch
+from data.clouds import CloudMasks
+from data.layout import Layout
+from training.tasks.gridded import GriddedTask, check_series
+
+if TYPE_CHECKING:
+    from data.datasets.cloudy_series import CloudySeries
+    from data.datasets.gap_windows import GapWindow, GapWindows
+    from data.datasets.gridded import GriddedData
+    from data.normalisation import Normalisation
+    from evaluation.baselines.local_interpolation import LocalInterpolation
+    from evaluation.run_evaluation import Choices, Findings
+    from evaluation.run_folder import RunFolder
+    from models.encode_process_decode import EncodeProcessDecode
+
+ANALYSES = ("optimal_interpolation", "space_time_interpolation", "cycled_interpolation")
+
+
+class ReconstructTask(GriddedTask):
+    """Fills the gaps of a gridded series, and tells the mean of months from the days that are visible.
+
+    months: of a window, each padded to 31 days; None: a window is input_frames frames in a row. targets: filled,
+    monthly or both. all_frames: whether the gaps of every frame of a window are filled, or those of its last one.
+    clouds: what hides values that are known (`data/clouds.py`), None: nothing, for prediction alone. draws: different
+    clouds that training windows are seen through. stride: frames from one window of frames in a row to the next.
+    reference: what the output is added to: climatology, available_mean (of the visible days of a month or window) or
+    analysis, an interpolation of what is visible that is an input as well; analysis: which one. min_share: of the days
+    of a month that must be known, for its mean to be learnt from. crop: rows and columns of patches that are trained
+    on, patches: of a window in an epoch; overlap: cells by which they overlap where the whole domain is predicted.
+    head: see `models/heads.py`. loss: mse, l1 or huber with huber_delta, over known cells, in units of the reference's
+    error. query_fraction: share of the places decoded in a training step. Raises ValueError where a value is not
+    allowed.
+    """
+
+    lead_weights = None
+    stacking = None  # an interpolation is mixed in as the reference
+
+    def __init__(
+        self,
+        *,
+        months: int | None,
+        input_frames: int,
+        targets: Sequence[str],
+        all_frames: bool,
+        clouds: CloudMasks | None,
+        draws: int,
+        reference: str,
+        head: str,
+        loss: str,
+        analysis: str = "space_time_interpolation",
+        stride: int = 1,
+        min_share: float = 0.9,
+        crop: Sequence[int] | None = None,
+        patches: int = 1,
+        overlap: int = 8,
+        huber_delta: float = 1.0,
+        query_fraction: float = 1.0,
+        variable_weights: Mapping[str, float] | None = None,
+    ):
+        from data.datasets.gap_windows import FILLED, MONTHLY, REFERENCES
+
+        counts = {"input_frames": input_frames, "draws": draws, "stride": stride, "patches": patches}
+        for name, value in (counts | ({} if months is None else {"months": months})).items():
+            if value < 1:
+                raise ValueError(f"task.{name}={value} must be at least 1")
+        if not targets or not set(targets) <= {FILLED, MONTHLY} or len(set(targets)) < len(targets):
+            raise ValueError(f"task.targets={list(targets)} must be [{FILLED}], [{MONTHLY}] or [{MONTHLY},{FILLED}]")
+        if MONTHLY in targets and months is None:
+            raise ValueError(f"task.targets={list(targets)} has means of months; use task.months=1 or more")
+        for name, value, allowed in (("reference", reference, REFERENCES), ("analysis", analysis, ANALYSES)):
+            if value not in allowed:
+                raise ValueError(f"task.{name}={value} is unknown; use one of {', '.join(allowed)}")
+        if not 0 < min_share <= 1:
+            raise ValueError(f"task.min_share={min_share} must be above 0 and at most 1")
+        if crop is not None and (len(crop) != 2 or min(crop) < 1 or not 0 <= overlap < min(crop)):
+            raise ValueError(
+                f"task.crop={list(crop)} must be two numbers of cells above task.overlap={overlap}, like [64,64]"
+            )
+        self.check_query_fraction(query_fraction)
+        self.check_head(head)
+        self.months, self.input_frames, self.targets, self.all_frames = months, input_frames, tuple(targets), all_frames
+        self.clouds, self.draws, self.stride, self.min_share = clouds, draws, stride, min_share
+        self.reference, self.analysis = reference, analysis
+        self.crop, self.patches, self.overlap = None if crop is None else (crop[0], crop[1]), patches, overlap
+        self.head_name, self.loss_name, self.huber_delta = head, loss, huber_delta
+        self.query_fraction, self.variable_weights = query_fraction, dict(variable_weights or {})
+        self._analyst: LocalInterpolation | None = None
+        self._analyses: dict[int, LocalInterpolation] = {}
+
+    # Data
+
+    def window(self) -> GapWindow:
+        from data.datasets.gap_windows import GapWindow
+
+        return GapWindow(self.months, self.input_frames, self.targets, self.all_frames, self.crop, self.reference)
+
+    def layout(self, data: GriddedData) -> Layout:
+        """What the model reads and predicts. Raises ValueError where data and task do not fit."""
+        check_series("reconstruct", data)
+        self.check_variable_weights(data.variables)
+        return self.window().layout(data)
+
+    def fit(self, data: GriddedData) -> Normalisation:
+        """Scale and climatology of the training range."""
+        from data.normalisation import Normalisation
+
+        return Normalisation.fit(data, lead_steps=(1,))
+
+    def series(self, data: GriddedData, normalisation: Normalisation, draw: int) -> CloudySeries:
+        """The data under some clouds. draw 0: those of validation and test."""
+        from data.datasets.cloudy_series import CloudySeries
+
+        return CloudySeries(data, normalisation, self.clouds, draw)
+
+    def dataset(self, data: GriddedData, split: str, normalisation: Normalisation) -> GapWindows:
+        from data.datasets.gap_windows import GapWindows
+
+        if self.clouds is None and not data.gaps:
+            raise ValueError(
+                "nothing is hidden and these data have no gaps: there is nothing to learn; give clouds, like "
+                "task.clouds.path=catalogue:alboranSST_small.nc"
+            )
+        draws = range(1, self.draws + 1) if split == "train" else (0,)
+        series = [self.series(data, normalisation, draw) for draw in draws]
+        return GapWindows(
+            series,
+            split,
+            self.window(),
+            analyses=[self._analysed(each) for each in series] if self.reference == "analysis" else None,
+            stride=self.input_frames if self.all_frames and split != "train" else self.stride,
+            min_share=self.min_share,
+            patches=self.patches,
+        )
+
+    def _analysed(self, series: CloudySeries) -> LocalInterpolation:
+        """Scales are tuned once; frames that were analysed are kept."""
+        if self._analyst is None:
+            from evaluation.baselines import build
+
+            whole = self.series(series.data, series.normalisation, 0)
+            self._analyst = build([self.analysis], whole, series.normalisation, lead_steps=(), known=self.baselines)[
+                self.analysis
+            ]
+        return self._analyses.setdefault(series.draw, self._analyst.under(series))
+
+    # Evaluation
+
+    @property
+    def baselines(self) -> Mapping[str, type]:
+        """What fillings are compared with."""
+        from evaluation.baselines.gap_filling import GAP_BASELINES
+
+        return GAP_BASELINES
+
+    def evaluate(
+        self, run: RunFolder, model: EncodeProcessDecode, data: GriddedData, normalisation, choices: Choices
+    ) -> Findings:
+        """Scores of hidden cells and of months, beside the baselines. Raises ValueError, OSError."""
+        from evaluation.gap_filling import evaluate_gap_filling
+
+        return evaluate_gap_filling(run, model, self, data, normalisation, choices)
+
+    # Training
+
+    def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
+        """A training batch at a share of its places. Draws from torch's global generator."""
+        return self.at_some_places(batch, model)
