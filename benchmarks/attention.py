@@ -162,18 +162,14 @@ def _cells(row: dict, backends: tuple[str, ...]) -> list[str]:
     return [row["shape"], row["dtype"], *times, row["auto"], f"{row['ratio']:.2f}" if "ratio" in row else "-"]
 
 
-def page(stored: dict[str, dict]) -> str:
-    """Tables of both kinds of device, with command, device and date."""
-    texts = []
-    for kind, title in (("cuda", "GPU"), ("cpu", "CPU")):
-        result = stored.get(kind)
-        if result is None:
-            rows = [_unmeasured(one, name) for one in SHAPES[kind] for name in DTYPES]
-            texts.append(f"{title}:\n\n{table(rows, kind)}")
-            continue
-        line = f"{result['device']}, {result['threads']} CPU threads, {result['date'][:10]}: `{result['command']}`"
-        texts.append(f"{title}:\n\n{table(result['rows'], kind)}\n\n{line}")
-    return "\n\n".join(texts)
+def section(kind: str, result: dict | None) -> str:
+    """Table of one kind of device, with command, device and date."""
+    title = {"cuda": "GPU", "cpu": "CPU"}[kind]
+    if result is None:
+        rows = [_unmeasured(one, name) for one in SHAPES[kind] for name in DTYPES]
+        return f"{title}:\n\n{table(rows, kind)}"
+    line = measure.credit(f"{result['device']}, {result['threads']} CPU threads", [result])
+    return f"{title}:\n\n{table(result['rows'], kind)}\n\n{line}"
 
 
 def _unmeasured(shape: Shape, dtype: str) -> dict:
@@ -183,12 +179,8 @@ def _unmeasured(shape: Shape, dtype: str) -> dict:
 
 
 def publish(result: dict[str, dict]) -> None:
-    """Into results/attention.json and the page, beside what the other kind of device measured."""
-    path = measure.RESULTS / f"{NAME}.json"
-    stored = (json.loads(path.read_text()) if path.exists() else {}) | result
-    measure.RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(stored, indent=1) + "\n")
-    measure.insert(measure.PAGE, NAME, page(stored))
+    """Beside what the other kind of device measured."""
+    measure.publish_devices(NAME, measure.stored(NAME) | result, section)
 
 
 def main(options: list[str]) -> None:

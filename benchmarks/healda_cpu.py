@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.healda_peer import INSTALL, NAME, PhysicsNeMo, installed
-from benchmarks.measure import environment, markdown, merged, publish
+from benchmarks.measure import command, environment, markdown, merged, publish
 from data.batch import Batch
 from data.field import Field
 from data.healpix import num_cells
@@ -228,7 +228,7 @@ def main(options: list[str]) -> None:
         print(f"PhysicsNeMo is not installed, our loop over cells stands in for it; to compare with it: {INSTALL}")
     torch.set_num_threads(chosen.threads)
     result = environment(("torch", "nvidia-physicsnemo"))
-    result |= {"command": " ".join(["python -m benchmarks healda_cpu", *options]), "threads": chosen.threads}
+    result |= {"command": command("healda_cpu", options), "threads": chosen.threads}
     rows = [row for name in chosen.cases for row in rows_of(CASES[name], chosen.rounds)]
     result["rows"] = [row | {"date": result["date"], "command": result["command"]} for row in rows]
     if not chosen.no_store:

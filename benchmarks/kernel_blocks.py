@@ -32,7 +32,7 @@ from models.attention.disk import Disk
 from models.latents import ObservationContext
 from models.positions.fourier import unit_sphere
 from models.positions.rotary import FrameRotary
-from models.processors.video_dit import VideoDiT
+from models.processors.video_dit import VideoDiT, VideoDiTBlock
 
 DENSE = "dense"  # attention among all places
 DIFFERENCE = 0.1  # of ours and the peer's outputs: two roundings to 16 bits in every layer
@@ -70,15 +70,13 @@ def disk_case(setting: Setting, *, frames: int, level: int, heads: int, width: i
     return Prepared(errors, steps, {FORWARD: floor[:1], BOTH: floor}, notes={"places": places})
 
 
-def processor(setting: Setting, depth: int, frames: int, hidden: int, heads: int, queries: int) -> VideoDiT:
+def our_block(setting: Setting, frames: int, hidden: int, heads: int, queries: int) -> VideoDiTBlock:
     """With weights of every size, gates included."""
     latents = SimpleNamespace(
         hidden_size=hidden, observation_size=TOKEN, frames=frames, condition_size=CONDITION, num_tokens=None
     )
     with setting.device:
-        made = VideoDiT(
-            None, latents, depth=depth, num_heads=heads, observation_heads=queries, checkpoint="all"
-        ).train()
+        made = VideoDiT(None, latents, depth=1, num_heads=heads, observation_heads=queries).blocks[0].train()
     randomise(setting, made)
     return made
 
@@ -118,7 +116,7 @@ def their_arguments(tokens: Tensor, offsets: Tensor, rotary: FrameRotary) -> dic
 def block_case(
     setting: Setting, *, frames: int, places: int, hidden: int, heads: int, queries: int, rows: int, compiled: str
 ) -> Prepared:
-    ours = processor(setting, 1, frames, hidden, heads, queries).blocks[0]
+    ours = our_block(setting, frames, hidden, heads, queries)
     modules: dict[str, nn.Module] = {OURS: ours}
     if setting.theirs:
         modules[peer.NAME] = their_block(ours, hidden, heads, queries)

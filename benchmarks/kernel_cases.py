@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from benchmarks import kernel_peer as peer
 from benchmarks.roofline import largest_error, poisoned
 from kernels.film_tokenizer import film_tokenizer, row_bytes
-from kernels.modulated_norm import gated, modulated_norm
 from kernels.pixel_attention import pixel_attention
 from kernels.segments import plan
 from kernels.sort_and_pack import sort_and_pack
@@ -26,6 +25,7 @@ from models.positions.rotary import FrameRotary
 
 OURS, LOOP = "ours", "reference"
 FORWARD, BOTH = "forward", "forward+backward"
+Output = Tensor | Sequence[Tensor]  # of an implementation
 Parts = list[tuple[float, float]]  # (bytes, operations) that follow each other
 GIGA = 2**30
 
@@ -94,20 +94,27 @@ def counted_offsets(setting: Setting, cells: int, rows: int, counts: str) -> Ten
     return torch.cat([found.new_zeros(1), found.cumsum(0)])
 
 
+def several(output: Output) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(output)
+
+
+def gradients_of(output: Output, leaves: Sequence[Tensor], gradient: Output) -> tuple[Tensor, ...]:
+    """Of leaves; gradient: of each output, in any dtype."""
+    outputs = several(output)
+    towards = [part.to(one.dtype) for part, one in zip(several(gradient), outputs, strict=True)]
+    return torch.autograd.grad(outputs, leaves, towards)
+
+
 def differentiable(
-    runs: dict[str, Callable[[], Tensor]], leaves: Sequence[Tensor], gradient: Tensor
+    runs: dict[str, Callable[[], Output]], leaves: Sequence[Tensor], gradient: Output
 ) -> dict[str, dict[str, Callable[[], object]]]:
     """Steps in both modes."""
 
-    def forward(run: Callable[[], Tensor]) -> Callable[[], object]:
+    def forward(run: Callable[[], Output]) -> Callable[[], object]:
         return torch.no_grad()(run)
 
-    def both(run: Callable[[], Tensor]) -> Callable[[], object]:
-        def step() -> object:
-            output = run()
-            return torch.autograd.grad(output, leaves, gradient.to(output.dtype))
-
-        return step
+    def both(run: Callable[[], Output]) -> Callable[[], object]:
+        return lambda: gradients_of(run(), leaves, gradient)
 
     return {
         FORWARD: {name: forward(run) for name, run in runs.items()},
@@ -117,10 +124,10 @@ def differentiable(
 
 def checked(
     setting: Setting,
-    runs: dict[str, Callable[[], Tensor]],
+    runs: dict[str, Callable[[], Output]],
     leaves: Sequence[Tensor],
-    gradient: Tensor,
-    sampled: Callable[[Tensor, Sequence[Tensor]], list[Tensor]],
+    gradient: Output,
+    sampled: Callable[[Output, Sequence[Tensor]], list[Tensor]],
     expected: list[Tensor],
 ) -> dict[str, float]:
     """Errors of outputs and gradients in full-size runs on poisoned memory. gradient: zero outside the sample, so that
@@ -129,8 +136,8 @@ def checked(
     for name, run in runs.items():
         with poisoned(setting.device):
             output = run()
-            gradients = torch.autograd.grad(output, leaves, gradient.to(output.dtype))
-        spread = [part for part in (output, *gradients) if not part.isfinite().all()]
+            gradients = gradients_of(output, leaves, gradient)
+        spread = [part for part in (*several(output), *gradients) if not part.isfinite().all()]
         errors[name] = math.nan if spread else largest_error(sampled(output, gradients), expected)
     return errors
 
@@ -278,35 +285,6 @@ def sort_case(setting: Setting, *, cells: int, rows: int) -> Prepared:
         pairs = zip(sort_and_pack(few, cells), sort_and_pack(few, cells, path="reference"), strict=True)
         errors[OURS] = max(errors[OURS], 0.0 if all(torch.equal(*pair) for pair in pairs) else math.inf)
     return Prepared(errors, {FORWARD: runs}, {FORWARD: [(16 * rows + 8 * cells, 0)]})
-
-
-def norm_case(setting: Setting, *, frames: int, places: int, hidden: int, kernel: str) -> Prepared:
-    leaves = [setting.normal(1, frames, places, hidden), setting.normal(1, hidden)]
-    leaves.append(setting.normal(*(1, hidden) if kernel == "modulated_norm" else leaves[0].shape))
-    leaves = [part.requires_grad_() for part in leaves]
-    ours, theirs = {"modulated_norm": (modulated_norm, peer.modulated_norm), "gated": (gated, peer.gated)}[kernel]
-    runs = {OURS: lambda: ours(*leaves)}
-    if setting.loops:
-        runs[LOOP] = lambda: ours(*leaves, path="reference")
-    if setting.theirs:
-        runs[peer.NAME] = lambda: theirs(*leaves)
-    some = (slice(None), slice(None, None, max(frames - 1, 1)), slice(None, None, max(places // 16, 1)))
-    gradient = torch.zeros_like(leaves[0], requires_grad=False)
-    gradient[some] = setting.normal(*gradient[some].shape)
-    few = [(part[some] if part.ndim == 4 else part).detach().double().requires_grad_() for part in leaves]
-    output = ours(*few, path="reference")
-    expected = [output.detach(), *torch.autograd.grad(output, few, gradient[some].double())]
-
-    def sampled(found: Tensor, gradients: Sequence[Tensor]) -> list[Tensor]:
-        return [part[some] if part.ndim == 4 else part for part in (found, *gradients)]
-
-    errors = checked(setting, runs, leaves, gradient, sampled, expected)
-    one = frames * places * hidden * setting.size
-    passes = 2 if kernel == "modulated_norm" else 3
-    forward, backward = (passes * one, 8 * one / setting.size), (3 * one, 16 * one / setting.size)
-    vectors = [(moved, 0.0) for moved, _ in (forward, backward)]  # not the matrix units' work
-    steps = differentiable(runs, leaves, setting.normal(*leaves[0].shape))
-    return Prepared(errors, steps, {FORWARD: vectors[:1], BOTH: vectors})
 
 
 def temporal_case(setting: Setting, *, frames: int, places: int, heads: int, width: int) -> Prepared:

@@ -215,6 +215,19 @@ def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     return module("adaln").gated_residual(x, branch, gate)
 
 
+def gated_norm(x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """One after the other, as its block calls them."""
+    stream = gated(x, gate, branch)
+    return stream, modulated_norm(stream, shift, scale)
+
+
+def head_norm(packed: Tensor) -> tuple[Tensor, ...]:
+    """(..., s, h, d): queries and keys normalised as timm's attention does, heads before tokens."""
+    query, key, value = (part.transpose(-3, -2) for part in packed.unbind(-3))
+    query, key = (F.rms_norm(part, part.shape[-1:], eps=1e-6) for part in (query, key))
+    return tuple(part.transpose(-3, -2) for part in (query, key, value))
+
+
 def temporal_attention(rotation: tuple[Tensor, Tensor], *, heads: int, width: int) -> Callable[[Tensor], Tensor]:
     """Causal and linear, of fused projections (B, T, X, 3 h d): its layer with nothing before and after it."""
     layer = module("attention_layers").TemporalAttention(hidden_size=width, num_heads=heads, is_causal=True)

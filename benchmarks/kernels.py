@@ -32,16 +32,17 @@ from benchmarks.kernel_cases import (
     Case,
     Setting,
     film_case,
-    norm_case,
     pixel_case,
     sort_case,
     temporal_case,
 )
+from benchmarks.kernel_norms import head_norm_case, norm_case
 from benchmarks.kernel_step import STEP, fitting, layer_costs, step_case
 from benchmarks.roofline import Rates, free_bytes, measured_rates, paired_seconds
 
 NAME = "kernels"
 TOLERANCES = {torch.bfloat16: 5e-2, torch.float32: 2e-4}  # of the largest number of a tensor
+NORMS = ("modulated_norm", "gated", "gated_norm")
 NOT_MEASURED = "not measured: no GPU"
 LONGEST = 10.0  # seconds that the rounds of a case may take; a slower step is not repeated
 
@@ -68,10 +69,8 @@ def production() -> list[Case]:
         for count in (30, 50)
     ]
     cases.append(Case("sort_and_pack", {"cells": cells, "rows": many}, sort_case, needs=120 * many))
-    cases += [
-        Case(kernel, {**grid, "hidden": 1536, "kernel": kernel}, norm_case, needs=16 * GIGA)
-        for kernel in ("modulated_norm", "gated")
-    ]
+    cases += [Case(kernel, {**grid, "hidden": 1536, "kernel": kernel}, norm_case, needs=16 * GIGA) for kernel in NORMS]
+    cases.append(Case("head_norm", {**grid, "heads": 16, "width": 96}, head_norm_case, needs=16 * GIGA))
     cases.append(Case("temporal attention", {**grid, "heads": 16, "width": 96}, temporal_case, needs=24 * GIGA))
     blocks = [
         Case(f"VideoDiT block, {mode}", {**whole, "compiled": mode}, block_case, needs=80 * GIGA, takes=seconds)
@@ -121,10 +120,8 @@ def reduced() -> list[Case]:
             for count in (30, 50)
         ),
         Case("sort_and_pack", {"cells": 3072, "rows": 1_000_000}, sort_case),
-        *(
-            Case(kernel, {"frames": 4, "places": 3072, "hidden": 512, "kernel": kernel}, norm_case)
-            for kernel in ("modulated_norm", "gated")
-        ),
+        *(Case(kernel, {"frames": 4, "places": 3072, "hidden": 512, "kernel": kernel}, norm_case) for kernel in NORMS),
+        Case("head_norm", {"frames": 4, "places": 3072, "heads": 8, "width": 64}, head_norm_case),
         Case("temporal attention", {"frames": 8, "places": 1536, "heads": 4, "width": 32}, temporal_case),
         Case("disk attention, 10.46 degrees", {"frames": 1, "level": 4, "heads": 4, "width": 32}, disk_case),
         Case("VideoDiT block, eager", {**whole, "compiled": "eager"}, block_case),
@@ -220,39 +217,32 @@ def _cells(row: dict) -> list[str]:
     return [*start, *numbers, *shares, *times, compared, shown or "-", peak or "-"]
 
 
-def page(stored: dict[str, dict]) -> str:
-    """Tables of both kinds of device, with the command, the device and the date below each."""
-    texts = []
-    for kind, title in (("cuda", "GPU, production shapes, bfloat16"), ("cpu", "CPU, reduced shapes, float32")):
-        result = stored.get(kind)
-        if result is None:
-            missing = [{"what": c.what, "shape": labelled(c.shape), "mode": BOTH} for c in production()]
-            texts.append(f"{title}:\n\n{table([row | {'skipped': NOT_MEASURED} for row in missing])}")
-            continue
-        rates = f"{result['copy_rate'] / 1e9:.0f} GB/s copied, {result['matrix_rate'] / 1e12:.3g} TFLOP/s in products"
-        line = f"{result['device']}, {rates}, {result['threads']} CPU threads, {result['date'][:10]}"
-        commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in result["rows"]))
-        parts = [f"{title}:", table(result["rows"]), layer_costs(result["rows"]), f"{line}: {commands}"]
-        texts.append("\n\n".join(part for part in parts if part))
-    return "\n\n".join(texts)
+def section(kind: str, result: dict | None) -> str:
+    """Table of one kind of device, with the commands, the device and the date below it."""
+    title = {"cuda": "GPU, production shapes, bfloat16", "cpu": "CPU, reduced shapes, float32"}[kind]
+    if result is None:
+        cases = production() if kind == "cuda" else reduced()
+        missing = [{"what": c.what, "shape": labelled(c.shape), "mode": BOTH, "skipped": NOT_MEASURED} for c in cases]
+        return f"{title}:\n\n{table(missing)}"
+    rates = f"{result['copy_rate'] / 1e9:.0f} GB/s copied, {result['matrix_rate'] / 1e12:.3g} TFLOP/s in products"
+    line = measure.credit(f"{result['device']}, {rates}, {result['threads']} CPU threads", result["rows"])
+    parts = [f"{title}:", table(result["rows"]), layer_costs(result["rows"]), line]
+    return "\n\n".join(part for part in parts if part)
 
 
 def publish(result: dict[str, dict]) -> None:
     """Into results/kernels.json and the page. What the same device, versions and threads measured before stays where
-    this run has no row for it and the case still exists, as does what the other kind of device measured."""
+    this run has no row of that name and such cases still exist, as does what the other kind of device measured."""
     known = {case.what for case in (*production(), *reduced())}
-    path = measure.RESULTS / f"{NAME}.json"
-    stored = json.loads(path.read_text()) if path.exists() else {}
+    stored = measure.stored(NAME)
     for kind, found in result.items():
         before = stored.get(kind, {"rows": []})
         if any(before.get(same) != found[same] for same in ("device", "versions", "threads")):
             before = {"rows": []}
-        mine = [(row["what"], row["shape"]) for row in found["rows"]]
-        kept = [row for row in before["rows"] if (row["what"], row["shape"]) not in mine and row["what"] in known]
+        mine = {row["what"] for row in found["rows"]}  # of any shape: as many layers as fit are not always as many
+        kept = [row for row in before["rows"] if row["what"] in known - mine]
         stored[kind] = found | {"rows": sorted(kept + found["rows"], key=_place)}
-    measure.RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(stored, indent=1) + "\n")
-    measure.insert(measure.PAGE, NAME, page(stored))
+    measure.publish_devices(NAME, stored, section)
 
 
 def _place(row: dict) -> int:
@@ -298,7 +288,7 @@ def measured(chosen: argparse.Namespace, options: list[str]) -> dict[str, dict]:
         gc.collect()
         for row in rows:
             print(json.dumps(row), flush=True)
-        result["rows"] += [row | {"command": result["command"]} for row in rows]
+        result["rows"] += [row | {part: result[part] for part in ("date", "command")} for row in rows]
         if chosen.output:
             chosen.output.write_text(json.dumps({kind: result}, indent=1) + "\n")
     return {kind: result}

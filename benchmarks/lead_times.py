@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure import environment, markdown, paired_cpu_seconds, publish, ratio
+from benchmarks.measure import command, environment, markdown, paired_cpu_seconds, publish, ratio
 from data.batch import Batch
 from data.field import Field
 from data.grids import PlanarGrid
@@ -149,7 +149,7 @@ def main(options: list[str]) -> None:
     torch.set_num_threads(chosen.threads)
     scene = Scene(context=chosen.context, window=chosen.window, frames=chosen.frames)
     result = environment(("torch",))
-    result |= {"command": " ".join(["python -m benchmarks lead_times", *options]), "threads": chosen.threads}
+    result |= {"command": command("lead_times", options), "threads": chosen.threads}
     rows = measured(scene, chosen.size, rounds=chosen.rounds)
     for row in rows:
         print(json.dumps(row), flush=True)

@@ -19,7 +19,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from benchmarks.measure import environment, markdown, publish
+from benchmarks.measure import command, environment, markdown, publish
 from data.datasets.forecast import ForecastDataset
 from data.datasets.gridded import GriddedData
 from data.loading import BatchLoader
@@ -139,7 +139,7 @@ def main(options: list[str]) -> None:
             for name, loader in loaders.items()
         }
     result = environment(("torch", "xarray", "netCDF4", "zarr", "xbatcher"))
-    result |= {"command": " ".join(["python -m benchmarks loader", *options]), "shape": [chosen.frames, *SHAPE[1:]]}
+    result |= {"command": command("loader", options), "shape": [chosen.frames, *SHAPE[1:]]}
     result |= {"samples_per_second": rates, "share_of_step_waiting": waiting}
     rows = [
         [name, f"{rate:.0f}", *(f"{waiting[name][label]:.1%}" if name in waiting else "-" for label in WORKERS)]

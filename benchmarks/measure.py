@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -105,12 +106,16 @@ def merged(name: str, result: dict, *, key: tuple[str, ...]) -> dict:
     Rows of another device or of other versions are dropped: one table compares like with like. key: what tells rows
     apart.
     """
-    path = RESULTS / f"{name}.json"
-    stored = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    if any(stored.get(same) != result[same] for same in ("device", "cores", "versions", "threads")):
-        stored = {"rows": []}
-    rows = {tuple(row[part] for part in key): row for row in (*stored["rows"], *result["rows"])}
+    before = stored(name)
+    if any(before.get(same) != result[same] for same in ("device", "cores", "versions", "threads")):
+        before = {"rows": []}
+    rows = {tuple(row[part] for part in key): row for row in (*before["rows"], *result["rows"])}
     return {**result, "rows": list(rows.values())}
+
+
+def stored(name: str) -> dict:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def publish(name: str, result: dict, table: str, *, store: bool) -> None:
@@ -118,24 +123,40 @@ def publish(name: str, result: dict, table: str, *, store: bool) -> None:
 
     The line below the table says where, when and by which commands its rows were measured.
     """
-    rows = result.get("rows") or [result]
-    dates, commands = (sorted({row[part] for row in rows}) for part in ("date", "command"))
-    days = " to ".join(dict.fromkeys((dates[0][:10], dates[-1][:10])))
-    made = ", ".join(f"`{command}`" for command in commands)
-    table += f"\n\n{result['device']}, {result['cores']} cores, {days}: {made}"
+    where = f"{result['device']}, {result['cores']} cores"
+    table += "\n\n" + credit(where, result.get("rows") or [result])
     print(table)
     if not store:
         return
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    insert(PAGE, name, table)
+    _store(name, result, table)
     print(f"stored in {RESULTS.relative_to(ROOT)}/{name}.json and {PAGE.relative_to(ROOT)}")
 
 
+def publish_devices(name: str, results: dict[str, dict], section: Callable[[str, dict | None], str]) -> None:
+    """Into results/<name>.json and the page what GPU and CPU measured, each below its title; section: of `cuda` or
+    `cpu` and its result, None where there is none."""
+    sections = (section(kind, results.get(kind)) for kind in ("cuda", "cpu"))
+    _store(name, results, "\n\n".join(sections))
+
+
+def _store(name: str, result: dict, text: str) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    insert(PAGE, name, text)
+
+
+def credit(where: str, rows: list[dict]) -> str:
+    """The line below a table: where, when and by which commands its rows were measured."""
+    dates, commands = (sorted({row[part] for row in rows}) for part in ("date", "command"))
+    days = " to ".join(dict.fromkeys((dates[0][:10], dates[-1][:10])))
+    return f"{where}, {days}: " + ", ".join(f"`{command}`" for command in commands)
+
+
 def command(name: str, options: list[str]) -> str:
-    """As it is shown, without the file that it wrote."""
+    """As it is shown: without what says where its numbers go."""
     place = options.index("--output") if "--output" in options else len(options)
-    return " ".join([f"python -m benchmarks {name}", *options[:place], *options[place + 2 :]])
+    options = [part for part in (*options[:place], *options[place + 2 :]) if part != "--no-store"]
+    return shlex.join(["python", "-m", "benchmarks", name, *options])
 
 
 def insert(page: Path, name: str, text: str) -> None:

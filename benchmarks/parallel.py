@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import parallel_work as work
 from benchmarks.costs import gradient_bytes, reshard_bytes
-from benchmarks.measure import ROOT, environment, markdown, merged, publish, ratio
+from benchmarks.measure import ROOT, command, environment, markdown, merged, publish, ratio
 from models.composition import compose
 from training.launch import launch
 from training.ranks import Mesh
@@ -256,7 +256,7 @@ def main(options: list[str]) -> None:
         "start": lambda: [start_row(max(ranks), few)],
     }
     result = environment(("torch",))
-    result |= {"command": " ".join(["python -m benchmarks parallel", *options]), "threads": torch.get_num_threads()}
+    result |= {"command": command("parallel", options), "threads": torch.get_num_threads()}
     rows = [row for part in chosen.parts for row in measures[part]()]
     result["rows"] = [row | {key: result[key] for key in ("date", "command", "load_average")} for row in rows]
     if not chosen.no_store:

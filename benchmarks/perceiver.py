@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import (
+    command,
     environment,
     in_child,
     markdown,
@@ -195,7 +196,7 @@ def main(options: list[str]) -> None:
         print(f"{name} is not installed and left out; to compare with it: {INSTALL[name]}")
     peers = [name for name in chosen.peers if name not in missing]
     result = environment(("torch", "perceiver-io", "perceiver-pytorch", "transformers"))
-    result |= {"command": " ".join(["python -m benchmarks perceiver", *options]), "threads": chosen.threads, "rows": []}
+    result |= {"command": command("perceiver", options), "threads": chosen.threads, "rows": []}
     torch.set_num_threads(chosen.threads)
     for case in (CASES[name] for name in chosen.cases):
         for precision in chosen.precisions:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import (
+    command,
     environment,
     in_child,
     markdown,
@@ -216,7 +217,7 @@ def main(options: list[str]) -> None:
     if len(peers) < len(chosen.peers):
         print(f"{PEER} is not installed and left out; to compare with it: {INSTALL[PEER]}")
     result = environment(("torch", "perceiver-io"))
-    result |= {"command": " ".join(["python -m benchmarks perceiver_ar", *options]), "threads": chosen.threads}
+    result |= {"command": command("perceiver_ar", options), "threads": chosen.threads}
     torch.set_num_threads(chosen.threads)
     case, result["rows"] = Case(), []
     result["setting"] = asdict(case)

@@ -14,7 +14,7 @@ import tempfile
 import time
 from statistics import median
 
-from benchmarks.measure import ROOT, environment, markdown, publish
+from benchmarks.measure import ROOT, command, environment, markdown, publish
 
 COMMANDS = {
     "python -c pass": ["-c", "pass"],
@@ -50,6 +50,6 @@ def main(options: list[str]) -> None:
                 taken[name].append(seconds(arguments, folder))
     medians = {name: round(median(values), 2) for name, values in taken.items()}
     result = environment(("torch", "hydra-core", "omegaconf"))
-    result |= {"command": " ".join(["python -m benchmarks startup", *options]), "seconds": medians}
+    result |= {"command": command("startup", options), "seconds": medians}
     rows = [[f"`{name}`", f"{value:.2f}"] for name, value in medians.items()]
     publish("startup", result, markdown(["command", "seconds"], rows), store=not chosen.no_store)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import kernel_cases, kernel_peer, kernels, measure
+from benchmarks import kernel_cases, kernel_norms, kernel_peer, kernels, measure
 from benchmarks.kernel_blocks import block_case, disk_case, floors
 from benchmarks.kernel_cases import BOTH, FORWARD, OURS, Case, Setting
 from benchmarks.kernel_step import STEP, TARGET, batch_of, fitting, layer_costs, layout_of, model_of, step_case
@@ -41,8 +41,10 @@ TINY = [
     Case("film", {"rows": 60, "features": 30}, kernel_cases.film_case),
     Case("film", {"rows": 60, "features": 50}, kernel_cases.film_case),
     Case("sort", {"cells": 7, "rows": 100}, kernel_cases.sort_case),
-    Case("norm", {**GRID, "hidden": 8, "kernel": "modulated_norm"}, kernel_cases.norm_case),
-    Case("gated", {**GRID, "hidden": 8, "kernel": "gated"}, kernel_cases.norm_case),
+    Case("norm", {**GRID, "hidden": 8, "kernel": "modulated_norm"}, kernel_norms.norm_case),
+    Case("gated", {**GRID, "hidden": 8, "kernel": "gated"}, kernel_norms.norm_case),
+    Case("gated norm", {**GRID, "hidden": 8, "kernel": "gated_norm"}, kernel_norms.norm_case),
+    Case("head norm", {**GRID, "heads": 2, "width": 4}, kernel_norms.head_norm_case),
     Case("temporal", {**GRID, "heads": 2, "width": 4}, kernel_cases.temporal_case),
     Case("disk", {"frames": 2, "level": 3, "heads": 2, "width": 4}, disk_case),
     Case("block", {**BLOCK, "compiled": "eager"}, block_case),
@@ -71,9 +73,9 @@ def test_a_case_compares_with_float64_and_times_every_mode(case, setting):
     "harm", [lambda result: result * 1.01, lambda result: result.masked_fill(result > 3, math.nan)]
 )
 def test_wrong_numbers_are_not_timed(harm, setting, monkeypatch):
-    exact = kernel_cases.modulated_norm
+    exact = kernel_norms.modulated_norm
     harmed = lambda *parts, path="auto": exact(*parts, path=path) if path == "reference" else harm(exact(*parts))  # noqa: E731
-    monkeypatch.setattr(kernel_cases, "modulated_norm", harmed)
+    monkeypatch.setattr(kernel_norms, "modulated_norm", harmed)
     monkeypatch.setattr(kernels, "paired_seconds", lambda *_, **__: pytest.fail("timed"))
     case = replace(TINY[4], shape={"frames": 2, "places": 400, "hidden": 8, "kernel": "modulated_norm"})
     (row,) = kernels.rows_of(case, setting, RATES, 1, "")
@@ -89,7 +91,7 @@ def test_a_peer_that_fails_costs_no_numbers_of_ours(setting, monkeypatch):
     rows = kernels.rows_of(TINY[5], replace(setting, theirs=True), RATES, 1, "")
     assert [list(row["seconds"]) for row in rows] == [[OURS, kernel_cases.LOOP]] * 2
     assert rows[0]["absent"] == "failed beside physicsnemo: RuntimeError: no such kernel"
-    monkeypatch.setattr(kernel_cases, "gated", refuse)
+    monkeypatch.setattr(kernel_norms, "gated", refuse)
     (row,) = kernels.rows_of(TINY[5], setting, RATES, 1, "")
     assert row["skipped"] == "failed: RuntimeError: no such kernel"
 
@@ -156,13 +158,13 @@ def test_as_many_layers_are_measured_as_fit():
 def test_it_needs_torch_triton_einops_and_numpy_only(tmp_path):
     code = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); from benchmarks.__main__ import main\n"
     output = tmp_path / "found.json"
-    options = ["kernels", "--only", "gated", "healda", "--rounds", "1", "--device", "cpu", "--output", str(output)]
+    options = ["kernels", "--only", "head_norm", "healda", "--rounds", "1", "--device", "cpu", "--output", str(output)]
     code += f"sys.exit(main({options!r}))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(output.read_text())["cpu"]
     rows = found["rows"]
-    assert found["command"] == "python -m benchmarks kernels --only gated healda --rounds 1 --device cpu"
+    assert found["command"] == "python -m benchmarks kernels --only head_norm healda --rounds 1 --device cpu"
     assert [row["mode"] for row in rows] == [FORWARD, BOTH, BOTH, BOTH] and all("seconds" in row for row in rows)
 
 
@@ -177,6 +179,7 @@ def test_what_another_machine_measured_is_published_beside_the_rest(tmp_path, mo
         "mode": FORWARD,
         "skipped": "needs 9 GiB, 1 GiB are free",
         "command": "made",
+        "date": "2026-11-22 10:00 UTC",
     }
     result = {"device": "one CPU", "date": "2026-11-22", "command": "made", "threads": 1, "copy_rate": 1e9}
     result |= {"matrix_rate": 1e12, "versions": {}, "rows": [row]}
@@ -187,6 +190,9 @@ def test_what_another_machine_measured_is_published_beside_the_rest(tmp_path, mo
     kernels.publish({"cpu": result | {"rows": [row | {"what": "sort_and_pack", "command": "made again"}]}})
     assert "no case any more" not in page.read_text()
     assert page.read_text().count("needs 9 GiB") == 2 and "`made`, `made again`" in page.read_text()
+    kernels.publish({"cpu": result | {"rows": [row | {"shape": "2 rows"}]}})  # as of a case with fewer layers
+    assert "| gated | 2 rows |" in page.read_text() and "| gated | 1 row |" not in page.read_text()
+    assert "| sort_and_pack | 1 row |" in page.read_text()
     kernels.publish({"cuda": result | {"device": "one GPU"}})
     assert "one GPU" in page.read_text() and "one CPU" in page.read_text()
     assert kernels.NOT_MEASURED not in page.read_text()
