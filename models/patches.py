@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 
 from data.grids import ROWS_AND_COLUMNS, Grid
 from data.healpix import HEALPixGrid, nest_to_ring, padxy_to_nest
 from models.latents import LatentLayout
+from models.positions.fourier import unit_sphere
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,18 @@ class Patches:
         """(B, C, H, W) -> (B, N, C (p + 2 context) (q + 2 context)): each patch with `context` cells around it."""
         kernel = (self.size[0] + 2 * context, self.size[1] + 2 * context)
         return F.unfold(self.pad(values, context), kernel, stride=self.size).transpose(1, 2)
+
+    def centres(self, coordinates: Tensor) -> Tensor:
+        """(B, H, W, 2) degrees of the cells of crops -> (B, N, 2) of the patches; those beyond the edge repeat it."""
+        height, width = coordinates.shape[1:3]
+        rows = torch.arange(self.rows * self.size[0], device=coordinates.device) - self.top
+        columns = torch.arange(self.columns * self.size[1], device=coordinates.device) - self.left
+        columns = columns % width if self.wraps else columns.clamp(0, width - 1)
+        places = unit_sphere(coordinates.double())[:, rows.clamp(0, height - 1)][:, :, columns]
+        p, q = self.size
+        middle = reduce(places, "b (r p) (c q) xyz -> b (r c) xyz", "mean", p=p, q=q)
+        x, y, z = middle.unbind(-1)
+        return torch.rad2deg(torch.stack([torch.atan2(z, torch.hypot(x, y)), torch.atan2(y, x)], dim=-1))
 
     def crop(self, values: Tensor) -> Tensor:
         """(..., rows p, columns q) -> (..., H, W): drops the padding."""

@@ -93,6 +93,7 @@ REFUSALS = (
                 not all(isinstance(item.grid, ROWS_AND_COLUMNS) for item in layout.inputs.values())
                 or len({item.grid for item in layout.inputs.values()}) > 1
             )
+            and model["encoder"].get("geography") != "given"
         ),
         "model/encoder=monthly_video needs all inputs on one grid of rows and columns; use model/encoder=perceiver",
     ),

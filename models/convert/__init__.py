@@ -20,7 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from data.layout import Layout
-from models.convert import healda, krasserm, lucidrains, perceiver_ar, physicsnemo, transformers, transformers_tasks
+from models.convert import (
+    climanet,
+    healda,
+    krasserm,
+    lucidrains,
+    perceiver_ar,
+    physicsnemo,
+    transformers,
+    transformers_tasks,
+)
+from models.convert.climanet import ClimaNetSource
 from models.convert.lucidrains import LucidrainsSource
 from models.convert.perceiver import TARGET, PerceiverSource, token_batch
 from models.convert.perceiver_ar import PerceiverARSource
@@ -29,7 +39,7 @@ from models.convert.transformers_tasks import UNSUPPORTED
 
 __all__ = ["SOURCES", "TARGET", "convert", "export", "recognise", "token_batch"]
 
-SOURCES: dict[str, PerceiverSource | PerceiverARSource | PhysicsNeMoSource | LucidrainsSource] = {
+SOURCES: dict[str, PerceiverSource | PerceiverARSource | PhysicsNeMoSource | LucidrainsSource | ClimaNetSource] = {
     "transformers": transformers.SOURCE,
     "perceiver_io": krasserm.SOURCE,
     "perceiver_ar": perceiver_ar.SOURCE,
@@ -42,6 +52,7 @@ SOURCES: dict[str, PerceiverSource | PerceiverARSource | PhysicsNeMoSource | Luc
     "transformers_image": transformers_tasks.IMAGE,
     "lucidrains": lucidrains.SOURCE,
     "lucidrains_0.9": lucidrains.SOURCE_0_9,
+    "climanet": climanet.SOURCE,
 }
 
 
@@ -100,7 +111,7 @@ def recognise(state_dict: Mapping[str, Any]) -> str:
     )
 
 
-def _source(name: str) -> PerceiverSource | PerceiverARSource | PhysicsNeMoSource | LucidrainsSource:
+def _source(name: str) -> PerceiverSource | PerceiverARSource | PhysicsNeMoSource | LucidrainsSource | ClimaNetSource:
     if name not in SOURCES:
         raise ValueError(f"unknown source of weights {name!r}; use one of {', '.join(SOURCES)}")
     return SOURCES[name]

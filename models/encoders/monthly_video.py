@@ -7,6 +7,8 @@ N = rows x columns places, D hidden.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,14 +16,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.batch import Batch
+from data.field import Field
 from data.layout import Layout
 from models.encoders.month_aggregation import CyclicCodes, MonthAggregator, SinusoidalCodes
 from models.encoders.video_patch import joined_frames
 from models.latents import LatentLayout, Latents
 from models.patches import Patches
+from models.positions.geography import NUM_SIZES, GeographicEmbedding, domain_sizes, spherical_harmonics
 from models.positions.sinusoidal import grid_sinusoids
 
 CODES = ("sinusoidal", "cyclic")
+GEOGRAPHIES = ("none", "harmonics", "given")
 _CHUNK_TOKENS = 4096  # on a CPU: what is computed of so many tokens stays in a core's cache
 
 
@@ -31,8 +36,10 @@ class MonthlyVideoEncoder(nn.Module):
     An input without groups is one group. patch_size: cells a side; patch_frames: frames of a patch; padded days and
     cells beyond the grid fill the last patches, marked as not observed. codes: what tells days and months apart, their
     place in the window (sinusoidal) or the calendar (cyclic). scores, branches: of `MonthAggregator`.
-    position: of places, in rows and columns (`grid_sinusoids`), or none. token_order: reinterpret reads the tokens as
-    ClimaNet did from June 2026 on, scrambled; only for weights that were trained so.
+    position: of places, in rows and columns (`grid_sinusoids`), or none. geography: none; harmonics, spherical ones up
+    to harmonic_degree of each patch with the sizes of the sample's domain; given, one vector a sample: the input on a
+    single place, whose last ten variables are sizes. token_order: reinterpret reads the tokens as ClimaNet did from
+    June 2026 on, scrambled; only for weights that were trained so.
     """
 
     frame_local = False
@@ -51,27 +58,36 @@ class MonthlyVideoEncoder(nn.Module):
         scores: str = "tokens",
         branches: str = "sequential",
         position: str = "concat",
+        geography: str = "none",
+        harmonic_degree: int = 9,
         dropout: float = 0.0,
         token_order: str = "correct",
     ):
         super().__init__()
-        first, *others = layout.inputs.values()
+        given = given_geography(layout) if geography == "given" else None
+        fields = {name: item for name, item in layout.inputs.items() if name != given}
+        first, *others = fields.values()
         if any(item.grid != first.grid for item in others):
             raise ValueError(
-                f"this encoder needs all inputs ({', '.join(layout.inputs)}) on one grid; use model/encoder=perceiver"
+                f"this encoder needs all inputs ({', '.join(fields)}) on one grid; use model/encoder=perceiver"
             )
+        if geography not in GEOGRAPHIES:
+            raise ValueError(f"model.encoder.geography={geography} is unknown; use {', '.join(GEOGRAPHIES)}")
+        if geography == "harmonics" and not first.grid.geographic:
+            raise ValueError("model.encoder.geography=harmonics needs latitudes and longitudes; use none")
         if codes not in CODES:
             raise ValueError(f"model.encoder.codes={codes} is unknown; use {' or '.join(CODES)}")
         if patch_frames < 1:
             raise ValueError(f"model.encoder.patch_frames={patch_frames} must be at least 1")
         self.layout, self.patch_frames, self.token_order = layout, patch_frames, token_order
-        longest = next((item for item in layout.inputs.values() if item.frames == layout.frames), first)
+        self.given, self.names, self.harmonic_degree = given, list(fields), harmonic_degree
+        longest = next((item for item in fields.values() if item.frames == layout.frames), first)
         grouped = longest.frames_per_group > 1
         self.frames = longest.frames_per_group if grouped else layout.frames  # of a month
         self.months = layout.frames // self.frames
         self.tokens = -(-self.frames // patch_frames)  # of a month
         self.patches = Patches.of(first.grid, patch_size)
-        channels = sum(item.channels for item in layout.inputs.values())
+        channels = sum(item.channels for item in fields.values())
         size = (patch_frames, *self.patches.size)
         self.embed = nn.Conv3d(channels, hidden_size, size, stride=size)  # applied as one matrix to patches
         self.norm = nn.LayerNorm(hidden_size)
@@ -90,6 +106,11 @@ class MonthlyVideoEncoder(nn.Module):
         if position != "none":
             places = grid_sinusoids(self.patches.rows, self.patches.columns, hidden_size, mode=position)
         self.register_buffer("places", places, persistent=False)
+        self.geography = None
+        if geography == "harmonics":
+            self.geography = GeographicEmbedding(hidden_size, (harmonic_degree + 1) ** 2)
+        elif geography == "given":
+            self.geography = GeographicEmbedding(hidden_size, len(layout.inputs[given].variables) - NUM_SIZES)
         self.register_buffer("coordinates", self.patches.coordinates, persistent=False)
 
     @property
@@ -105,12 +126,15 @@ class MonthlyVideoEncoder(nn.Module):
         present = present.any(-1)
         tokens = self._months(self._patches(batch), day, month, present) + month[:, :, None]
         tokens = self.aggregator.months(tokens, present.any(-1))
+        field = batch.inputs[self.names[0]]
         if self.places is not None:
             tokens = tokens + self.places.to(tokens.dtype)
+        if self.geography is not None:
+            tokens = tokens + self._geography(batch, field)[:, None]
         return Latents(
             tokens=tokens,
             times=self._times(batch),
-            coordinates=self.coordinates,
+            coordinates=self.coordinates if field.coordinates is None else self.patches.centres(_cells(field)),
             frames=(0, self.months),
         )
 
@@ -129,7 +153,9 @@ class MonthlyVideoEncoder(nn.Module):
 
     def _patches(self, batch: Batch) -> Tensor:
         """(B, M, N, T, C s p q): values and validity of every patch."""
-        images = self.patches.pad(rearrange(joined_frames(batch, self.layout), "b t c h w -> (b t) c h w"))
+        if self.token_order == "reinterpret":  # its authors read values of padded days, which the scramble spreads
+            batch = replace(batch, inputs={name: replace(x, frame_valid=None) for name, x in batch.inputs.items()})
+        images = self.patches.pad(rearrange(joined_frames(batch, self.layout, self.names), "b t c h w -> (b t) c h w"))
         images = rearrange(images, "(b m d) c h w -> b m d c h w", m=self.months, d=self.frames)
         if missing := self.tokens * self.patch_frames - self.frames:
             images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
@@ -177,6 +203,16 @@ class MonthlyVideoEncoder(nn.Module):
         ]
         return torch.stack(rows).view(batch, months, places, -1)
 
+    def _geography(self, batch: Batch, field: Field) -> Tensor:
+        """(B or 1, N or 1, D)"""
+        dtype = self.geography.harmonics_gain.dtype
+        if self.given is not None:
+            features = batch.inputs[self.given].filled[:, 0, :, 0][:, None].to(dtype)  # (B, 1, H + 10)
+            return self.geography(features[..., :-NUM_SIZES], features[..., -NUM_SIZES:])
+        cells = _cells(field)
+        harmonics = spherical_harmonics(self.patches.centres(cells), self.harmonic_degree)
+        return self.geography(harmonics.to(dtype), domain_sizes(cells)[:, None].to(dtype))
+
     def _times(self, batch: Batch) -> Tensor:
         """(B, M) times of the last frame of each month that is there (of its last frame where none is)."""
         clock = batch.clock
@@ -187,6 +223,25 @@ class MonthlyVideoEncoder(nn.Module):
         order = torch.arange(1, self.frames + 1, device=times.device)
         last = (present * order).amax(-1, keepdim=True) - 1
         return times.gather(-1, last % self.frames).squeeze(-1)
+
+
+def given_geography(layout: Layout) -> str:
+    """The input that describes where samples lie: the one on a single place. Raises ValueError where there is none."""
+    for name, item in layout.inputs.items():
+        if item.grid.num_points == 1 and len(item.variables) > NUM_SIZES:
+            return name
+    raise ValueError(
+        f"model.encoder.geography=given needs an input on a single place with more than {NUM_SIZES} variables, and the "
+        f"inputs are {', '.join(layout.inputs)}; use model.encoder.geography=harmonics"
+    )
+
+
+def _cells(field: Field) -> Tensor:
+    """(B or 1, H, W, 2) degrees of the cells of every sample."""
+    cells = field.coordinates
+    if cells is None:
+        cells = field.grid.coordinates.to(field.values.device)[None]
+    return cells.unflatten(1, field.grid.shape)
 
 
 def _mean(values: Tensor, present: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Letters: B batch, T frames, C channels of a frame, N patches, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -107,7 +108,7 @@ class VideoPatchEncoder(nn.Module):
     def forward(self, batch: Batch) -> Latents:
         frames = batch.num_frames
         clock = batch.clock
-        images = self.patches.to_images(rearrange(joined_frames(batch, self.layout), "b t c ... -> (b t) c ..."))
+        images = self.patches.to_images(rearrange(joined_frames(batch, self.layout, self.layout.inputs), "b t c ... -> (b t) c ..."))
         tokens = rearrange(self.embed(images), "(b t f) d h w -> b t (f h w) d", b=batch.batch_size, t=frames)
         if self.calendar is not None:
             tokens = tokens + self.calendar(clock.second_of_day, clock.day_of_year).to(tokens.dtype)
@@ -142,11 +143,11 @@ class VideoPatchEncoder(nn.Module):
         return rearrange(patches, "(b t f) 1 h w -> b t (f h w)", b=batch.batch_size, t=frames) > 0
 
 
-def joined_frames(batch: Batch, layout: Layout) -> Tensor:
-    """(B, T, C, *grid.shape): all inputs as channels of every frame; one of a single frame stands for all of them."""
+def joined_frames(batch: Batch, layout: Layout, names: Iterable[str]) -> Tensor:
+    """(B, T, C, *grid.shape): some inputs as channels of every frame; one of a single frame stands for all of them."""
     frames = batch.num_frames
     channels = [
         field.channels(gaps=layout.inputs[name].gaps).expand(-1, frames, *[-1] * (field.values.ndim - 2))
-        for name, field in batch.inputs.items()
+        for name, field in ((name, batch.inputs[name]) for name in names)
     ]
     return torch.cat(channels, dim=2) if len(channels) > 1 else channels[0]
