@@ -34,7 +34,7 @@ def test_rows_beyond_two_to_the_31_are_reached(name):
     from kernels.pixel_attention import device_code
 
     kernel = getattr(device_code, name)
-    types, constants = _arguments(kernel, "bf16", TILE=32, ROWS=16, NUMBERS=2048, BLOCK=1024)
+    types, constants = _arguments(kernel, "bf16", TILE=32, ROWS=16, NUMBERS=2048, BLOCK=512, PIECES=8)
     code = compiled(kernel, types, constants, num_warps=4).asm["ttir"]
     for argument in set(OF_ALL_CELLS) & set(kernel.arg_names):
         uses = re.findall(rf"[^\n]*%{argument}[,) ][^\n]*", code[code.index("{", code.index("tt.func")) :])

@@ -7,8 +7,8 @@ item p, p + programs, ...; of empty cells it only writes zeros. Softmax is onlin
 runs in a fixed order. Offsets of cells and items are int64, those inside of them int32.
 How cells are grouped changes neither outputs nor gradients of queries and tokens, bit by bit. Weights get one sum a
 program, of the items it took, so that their last bits follow from the number of programs: a sum that does not would be
-one a cell (8 KB each, 0.8 GB for 98,304 cells) or one program after the other. The pieces of a crowded cell are joined
-one after the other: 49 for 100,000 tokens, 0.4 MB read, by as many programs as there are blocks of heads.
+one a cell (8 KB each, 0.8 GB for 98,304 cells) or one program after the other. The pieces of a crowded cell (49 of
+100,000 tokens) are joined PIECES at a time, by as many programs as there are blocks of heads.
 Letters: padded to powers of two H heads, W head width, C token width, E = (g d); TILE tokens at a time.
 """
 
@@ -176,26 +176,11 @@ def attend(
 
 @triton.jit
 def join(
-    piece_mixed,
-    piece_logsum,
-    value_weight,
-    value_bias,
-    items,
-    count,
-    output,
-    logsum,
-    HEADS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BIAS: tl.constexpr,
-    H: tl.constexpr,
-    C: tl.constexpr,
-    W: tl.constexpr,
-    TYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    piece_mixed, piece_logsum, value_weight, value_bias, items, count, output, logsum,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, W: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
     """Crowded cells: the mean of their pieces' means, weighted by the softmax's denominators. A program of the second
     axis does ROWS heads of a cell."""
     for item in range(tl.program_id(0).to(tl.int64), tl.load(count + 2), tl.num_programs(0)):
@@ -207,13 +192,19 @@ def join(
             peak = tl.full([ROWS], float("-inf"), tl.float32)
             total = tl.zeros([ROWS], tl.float32)
             mixed = tl.zeros([ROWS, C], tl.float32)
-            for piece in range(item, item + pieces):
-                log = tl.load(piece_logsum + piece * H + head)
-                mean = tl.load(piece_mixed + piece * (H * C) + head[:, None] * C + column[None, :])
-                highest = tl.maximum(peak, log)
-                weight, shrink = tl.exp2(log - highest), tl.exp2(peak - highest)
-                total = total * shrink + weight
-                mixed = mixed * shrink[:, None] + weight[:, None] * mean
+            for piece in range(0, pieces, PIECES):
+                index = tl.arange(0, PIECES)
+                present = piece + index < pieces
+                of_log = index[:, None] * H + head[None, :]
+                logs = piece_logsum + (item + piece) * H
+                log = tl.load(logs + of_log, mask=present[:, None], other=float("-inf"))
+                means = piece_mixed + (item + piece) * (H * C)
+                of_mean = of_log[:, :, None] * C + column[None, None, :]
+                mean = tl.load(means + of_mean, mask=present[:, None, None], other=0.0)
+                highest = tl.maximum(peak, tl.max(log, 0))
+                weight, shrink = tl.exp2(log - highest[None, :]), tl.exp2(peak - highest)
+                total = total * shrink + tl.sum(weight, 0)
+                mixed = mixed * shrink[:, None] + tl.sum(weight[:, :, None] * mean, 0)
                 peak = highest
             place, exists = _rows(HEADS, WIDTH, ROWS, W, first)
             mean = (mixed / total[:, None]).to(TYPE)
@@ -326,16 +317,21 @@ def attend_backward(
 
 
 @triton.jit
-def add_pieces(piece_gradient, items, count, query_gradient, NUMBERS: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradient of a crowded cell's query: the sum of its pieces', (S, NUMBERS) -> (N, NUMBERS), BLOCK at a time."""
+def add_pieces(
+    piece_gradient, items, count, query_gradient, NUMBERS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr
+):  # fmt: skip
+    """Gradient of a crowded cell's query: the sum of its pieces', (S, NUMBERS) -> (N, NUMBERS), BLOCK a program."""
     for item in range(tl.program_id(0).to(tl.int64), tl.load(count + 2), tl.num_programs(0)):
         pieces = tl.load(items + item * 4 + 3)
         if pieces > 1:
             cell = tl.load(items + item * 4)
             number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
             total = tl.zeros([BLOCK], tl.float32)
-            for piece in range(item, item + pieces):
-                total += tl.load(piece_gradient + piece * NUMBERS + number, mask=number < NUMBERS, other=0.0)
+            for piece in range(0, pieces, PIECES):
+                index = tl.arange(0, PIECES)[:, None]
+                exists = (piece + index < pieces) & (number < NUMBERS)[None, :]
+                first = piece_gradient + (item + piece) * NUMBERS
+                total += tl.sum(tl.load(first + index * NUMBERS + number[None, :], mask=exists, other=0.0), 0)
             tl.store(
                 query_gradient + cell * NUMBERS + number,
                 total.to(query_gradient.dtype.element_ty),

@@ -16,7 +16,8 @@ from kernels.tuning import Config, Tuning
 
 BITS = {"fp32": 32, "tf32": 32, "bf16": 16, "fp16": 16}
 WIDEST = 128  # query heads, columns of the keys of all heads (g d), and of tokens: a tile holds all of them
-JOINED_ROWS, ADDED_NUMBERS = 16, 1024  # of a program of the passes that bring pieces together
+JOINED_ROWS, ADDED_NUMBERS = 16, 512  # of a program of the passes that bring pieces together
+JOINED_PIECES = 16  # that it reads at once
 JOINING = 4  # such programs a multiprocessor: mostly they find nothing to do
 INTERPRETED_PROGRAMS = 3  # on the CPU, for tests: fewer than items, so that programs take several
 _SOURCES = (Path(__file__), Path(__file__).with_name("device_code.py"))
@@ -140,7 +141,10 @@ def _forward(
         if pieces:
             programs = _programs(pieces, JOINING, query.device)
             device_code.join[(programs, constant["H"] // JOINED_ROWS)](
-                *(means, logs, value_weight, bias, items, count, output, logsum), **constant, ROWS=JOINED_ROWS
+                *(means, logs, value_weight, bias, items, count, output, logsum),
+                **constant,
+                ROWS=JOINED_ROWS,
+                PIECES=JOINED_PIECES,
             )
     return output, logsum
 
@@ -200,7 +204,13 @@ def _backward(
         if pieces:
             blocks = math.ceil(heads * width / ADDED_NUMBERS)
             device_code.add_pieces[(_programs(pieces, JOINING, query.device), blocks)](
-                piece_gradient, items, count, query_gradient, NUMBERS=heads * width, BLOCK=ADDED_NUMBERS
+                piece_gradient,
+                items,
+                count,
+                query_gradient,
+                NUMBERS=heads * width,
+                BLOCK=ADDED_NUMBERS,
+                PIECES=JOINED_PIECES,
             )
     key_gradient, value_gradient = sums[0].sum(0)[:, :rows, :columns]
     return (
