@@ -16,6 +16,7 @@ from data.datasets.splits import split_times
 from data.grids import LatLonGrid
 from data.layout import Variable
 from data.sources.location import locate
+from data.sources.means import DailyMeans
 from data.sources.netcdf import open_series
 
 CACHES = ("none", "ram", "memmap")
@@ -42,6 +43,7 @@ class GriddedData:
     split: what is trained, validated and tested on, see `data/datasets/splits.py`.
     variables: names in the files (None: every one with time, latitude and longitude); names without time become
         `static`. levels: hPa or m, for variables with levels. region: [south, north, west, east] in degrees.
+    daily_means: read means over whole days, where files have several frames a day.
     cache: none (read the files for every batch), ram (decoded once in every process that reads) or memmap (decoded once
         into the cache folder, shared by all processes). num_workers: processes that prepare batches (0: the training
         process). fake: repeat the first batch, to see what loading costs. inspect: print `describe()` and stop.
@@ -51,6 +53,7 @@ class GriddedData:
     """
 
     available = True
+    task = "forecast"  # what suits this data
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class GriddedData:
         variables: Sequence[str] | None = None,
         levels: Sequence[float] | None = None,
         region: Sequence[float] | None = None,
+        daily_means: bool = False,
         cache: str = "none",
         num_workers: int = 0,
         fake: bool = False,
@@ -81,6 +85,8 @@ class GriddedData:
             levels=None if levels is None else [float(level) for level in levels],
             region=None if region is None else [float(bound) for bound in region],
         )
+        if daily_means:
+            self.series = DailyMeans.of(self.series)
         self.cache, self.num_workers, self.fake, self.inspect = cache, num_workers, fake, inspect
         self.annual_harmonics, self.diurnal_harmonics = annual_harmonics, diurnal_harmonics
         self.recommended = dict(recommended or {})
