@@ -4,7 +4,7 @@ A configuration is a dict of integers: tile sizes, `num_warps`, `num_stages`. Th
 this process knows; what the file of this device, kernel source and Triton version says; what measuring the candidates
 says. Only the first rank writes the file (whole, then renamed into place); other ranks read what is there and measure
 for themselves where it is not, so that no rank waits for another. HYDRASPHERE_AUTOTUNE=0 measures nothing and reads no
-file of measurements: the shipped default of the device (`kernels/defaults/<device>.json`), else the first candidate.
+file of measurements: the default shipped for the architecture (`kernels/defaults/*.json`), else the first candidate.
 """
 
 from __future__ import annotations
@@ -52,12 +52,15 @@ class Tuning:
             self.known[entry] = self._found(name, entry[1], device, launch)
         return self.known[entry]
 
+    def default(self, capability: tuple[int, int], key: str = "any") -> Config:
+        """What holds where nothing is measured, on devices of a compute capability."""
+        of_kernel = shipped(capability).get(self.name, {})
+        return of_kernel.get(key, of_kernel.get("any", self.candidates[0]))
+
     def _found(self, device_name: str, key: str, device: torch.device, launch: Callable[[Config], object]) -> Config:
-        of_kernel = shipped(device_name).get(self.name, {})
-        default = of_kernel.get(key, of_kernel.get("any", self.candidates[0]))
         # A graph under capture cannot be measured; an unmeasured choice is not kept in any file.
         if not enabled() or torch.cuda.is_current_stream_capturing():
-            return default
+            return self.default(torch.cuda.get_device_capability(device), key)
         path = self.path(device_name)
         stored = _read(path).get(key)
         if stored is not None and stored["config"] in self.candidates:
@@ -115,11 +118,11 @@ def _slug(name: str) -> str:
 
 
 @cache
-def shipped(device_name: str) -> dict[str, dict[str, Config]]:
-    """Kernel -> key, or `any` -> configuration, of the file that names this device, else nothing."""
+def shipped(capability: tuple[int, int]) -> dict[str, dict[str, Config]]:
+    """Kernel -> key, or `any` -> configuration, where it is not the kernel's first candidate."""
     for path in sorted(DEFAULTS.glob("*.json")):
         content = json.loads(path.read_text())
-        if device_name in content["devices"]:
+        if tuple(content["capability"]) == capability:
             return content["configurations"]
     return {}
 

@@ -8,7 +8,6 @@ import torch
 from torch.library import opcheck
 
 from data.observations import Observations
-from kernels import tuning
 from kernels.film_tokenizer import LAYOUTS, features, film_tokenizer, row_bytes
 from tests.interpreter import interpreted, needs_triton, run_interpreted
 
@@ -280,19 +279,20 @@ def _compilation(num_features: int, factor: str) -> tuple[dict[str, str], dict]:
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("num_features", LAYOUTS)
-@pytest.mark.parametrize("factor", ("bfloat16", "float32"))
-def test_shipped_configurations_spill_no_registers(num_features, factor):
+@pytest.mark.parametrize(
+    ("kind", "num_features"), [*((kind, count) for kind in ("16", "32") for count in LAYOUTS), ("exact", 50)]
+)
+def test_shipped_configurations_spill_no_registers(kind, num_features):
     from kernels.film_tokenizer import device_code, launches
     from tests.kernel_resources import resources
 
-    types, shape = _compilation(num_features, factor)
-    kind = {"bfloat16": "16", "float32": "32"}[factor]
+    types, shape = _compilation(num_features, "bfloat16" if kind == "16" else "float32")
+    shape |= {"PRECISION": "ieee"} if kind == "exact" else {}
     calls = [(device_code.forward, launches.FORWARD[kind], {})]
-    shipped = tuning.shipped("nvidia_h200")[launches.BACKWARD[kind].name]["any"]
+    shipped = launches.BACKWARD[kind].default((9, 0))
     calls += [(device_code.backward, launches.BACKWARD[kind], part) for part in launches.passes(shipped)]
     for kernel, of_kernel, part in calls:
-        config = tuning.shipped("nvidia_h200")[of_kernel.name]["any"]
+        config = of_kernel.default((9, 0))
         warps, programs = config["num_warps"], config["programs"]
         constants = {**shape, **part, "ROWS": config["ROWS"], "towards_rows": None}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -31,6 +31,7 @@ def device(monkeypatch, tmp_path):
     for name in ("HYDRASPHERE_AUTOTUNE", "RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
     return measured
@@ -102,7 +103,9 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_only(device, monkeypatc
 def test_switched_off_nothing_is_measured_and_defaults_hold(device, monkeypatch):
     _ask(_tuning())
     monkeypatch.setenv("HYDRASPHERE_AUTOTUNE", "0")
-    monkeypatch.setattr(tuning, "shipped", lambda name: {"example": {"bf16,64": {"TILE": 32}}})
+    monkeypatch.setattr(
+        tuning, "shipped", lambda capability: {(9, 0): {"example": {"bf16,64": {"TILE": 32}}}}[capability]
+    )
     assert _ask(_tuning()) == {"TILE": 32}
     assert _ask(_tuning(), key=("fp32", 64)) == {"TILE": 64}  # the first candidate
     assert len(device) == 3
@@ -155,14 +158,12 @@ def test_shipped_defaults_name_their_origin_and_are_candidates():
     groups = [film.FORWARD, film.BACKWARD, pixel.FORWARD, pixel.BACKWARD]
     groups += [norm.TUNING, heads.TUNING, temporal.TUNING]
     kernels = {kernel.name: kernel for group in groups for kernel in group.values()} | {TUNING.name: TUNING}
-    files = sorted(tuning.DEFAULTS.glob("*.json"))
-    assert {path.stem for path in files} >= {"h100", "h200"}
-    for path in files:
-        content = json.loads(path.read_text())
-        assert "not measured" in content["chosen_by"]
-        for device in content["devices"]:
-            assert tuning.shipped(device) == content["configurations"]
-        assert content["configurations"].keys() == kernels.keys()
-        for name in kernels:
-            assert all(config in kernels[name].candidates for config in content["configurations"][name].values())
-    assert tuning.shipped("nvidia_a100") == {}
+    files = {path.stem: json.loads(path.read_text()) for path in tuning.DEFAULTS.glob("*.json")}
+    assert files["hopper"]["capability"] == [9, 0] and "not measured" in files["hopper"]["chosen_by"]
+    for content in files.values():
+        found = tuning.shipped(tuple(content["capability"]))
+        assert found == content["configurations"] and found.keys() <= kernels.keys()
+        for name, configurations in found.items():  # what the first candidate says is not said again
+            assert all(config in kernels[name].candidates[1:] for config in configurations.values())
+    assert all(kernel.default((9, 0)) in kernel.candidates for kernel in kernels.values())
+    assert tuning.shipped((8, 0)) == {}
