@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from data.datasets.gap_windows import FILLED, MONTHLY, GapWindows
 from evaluation.baselines import build
-from evaluation.evaluation import BACKGROUND, OURS, evaluating
+from evaluation.evaluation import OURS, evaluating
 from evaluation.regions import land_fraction, regions_of
 from evaluation.run_evaluation import Choices, Findings, output_folder
 from evaluation.run_folder import RunFolder
@@ -60,8 +60,9 @@ def score_gap_filling(
         windows = np.unique(np.linspace(0, windows[-1], min(choices.max_windows, windows.size)).round().astype(int))
     left_out: dict[str, str] = {}
     asked = list(task.baselines) if choices.baselines is None else list(choices.baselines)
+    shared = {task.analysis: dataset.analyses[0]} if dataset.analyses and task.analysis in asked else {}
     rivals = build(
-        asked,
+        [name for name in asked if name not in shared],
         dataset.series[0],
         normalisation,
         lead_steps=(),
@@ -69,16 +70,18 @@ def score_gap_filling(
         known=task.baselines,
         left_out=left_out if choices.baselines is None else None,
     )
+    rivals = {name: each for name in asked if (each := shared.get(name, rivals.get(name))) is not None}
     cells = cell_weights(data.grid, choices.weights)
     regions = regions_of(data.grid, land_fraction=land_fraction(data), boxes=choices.regions)
-    methods = [OURS, *([BACKGROUND] if task.reference == "analysis" else []), *rivals]
+    methods = [OURS, *rivals]
     scores = {target: {method: ForecastScores(cells, regions) for method in methods} for target in task.targets}
     scored: dict[str, set] = {target: set() for target in task.targets}
     with evaluating(model):
         for window in windows:
             batch, ours = predicted(model, dataset, int(window), task.overlap)
-            made = {OURS: ours, BACKGROUND: _reference(batch)}
-            made |= {name: _filled_by(rival, dataset, int(window), batch) for name, rival in rivals.items()}
+            made = {OURS: ours} | {
+                name: _filled_by(rival, dataset, int(window), batch) for name, rival in rivals.items()
+            }
             for target, field in batch.targets.items():
                 fresh = _unscored(field.times[0].tolist(), scored[target])
                 valid = (field.presence.expand_as(field.values) & fresh[None, :, None, None, None])[0]
@@ -112,10 +115,6 @@ def predicted(model: nn.Module, dataset: GapWindows, window: int, overlap: int) 
 def _parts(places: list) -> Iterator[list]:
     for start in range(0, len(places), _TILES):
         yield places[start : start + _TILES]
-
-
-def _reference(batch: Batch) -> dict[str, Tensor]:
-    return {name: field.physical(field.reference.values)[0] for name, field in batch.targets.items()}
 
 
 def _filled_by(rival, dataset: GapWindows, window: int, batch: Batch) -> dict[str, Tensor]:

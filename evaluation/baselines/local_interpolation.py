@@ -181,14 +181,12 @@ def tuned(series: CloudySeries, *, in_time: bool) -> list[LocalCovariance]:
                 total += float(np.square(estimate - truth).sum())
             return total
 
-        best = LocalCovariance(length=4 * spacing, time=1.0 if in_time else 0.0)
-        steps = [
-            [{"correlation": name, "length": k * spacing} for name in ("exponential", "matern32") for k in SPACINGS],
-            [{"noise": noise} for noise in NOISES],
-        ]
+        best = LocalCovariance(length=4 * spacing, time=1.0 if in_time else 0.0, neighbours=32 if in_time else 24)
+        lengths = [k * spacing for k in SPACINGS]
+        steps = [[{"correlation": name, "length": km} for name in ("exponential", "matern32") for km in lengths]]
         if in_time:
-            steps.append([{"time": time} for time in TIMES])
-            steps.append(steps[0])
+            steps.append([{"time": time, "length": km} for time in TIMES for km in lengths])
+        steps.append([{"noise": noise} for noise in NOISES])
         for changes in steps:
             best = min((replace(best, **change) for change in changes), key=error)
         found.append(best)
