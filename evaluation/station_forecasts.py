@@ -13,7 +13,7 @@ from data.datasets.solar_stations import DAYLIGHT, STEP, TARGET, SolarWindows
 from data.sources.synthetic_sky import clear_output
 from evaluation.evaluation import OURS
 
-METHODS = (OURS, "damped_persistence", "smart_persistence", "persistence", "usual_sky")
+METHODS = (OURS, "damped_persistence", "smart_persistence", "persistence", "climatology")
 _BATCH = 32
 
 
@@ -21,7 +21,7 @@ def score_stations(model: nn.Module, windows: SolarWindows) -> dict:
     """{variable: {"rmse": {hours: {method: value}}}}: root mean square errors, in shares of a station's capacity.
 
     smart_persistence keeps the share of the clear-sky output that was last reported, damped_persistence damps it by
-    lead time; persistence keeps the output, that of missing reports too; usual_sky has the mean share of training.
+    lead time; persistence keeps the output, that of missing reports too; climatology has the mean share of training.
     """
     data, steps = windows.data, np.array(windows.lead_steps)
     bases = windows.base_indices
@@ -33,7 +33,7 @@ def score_stations(model: nn.Module, windows: SolarWindows) -> dict:
         "damped_persistence": windows.persistence(bases, damped=True),
         "smart_persistence": windows.persistence(bases, damped=False),
         "persistence": np.broadcast_to(data.output[bases][:, None], wanted.shape),
-        "usual_sky": windows.statistics.usual * clear_output(sun),
+        "climatology": windows.statistics.climatology * clear_output(sun),
     }
     errors = {name: np.where(counted, (values - wanted) ** 2, 0.0) for name, values in made.items()}
     count = counted.sum(axis=(0, 2))

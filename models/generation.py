@@ -33,11 +33,15 @@ class Sampling:
 
     def __post_init__(self):
         if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be 0 or more; 0 takes the most likely token")
+            raise ValueError(
+                f"task.temperature={self.temperature} must be 0 or more; task.temperature=0 takes the most likely token"
+            )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1; null draws from all tokens")
+            raise ValueError(f"task.top_k={self.top_k} must be at least 1; task.top_k=null draws from all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1; null draws from all tokens")
+            raise ValueError(
+                f"task.top_p={self.top_p} must be above 0 and at most 1; task.top_p=null draws from all tokens"
+            )
 
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(B, V) -> (B,) int64. generator: on the device of the logits."""

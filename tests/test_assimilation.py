@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -279,8 +280,8 @@ def test_settings_that_cannot_be_are_refused(changes, sentence):
 def test_data_and_task_must_fit(network, normalisation):
     with pytest.raises(ValueError, match=r"task.variable_weights names 'q'; the data has t2m"):
         task_of(variable_weights={"q": 1.0}).layout(network)
-    with pytest.raises(ValueError, match="needs data with observations, like data=simulated_network"):
-        task_of().layout(object())
+    with pytest.raises(ValueError, match="needs fields with observations, like data=simulated_network"):
+        task_of().layout(SimpleNamespace(task="forecast"))
     with pytest.raises(ValueError, match=r"task.reference=persistence is unknown; allowed: climatology, none"):
         task_of(reference="persistence").dataset(network, "train", normalisation)
 

@@ -85,8 +85,11 @@ def test_a_run_trains_scores_reports_and_is_evaluated_again(command, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["data=synthetic"], "task=assimilation needs data with observations, like data=simulated_network"),
-        (["task=forecast"], "this data has observations; use task=assimilation"),
+        (["data=synthetic"], "task=assimilation needs fields with observations, like data=simulated_network"),
+        (
+            ["task=forecast"],
+            "task=forecast needs a series of fields, like data=synthetic; with this data use",
+        ),
     ],
 )
 def test_data_and_task_that_do_not_go_together_are_refused(command, overrides, sentence):

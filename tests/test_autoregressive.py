@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,8 +234,8 @@ def test_settings_that_cannot_be_are_one_sentence(changes, sentence):
 
 
 def test_data_that_do_not_fit_are_one_sentence(data):
-    with pytest.raises(ValueError, match="needs a series of fields"):
-        AutoregressiveTask(**SETTINGS).layout(object())
+    with pytest.raises(ValueError, match=r"needs a series of fields, .* use task=nowcast"):
+        AutoregressiveTask(**SETTINGS).layout(SimpleNamespace(task="nowcast"))
     with pytest.raises(ValueError, match=r"task\.edges\.t2m=\[0\] must be 5 increasing numbers"):
         AutoregressiveTask(**SETTINGS, edges={"t2m": [0]}).layout(data)
     with pytest.raises(ValueError, match=r"task\.block=9 must be 1 to 4 cells"):

@@ -172,7 +172,7 @@ def test_settings_that_make_no_sense(options, sentence):
 
 
 def test_a_lead_time_between_frames_is_refused(data):
-    with pytest.raises(ValueError, match=r"task.lead_time=5 is not a multiple of the data's step of 6 h"):
+    with pytest.raises(ValueError, match=r"task.lead_time: 5 h is not a multiple of the data's step of 6 h"):
         task(lead_time=5).layout(data)
 
 

@@ -173,10 +173,10 @@ def test_generation_repeats_with_its_seed_stays_within_what_is_allowed_and_leave
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"temperature": -1.0}, "temperature=-1.0 must be 0 or more"),
-        ({"top_k": 0}, "top_k=0 must be at least 1"),
-        ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
-        ({"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
+        ({"temperature": -1.0}, "task.temperature=-1.0 must be 0 or more"),
+        ({"top_k": 0}, "task.top_k=0 must be at least 1"),
+        ({"top_p": 0.0}, "task.top_p=0.0 must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "task.top_p=1.5 must be above 0 and at most 1"),
     ],
 )
 def test_sampling_that_cannot_be_is_one_sentence(options, sentence):

@@ -93,7 +93,7 @@ def test_film_is_applied_after_the_norm_of_both_branches():
 
 @pytest.mark.parametrize("wrong", ({"features": "sine"}, {"generator": "own"}, {"hidden": 0}))
 def test_film_refuses_what_it_does_not_know(wrong):
-    with pytest.raises(ValueError, match="use "):
+    with pytest.raises(ValueError, match=r"model.decoder.(lead_features|film|film_hidden)="):
         LeadTimeFiLM([AttentionLayer(4, num_heads=2)], lead_times=LEADS, **wrong)
 
 

@@ -18,6 +18,7 @@ from evaluation.nowcast.run import _bases
 from evaluation.nowcast.scores import NowcastScores, crps_of_bins
 from models.heads import CategoricalHead
 from tests.radar_examples import showers, write
+from training.tasks.gridded import check_series
 from training.tasks.nowcast import NowcastTask
 
 SPLIT = {"train": 0.5, "validation": 0.25, "test": 0.25}
@@ -170,9 +171,11 @@ def test_crops_larger_than_the_image_are_refused(data, options):
         (dict(head="classes"), "task.head=classes does not suit this task; use categorical or deterministic"),
         (dict(loss="mse"), "task.loss=mse is unknown for task.head=categorical; use task.loss=cross_entropy"),
         (dict(thresholds=[0.7]), "task.thresholds=[0.7] must be among task.bins"),
+        (dict(thresholds=[2.0, 0.5]), "task.thresholds=[2.0, 0.5] must be increasing rates above 0"),
+        (dict(score_minutes=[math.nan]), "task.score_minutes=[nan] must be increasing lead times"),
         (dict(leads="two"), "task.leads=two is unknown; use one of one, all"),
         (dict(motion=False), "task.reference=extrapolation needs the motion of the rain"),
-        (dict(lead_minutes=[10, 5]), "task.lead_minutes=[10, 5] must be increasing numbers above 0"),
+        (dict(lead_minutes=[10, 5]), "task.lead_minutes=[10, 5] must be increasing lead times above 0 min"),
         (dict(fss_windows=[4]), "task.fss_windows=[4] must be odd"),
         (dict(crop=0), "task.crop=0 must be at least 1"),
         (dict(leads="all", score_minutes=[5]), "task.score_minutes needs task.leads=one"),
@@ -184,8 +187,12 @@ def test_settings_that_make_no_sense_are_refused(options, sentence):
 
 
 def test_lead_times_between_frames_are_refused_and_those_beyond_training_warned_of(data):
-    with pytest.raises(ValueError, match="lead time of 7 minutes is not a multiple of the data's step of 5 minutes"):
-        task(lead_minutes=[7]).layout(data)
+    for name in ("lead_minutes", "score_minutes"):
+        sentence = f"task.{name}: 7 min is not a multiple of the data's step of 5 min; .* like task.{name}="
+        with pytest.raises(ValueError, match=sentence):
+            task(**{name: [7]}).layout(data)
+    with pytest.raises(ValueError, match=r"task=forecast needs a series of fields, .* use task=nowcast"):
+        check_series("forecast", data)
     with pytest.warns(UserWarning, match=r"beyond the trained lead times \(5 to 15 minutes\)"):
         task(score_minutes=[5, 30]).layout(data)
 

@@ -143,7 +143,10 @@ def test_other_models_and_ways_to_read_the_rain(command, radar, tmp_path, option
     [
         (["task.bins=[0.5,2,2]"], "task.bins=[0.5, 2, 2] must be increasing edges"),
         (["task.crop=80"], "is larger than the image (64 x 72 pixels"),
-        (["data=ncep_slp"], "task=nowcast needs a sequence of radar images; use data=knmi_radar"),
+        (
+            ["data=ncep_slp"],
+            "task=nowcast needs a sequence of radar images, like data=knmi_radar; with this data use",
+        ),
         (
             ["model/decoder=grid_patch", "model/processor=video_dit", "model.processor.radius=5"],
             "degrees on the sphere",

@@ -63,6 +63,7 @@ def test_the_plane_of_the_file_or_of_its_pixels(tmp_path):
     ("options", "sentence"),
     [
         (dict(kind="snow"), "data.kind=snow is unknown; allowed: rate"),
+        (dict(pixel=0), "data.pixel=0 must be above 0 km"),
         (dict(variable="hail"), "no variable 'hail' .* it holds rain"),
         (dict(window=[[0, 70], [0, 10]]), r"data.window=.* is no window of 64 x 72 pixels"),
         (dict(cache="disk"), "data.cache=disk is unknown"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,25 +109,25 @@ def test_a_batch_holds_what_was_reported_and_what_came(data, windows):
 def test_persistence_keeps_or_damps_the_last_reported_share(data, windows):
     base = windows.base_indices[50]
     kept, damped = (windows.persistence(np.array([base]), damped=way)[0] for way in (False, True))
-    usual = windows.statistics.usual
+    climatology = windows.statistics.climatology
     for station in range(5):
-        share = usual
+        share = climatology
         for frame in range(base - 2, base + 1):
             if data.reported[frame, station] and data.sun[frame, station] > DAYLIGHT:
                 share = data.output[frame, station] / clear_output(data.sun[frame, station])
         for lead, step in enumerate((1, 4)):
             clear = clear_output(data.sun[base + step, station])
             assert kept[lead, station] == pytest.approx(share * clear)
-            left = float(windows.statistics.damping[lead]) * (share - usual)
-            assert damped[lead, station] == pytest.approx((usual + left) * clear)
+            left = float(windows.statistics.damping[lead]) * (share - climatology)
+            assert damped[lead, station] == pytest.approx((climatology + left) * clear)
 
 
 def test_statistics_are_stored_and_scale_the_remaining_error(data, windows):
     tensors, description = windows.statistics.state_dict()
     again = SolarStatistics.from_state(tensors, description)
-    assert (again.lead_steps, again.usual) == ((1, 4), windows.statistics.usual)
+    assert (again.lead_steps, again.climatology) == ((1, 4), windows.statistics.climatology)
     assert torch.equal(again.scale, windows.statistics.scale) and torch.equal(again.damping, windows.statistics.damping)
-    assert 0.3 < again.usual < 0.9 and 1 >= again.damping[0] > again.damping[1] > 0
+    assert 0.3 < again.climatology < 0.9 and 1 >= again.damping[0] > again.damping[1] > 0
     batch = windows.__getitems__(range(0, len(windows), 7))
     target = batch.targets["forecast"]
     scaled = (target.values - target.reference.values) / target.reference.scale
@@ -163,7 +164,7 @@ def test_scores_are_of_daylight_and_damped_persistence_is_the_zero_of_a_fresh_mo
     ("wrong", "sentence"),
     (
         ({"lead_times": [2, 1]}, r"task\.lead_times=\[2, 1\] must be increasing"),
-        ({"lead_times": [0.75]}, "lead time of 0.75 h is not a multiple"),
+        ({"lead_times": [0.75]}, "task.lead_times: 0.75 h is not a multiple"),
         ({"input_frames": 0}, r"task\.input_frames=0 must be at least 1"),
     ),
 )
@@ -174,7 +175,7 @@ def test_wrong_options_are_one_sentence(data, wrong, sentence):
 
 def test_other_data_and_senseless_worlds_are_refused():
     with pytest.raises(ValueError, match=r"task=station_forecast needs .* data=solar_stations"):
-        StationForecastTask(**TASK).layout(object())
+        StationForecastTask(**TASK).layout(SimpleNamespace(task="forecast"))
     for wrong in ({"stations": 0}, {"missing": 1.0}):
         with pytest.raises(ValueError, match=r"data\."):
             SolarStations(**wrong)

@@ -49,6 +49,7 @@ class AssimilationData(ABC):
     num_channels: int  # sizes of the id tables: ids are smaller
     num_platforms: int
     num_types: int
+    task: str = "assimilation"  # what suits this data
     available: bool = True  # False: files are not given, only the layout is known
     annual_harmonics: int = 2  # of the climatology
     diurnal_harmonics: int = 2

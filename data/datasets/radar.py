@@ -34,6 +34,7 @@ class RadarData:
     """
 
     available = True
+    task = "nowcast"  # what suits this data
 
     def __init__(
         self,

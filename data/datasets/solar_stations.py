@@ -3,7 +3,7 @@
 Inputs of a window: an image of the cloud cover and the sun's height every half hour, the reports of the stations, some
 of which are missing or silent for days, each with what the sun does at its place and time, and what every station last
 reported as a share of its clear-sky output, with the last image around it. Smart persistence keeps that share; the
-model's output is added to damped persistence, whose share fades into the usual one with the lead time.
+model's output is added to damped persistence, whose share fades into the climatology with the lead time.
 Letters: N times, B samples, T frames, L lead times, H x W cells, S stations, n reports, F features.
 """
 
@@ -43,6 +43,7 @@ class SolarStations:
     num_workers, fake, inspect, recommended: as in `GriddedData`. Raises ValueError on values not allowed."""
 
     variables, splits, available = _OUTPUT, tuple(SPLITS), True
+    task = "station_forecast"  # what suits this data
 
     def __init__(
         self,
@@ -123,24 +124,24 @@ class SolarStations:
 
 @dataclass(frozen=True)
 class SolarStatistics:
-    """Of the training split. lead_steps: L, in steps of the data. usual: the mean share of the clear-sky output.
+    """Of the training split. lead_steps: L, in steps of the data. climatology: the mean share of the clear-sky output.
     damping: (L,) how much of a share's departure from it is left; scale: (L,) root mean square error of what follows.
     """
 
     lead_steps: tuple[int, ...]
-    usual: float
+    climatology: float
     damping: Tensor
     scale: Tensor
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, plain JSON): what a checkpoint stores."""
-        described = {"kind": "solar", "lead_steps": list(self.lead_steps), "usual": self.usual}
+        described = {"kind": "solar", "lead_steps": list(self.lead_steps), "climatology": self.climatology}
         return {"damping": self.damping, "scale": self.scale}, described
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], description: dict) -> SolarStatistics:
         return SolarStatistics(
-            tuple(description["lead_steps"]), description["usual"], tensors["damping"], tensors["scale"]
+            tuple(description["lead_steps"]), description["climatology"], tensors["damping"], tensors["scale"]
         )
 
     @staticmethod
@@ -148,17 +149,17 @@ class SolarStatistics:
         steps = tuple(lead_steps)
         bases = daylight_windows(data, "train", input_frames=input_frames, lead_steps=steps)
         shares, clear = data.shares(bases, input_frames), clear_output(data.sun)
-        usual = float(np.nansum(shares * clear[bases]) / clear[bases][~np.isnan(shares)].sum())
-        departure = np.nan_to_num(shares - usual)
+        climatology = float(np.nansum(shares * clear[bases]) / clear[bases][~np.isnan(shares)].sum())
+        departure = np.nan_to_num(shares - climatology)
         damping, scale = [], []
         for step in steps:
             sunny = data.sun[bases + step] > DAYLIGHT
             wanted, ahead = data.output[bases + step][sunny], clear[bases + step][sunny]
             kept = (departure[sunny] * ahead).ravel()
-            rest = wanted - usual * ahead
+            rest = wanted - climatology * ahead
             damping.append(float(np.clip(kept @ rest / (kept @ kept), 0, 1)))
             scale.append(float(np.sqrt(np.mean((rest - damping[-1] * kept) ** 2))))
-        return SolarStatistics(steps, usual, torch.tensor(damping), torch.tensor(scale))
+        return SolarStatistics(steps, climatology, torch.tensor(damping), torch.tensor(scale))
 
 
 def daylight_windows(data: SolarStations, split: str, *, input_frames: int, lead_steps: Sequence[int]) -> np.ndarray:
@@ -198,18 +199,18 @@ class SolarWindows:
 
     def persistence(self, bases: np.ndarray, *, damped: bool) -> np.ndarray:
         """(B, L, S): the share of the clear-sky output last reported within the window, kept or damped."""
-        usual = self.statistics.usual
-        departure = np.nan_to_num(self.data.shares(bases, self.input_frames) - usual)[:, None]
+        climatology = self.statistics.climatology
+        departure = np.nan_to_num(self.data.shares(bases, self.input_frames) - climatology)[:, None]
         if damped:
             departure = self.statistics.damping.numpy()[:, None] * departure
-        return (usual + departure) * clear_output(self.data.sun[bases[:, None] + np.array(self.lead_steps)])
+        return (climatology + departure) * clear_output(self.data.sun[bases[:, None] + np.array(self.lead_steps)])
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         data, bases = self.data, self.base_indices[np.asarray(indices)]
         frames = bases[:, None] + np.arange(1 - self.input_frames, 1)
         ahead = bases[:, None] + np.array(self.lead_steps)
         images = Field(_tensor(data.clouds[frames]), _CLOUDS, data.image, torch.from_numpy(data.times[frames]))
-        shares = data.shares(bases, self.input_frames)[:, None, None] - self.statistics.usual
+        shares = data.shares(bases, self.input_frames)[:, None, None] - self.statistics.climatology
         stations = Field(
             _tensor(np.nan_to_num(shares)),
             _SHARE,
@@ -238,7 +239,7 @@ class SolarWindows:
         time = frames[batch, frame]
         sun, given = data.sun[time, station], data.output[time, station]
         clear = clear_output(sun)
-        share = np.where(sun > DAYLIGHT, given / clear.clip(1e-3), self.statistics.usual)
+        share = np.where(sun > DAYLIGHT, given / clear.clip(1e-3), self.statistics.climatology)
         rising = data.sun[np.minimum(time + 1, data.times.size - 1), station] - sun
         age = (frame + 1 - self.input_frames) / self.input_frames
         made = Observations(

@@ -69,6 +69,7 @@ class OceanInnovations:
     splits = ("train", "validation")
 
     available = True
+    task = "leave_out"  # what suits this data
 
     def __init__(
         self,

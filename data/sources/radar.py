@@ -71,6 +71,8 @@ def open_radar(
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"data.kind={kind} is unknown; allowed: {', '.join(KINDS)}")
+    if pixel is not None and not 0 < pixel < np.inf:
+        raise ValueError(f"data.pixel={pixel:g} must be above 0 km; data.pixel=null reads it from the file")
     parts = sorted((_open_part(Path(path), variable, kind, pixel) for path in paths), key=lambda part: part.times[0])
     first = parts[0]
     for part in parts[1:]:

@@ -38,7 +38,7 @@ class LeadTimeFeatures(Tables):
     def __init__(self, lead_times: Sequence[int], *, kind: str, num_bands: int = 4):
         super().__init__()
         if kind not in FEATURES:
-            raise ValueError(f"unknown lead-time features {kind!r}; use one of {', '.join(FEATURES)}")
+            raise ValueError(f"model.decoder.lead_features={kind} is unknown; use one of {', '.join(FEATURES)}")
         self.kind = kind
         known = torch.tensor(sorted(set(lead_times)), dtype=torch.float32, device="cpu")
         unit = float(known[known != 0].abs().min()) if known.any() else 1.0
@@ -109,9 +109,9 @@ class LeadTimeFiLM(nn.Module):
     ):
         super().__init__()
         if generator not in GENERATORS:
-            raise ValueError(f"unknown lead-time generator {generator!r}; use one of {', '.join(GENERATORS)}")
+            raise ValueError(f"model.decoder.film={generator} is unknown; use one of {', '.join(GENERATORS)}")
         if hidden < 1:
-            raise ValueError(f"a lead-time generator of hidden width {hidden} is too narrow; use at least 1")
+            raise ValueError(f"model.decoder.film_hidden={hidden} must be at least 1, like model.decoder.film_hidden=8")
         self.features = LeadTimeFeatures(lead_times, kind=features)
         self.trunk = nn.Linear(self.features.size, hidden)
         self.tokens = None if token_width is None else TokenFiLM(token_width)

@@ -17,7 +17,7 @@ from data.batch import Batch
 from data.layout import Layout
 from data.observation_features import LAYOUTS
 from models.frame_dropout import draw_key, row_numbers
-from training.tasks.gridded import GriddedTask
+from training.tasks.gridded import GriddedTask, check_data
 
 if TYPE_CHECKING:
     from data.analysis_normalisation import AnalysisNormalisation
@@ -114,11 +114,8 @@ class AssimilationTask(GriddedTask):
         """What the model reads and predicts; needs no file. Raises ValueError where data and task do not fit."""
         from data.datasets.assimilation_data import AssimilationData
 
-        if not isinstance(data, AssimilationData):
-            raise ValueError(
-                "task=assimilation needs data with observations, like data=simulated_network; "
-                "for fields alone use task=forecast"
-            )
+        needs = "fields with observations, like data=simulated_network"
+        check_data("assimilation", data, suits=isinstance(data, AssimilationData), needs=needs)
         self.check_variable_weights(data.variables)
         from data.datasets.assimilation import analysis_layout
 

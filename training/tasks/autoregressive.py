@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.layout import Layout
+from training.tasks.gridded import check_series
 
 if TYPE_CHECKING:
     from data.datasets.gridded import GriddedData
@@ -83,10 +84,7 @@ class AutoregressiveTask:
 
     def layout(self, data: GriddedData) -> Layout:
         """What the model reads and predicts. Raises ValueError where task and data do not fit."""
-        if not hasattr(data, "gaps"):
-            raise ValueError(
-                "task=autoregressive needs a series of fields, and this data has observations; use task=assimilation"
-            )
+        check_series("autoregressive", data)
         from data.datasets.token_windows import token_layout
         from data.quantisation import checked_edges
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from data.batch import Batch
 from data.layout import Layout
-from training.tasks.gridded import GriddedTask
+from training.tasks.gridded import GriddedTask, check_series
+from training.tasks.lead_times import in_steps
 
 if TYPE_CHECKING:
     from data.datasets.gridded import GriddedData
@@ -65,13 +66,7 @@ class ClassifyTask(GriddedTask):
         """The lead time in steps of the data. Raises ValueError where it is not a whole number of them."""
         if self.lead_time is None:
             return 4
-        step = data.step / 3600
-        steps = round(self.lead_time / step)
-        if abs(self.lead_time / step - steps) > 1e-6 or steps < 1:
-            raise ValueError(
-                f"task.lead_time={self.lead_time:g} is not a multiple of the data's step of {step:g} h; "
-                f"use a multiple, like task.lead_time={4 * step:g}"
-            )
+        (steps,) = in_steps("task.lead_time", self.lead_time, data.step)
         return steps
 
     def index(self, data: GriddedData) -> RegimeIndex:
@@ -83,10 +78,7 @@ class ClassifyTask(GriddedTask):
         """What the model reads and predicts. Raises ValueError where data and task do not fit."""
         from data.datasets.regimes import regime_layout
 
-        if not hasattr(data, "gaps"):
-            raise ValueError(
-                "task=classify needs a series of fields, and this data has observations; use data=synthetic"
-            )
+        check_series("classify", data)
         self.index(data)
         return regime_layout(
             data, input_frames=self.input_frames, lead_step=self.lead_step(data), classes=len(self.quantiles) + 1

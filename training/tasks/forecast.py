@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from data.layout import Layout
-from training.tasks.gridded import GriddedTask
+from training.tasks.gridded import GriddedTask, check_series
 from training.tasks.lead_times import check_lead_times, in_steps
 
 if TYPE_CHECKING:
@@ -112,7 +112,9 @@ class ForecastTask(GriddedTask):
 
     def lead_steps(self, data: GriddedData) -> tuple[int, ...]:
         """Lead times in steps of the data. Raises ValueError where one is not a whole number of steps."""
-        return DEFAULT_LEAD_STEPS if self.lead_times is None else in_steps(self.lead_times, data.step)
+        if self.lead_times is None:
+            return DEFAULT_LEAD_STEPS
+        return in_steps("task.lead_times", self.lead_times, data.step)
 
     def drawn_steps(self, data: GriddedData) -> tuple[int, ...] | None:
         """What training samples draw from, in steps of the data; None: they have all lead times. Raises ValueError."""
@@ -120,10 +122,10 @@ class ForecastTask(GriddedTask):
         if drawn is None:
             return None
         if isinstance(drawn, Mapping):
-            first, last = in_steps((drawn["from"], drawn["to"]), data.step)
+            first, last = in_steps("task.training_lead_times", (drawn["from"], drawn["to"]), data.step)
             drawn = tuple(range(first, last + 1))
         else:
-            drawn = in_steps(drawn, data.step)
+            drawn = in_steps("task.training_lead_times", drawn, data.step)
         if self.lead_draws > len(drawn):
             raise ValueError(
                 f"task.lead_draws={self.lead_draws} is more than the {len(drawn)} of task.training_lead_times; "
@@ -133,10 +135,7 @@ class ForecastTask(GriddedTask):
 
     def layout(self, data: GriddedData) -> Layout:
         """What the model reads and predicts. Raises ValueError where weights do not fit the data."""
-        if not hasattr(data, "gaps"):
-            raise ValueError(
-                "task=forecast needs a series of fields, and this data has observations; use task=assimilation"
-            )
+        check_series("forecast", data)
         steps = self.lead_steps(data)
         if self.lead_weights is not None and len(self.lead_weights) != len(steps):
             raise ValueError(

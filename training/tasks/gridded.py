@@ -123,6 +123,17 @@ class GriddedTask:
         return evaluate_windows(run, model, self, data, normalisation, choices)
 
 
+def check_series(task: str, data) -> None:
+    """Raises ValueError where data is no series of fields."""
+    check_data(task, data, suits=hasattr(data, "gaps"), needs="a series of fields, like data=synthetic")
+
+
+def check_data(task: str, data, *, suits: bool, needs: str) -> None:
+    """Raises ValueError where data do not suit a task, with the task that this data is made for (`data.task`)."""
+    if not suits:
+        raise ValueError(f"task={task} needs {needs}; with this data use task={data.task}")
+
+
 def _all_leads(sums: Tensor, batch: Batch, name: str) -> Tensor:
     """Sums (l, C) over the lead times of a batch's frames, among zeros for those of other frames: (L, C)."""
     if batch.share is None:

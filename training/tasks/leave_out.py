@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from data.batch import Batch
 from data.layout import Layout
-from training.tasks.gridded import GriddedTask
+from training.tasks.gridded import GriddedTask, check_data
 
 if TYPE_CHECKING:
     from data.datasets.wc13_innovations import InnovationDataset, InnovationStatistics, OceanInnovations
@@ -35,8 +35,8 @@ class LeaveOutTask(GriddedTask):
     def layout(self, data: OceanInnovations) -> Layout:
         from data.datasets.wc13_innovations import OceanInnovations
 
-        if not isinstance(data, OceanInnovations):
-            raise ValueError("task=leave_out needs scattered innovations, like data=wc13; use task=assimilation")
+        needs = "scattered innovations, like data=wc13"
+        check_data("leave_out", data, suits=isinstance(data, OceanInnovations), needs=needs)
         return data.layout
 
     def fit(self, data: OceanInnovations) -> InnovationStatistics:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.layout import Layout
-from training.tasks.gridded import GriddedTask
+from training.tasks.gridded import GriddedTask, check_series
 
 if TYPE_CHECKING:
     from data.datasets.gridded import GriddedData
@@ -66,10 +66,7 @@ class MaskedAutoencodeTask(GriddedTask):
         """What the model reads and predicts. Raises ValueError where data and task do not fit."""
         from data.datasets.masked_fields import masked_layout, num_blocks
 
-        if not hasattr(data, "gaps"):
-            raise ValueError(
-                "task=masked_autoencode needs a series of fields, and this data has observations; use task=assimilation"
-            )
+        check_series("masked_autoencode", data)
         if num_blocks(data.grid.shape, self.mask_block) < 2:
             raise ValueError(
                 f"task.mask_block={self.mask_block} covers the whole grid of {data.grid.shape[0]} x "

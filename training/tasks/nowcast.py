@@ -14,7 +14,8 @@ from torch import nn
 
 from data.batch import Batch
 from data.layout import Layout
-from training.tasks.gridded import GriddedTask
+from training.tasks.gridded import GriddedTask, check_data
+from training.tasks.lead_times import check_lead_times, in_steps
 
 if TYPE_CHECKING:
     from data.datasets.nowcast import NowcastDataset, NowcastWindow
@@ -94,13 +95,13 @@ class NowcastTask(GriddedTask):
             raise ValueError(
                 "task.reference=extrapolation needs the motion of the rain; use task.reference=persistence"
             )
-        for name, values in (
-            ("lead_minutes", lead_minutes),
-            ("score_minutes", score_minutes),
-            ("thresholds", thresholds),
-        ):
-            if values is not None and (not values or values[0] <= 0 or _unordered(values)):
-                raise ValueError(f"task.{name}={list(values)} must be increasing numbers above 0")
+        for name, minutes in (("lead_minutes", lead_minutes), ("score_minutes", score_minutes)):
+            if minutes is not None:
+                check_lead_times(f"task.{name}", minutes, unit="min", example="[5,30,60]")
+        if not thresholds or not all(low < high for low, high in pairwise([0, *thresholds])):
+            raise ValueError(
+                f"task.thresholds={list(thresholds)} must be increasing rates above 0, like task.thresholds=[0.5,2]"
+            )
         if any(width < 1 or width % 2 == 0 for width in fss_windows):
             raise ValueError(f"task.fss_windows={list(fss_windows)} must be odd numbers of pixels, like [5,21]")
         self.check_query_fraction(query_fraction)
@@ -131,35 +132,29 @@ class NowcastTask(GriddedTask):
         """What the model reads and predicts. Warns where scored lead times lie beyond the trained ones."""
         from data.datasets.radar import RadarData
 
-        if not isinstance(data, RadarData):
-            raise ValueError("task=nowcast needs a sequence of radar images; use data=knmi_radar")
-        trained, scored = self._steps(self.lead_minutes, data), self.scored_steps(data)
+        needs = "a sequence of radar images, like data=knmi_radar"
+        check_data("nowcast", data, suits=isinstance(data, RadarData), needs=needs)
+        trained, scored = self.trained_steps(data), self.scored_steps(data)
         if scored[-1] > trained[-1] or scored[0] < trained[0]:
             first, last = (step * data.step / 60 for step in (trained[0], trained[-1]))
             warnings.warn(
-                f"task.score_minutes reach beyond the trained lead times ({first:g} to {last:g} minutes), where they "
-                "are guesses; train with wider task.lead_minutes",
+                f"task.score_minutes={list(self.score_minutes)} reach beyond the trained lead times ({first:g} to "
+                f"{last:g} minutes), where they are guesses; train with wider task.lead_minutes",
                 stacklevel=2,
             )
         return self._window(trained).layout(data)
 
     def scored_steps(self, data: RadarData) -> tuple[int, ...]:
         """Lead times of the evaluation, in frames."""
-        minutes = self.lead_minutes if self.score_minutes is None else self.score_minutes
-        return self._steps(minutes, data)
+        if self.score_minutes is None:
+            return self.trained_steps(data)
+        return in_steps("task.score_minutes", self.score_minutes, data.step, unit="min")
 
-    def _steps(self, minutes: Sequence[float] | None, data: RadarData) -> tuple[int, ...]:
-        """Minutes as frames of the data. Raises ValueError where one is no whole number of steps."""
-        if minutes is None:
+    def trained_steps(self, data: RadarData) -> tuple[int, ...]:
+        """Lead times of training, in frames. Raises ValueError where one is no whole number of them."""
+        if self.lead_minutes is None:
             return tuple(range(1, STEPS + 1))
-        step = data.step / 60
-        for each in minutes:
-            if abs(each / step - round(each / step)) > 1e-6:
-                raise ValueError(
-                    f"the lead time of {each:g} minutes is not a multiple of the data's step of {step:g} minutes; use "
-                    f"multiples of it, like task.lead_minutes=[{step:g},{6 * step:g}]"
-                )
-        return tuple(round(each / step) for each in minutes)
+        return in_steps("task.lead_minutes", self.lead_minutes, data.step, unit="min")
 
     def _window(self, steps: Sequence[int]) -> NowcastWindow:
         from data.datasets.nowcast import NowcastWindow
@@ -172,13 +167,13 @@ class NowcastTask(GriddedTask):
         """Spread of the rain and errors of the references, in the training period."""
         from data.radar_normalisation import RadarNormalisation
 
-        steps = {*self._steps(self.lead_minutes, data), *self.scored_steps(data)}
+        steps = {*self.trained_steps(data), *self.scored_steps(data)}
         return RadarNormalisation.fit(data, lead_steps=sorted(steps))
 
     def dataset(self, data: RadarData, split: str, normalisation: RadarNormalisation) -> NowcastDataset:
         from data.datasets.nowcast import NowcastDataset
 
-        window = self._window(self._steps(self.lead_minutes, data))
+        window = self._window(self.trained_steps(data))
         return NowcastDataset(data, split, normalisation, window, layout=window.layout(data), crops=self.crops)
 
     def scored(self, data: RadarData, split: str, normalisation: RadarNormalisation) -> NowcastDataset:
@@ -208,7 +203,3 @@ class NowcastTask(GriddedTask):
     def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
         """A training batch at a share of its places. Draws from torch's global generator."""
         return self.at_some_places(batch, model)
-
-
-def _unordered(numbers: Sequence[float]) -> bool:
-    return any(later <= earlier for earlier, later in pairwise(numbers))

@@ -14,6 +14,7 @@ from torch import Tensor
 from data.batch import Batch
 from data.layout import Layout
 from training.tasks.assimilation import AssimilationTask
+from training.tasks.gridded import check_data
 
 if TYPE_CHECKING:
     from data.datasets.osse import OSSE
@@ -36,8 +37,8 @@ class StationAnalysisTask(AssimilationTask):
         from data.datasets.osse import OSSE
         from data.datasets.station_windows import with_background
 
-        if not isinstance(data, OSSE):
-            raise ValueError("task=station_analysis needs a network of stations that all report; use data=osse_metar")
+        needs = "a network of stations that all report, like data=osse_metar"
+        check_data("station_analysis", data, suits=isinstance(data, OSSE), needs=needs)
         step = self.frame_steps * data.step
         return with_background(super().layout(data), frames=self.frames, step=step)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from data.batch import Batch
 from data.layout import Layout
-from training.tasks.gridded import GriddedTask
+from training.tasks.gridded import GriddedTask, check_data
 from training.tasks.lead_times import check_lead_times, in_steps
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ class StationForecastTask(GriddedTask):
         """Raises ValueError for data of another kind, and where a lead time is no whole number of steps."""
         from data.datasets.solar_stations import STEP, SolarStations
 
-        if not isinstance(data, SolarStations):
-            raise ValueError("task=station_forecast needs a series of stations, like data=solar_stations")
-        return in_steps(self.lead_times, STEP)
+        needs = "a series of stations, like data=solar_stations"
+        check_data("station_forecast", data, suits=isinstance(data, SolarStations), needs=needs)
+        return in_steps("task.lead_times", self.lead_times, STEP)
 
     def layout(self, data: SolarStations) -> Layout:
         steps = self.lead_steps(data)
