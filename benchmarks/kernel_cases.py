@@ -260,7 +260,7 @@ def film_case(setting: Setting, *, rows: int, features: int) -> Prepared:
 
 
 def sort_case(setting: Setting, *, cells: int, rows: int) -> Prepared:
-    cell = setting.integers(cells, rows)
+    cell = setting.integers(cells, rows, dtype=torch.int32)
     few = cell[: min(rows, 5000)]
 
     def wrong(order: Tensor, offsets: Tensor, *, stable: bool) -> float:
@@ -278,13 +278,12 @@ def sort_case(setting: Setting, *, cells: int, rows: int) -> Prepared:
     if setting.loops:
         runs[LOOP] = lambda: sort_and_pack(cell, cells, path="reference")
     if setting.theirs:
-        narrow = cell.int()  # as its data pipeline has them
-        runs[peer.NAME] = lambda: peer.sort_and_pack(narrow, cells)
+        runs[peer.NAME] = lambda: peer.sort_and_pack(cell, cells)
     with poisoned(setting.device):
         errors = {name: wrong(*run(), stable=name != peer.NAME) for name, run in runs.items()}
         pairs = zip(sort_and_pack(few, cells), sort_and_pack(few, cells, path="reference"), strict=True)
         errors[OURS] = max(errors[OURS], 0.0 if all(torch.equal(*pair) for pair in pairs) else math.inf)
-    return Prepared(errors, {FORWARD: runs}, {FORWARD: [(16 * rows + 8 * cells, 0)]})
+    return Prepared(errors, {FORWARD: runs}, {FORWARD: [(12 * rows + 8 * cells, 0)]})
 
 
 def temporal_case(setting: Setting, *, frames: int, places: int, heads: int, width: int) -> Prepared:
