@@ -168,7 +168,12 @@ def _fit_climatology(data: GriddedData, harmonics: Harmonics) -> Tensor:
         coefficients[:, gappy] = torch.linalg.solve(normal, right[:, gappy].T).T
     coefficients[0] += centre
     coefficients[:, ~data.domain.flatten()] = torch.nan
-    return coefficients.unflatten(1, shape)
+    coefficients = coefficients.unflatten(1, shape)
+    if data.shared_climatology:
+        weights = data.grid.area_weights.double().expand(shape) * data.domain
+        mean = (coefficients.nan_to_num(0.0) * weights).sum((-2, -1)) / weights.sum((-2, -1))
+        coefficients = mean[..., None, None] + 0 * coefficients
+    return coefficients
 
 
 def _cells_with_gaps(data: GriddedData) -> Tensor:

@@ -60,45 +60,49 @@ def score_gap_filling(
         windows = np.unique(np.linspace(0, windows[-1], min(choices.max_windows, windows.size)).round().astype(int))
     left_out: dict[str, str] = {}
     asked = list(task.baselines) if choices.baselines is None else list(choices.baselines)
-    shared = {task.analysis: dataset.analyses[0]} if dataset.analyses and task.analysis in asked else {}
-    rivals = build(
-        [name for name in asked if name not in shared],
-        dataset.series[0],
-        normalisation,
-        lead_steps=(),
-        split=choices.split,
-        known=task.baselines,
-        left_out=left_out if choices.baselines is None else None,
-    )
-    rivals = {name: each for name in asked if (each := shared.get(name, rivals.get(name))) is not None}
     cells = cell_weights(data.grid, choices.weights)
     regions = regions_of(data.grid, land_fraction=land_fraction(data), boxes=choices.regions)
-    methods = [OURS, *rivals]
-    scores = {target: {method: ForecastScores(cells, regions) for method in methods} for target in task.targets}
-    scored: dict[str, set] = {target: set() for target in task.targets}
-    with evaluating(model):
-        for window in windows:
-            batch, ours = predicted(model, dataset, int(window), task.overlap)
-            made = {OURS: ours} | {
-                name: _filled_by(rival, dataset, int(window), batch) for name, rival in rivals.items()
-            }
-            for target, field in batch.targets.items():
-                fresh = _unscored(field.times[0].tolist(), scored[target])
-                valid = (field.presence.expand_as(field.values) & fresh[None, :, None, None, None])[0]
-                truth, usual = field.physical()[0], field.physical(torch.zeros_like(field.values))[0]
-                for method in methods:
-                    values = (made[method][target], truth, usual, valid)
-                    scores[target][method].update(*(tensor[:, None] for tensor in values))
+    scores: dict[str, dict[str, ForecastScores]] = {target: {} for target in task.targets}
+    for draw, series in enumerate(dataset.series):
+        shared = {task.analysis: dataset.analyses[draw]} if dataset.analyses and task.analysis in asked else {}
+        rivals = build(
+            [name for name in asked if name not in shared],
+            series,
+            normalisation,
+            lead_steps=(),
+            split=choices.split,
+            known=task.baselines,
+            left_out=left_out if choices.baselines is None else None,
+        )
+        rivals = {name: each for name in asked if (each := shared.get(name, rivals.get(name))) is not None}
+        for by_method in scores.values():
+            for method in (OURS, *rivals):
+                by_method.setdefault(method, ForecastScores(cells, regions))
+        scored: dict[str, set] = {target: set() for target in task.targets}
+        with evaluating(model):
+            for window in windows:
+                batch, ours = predicted(model, dataset, int(window), draw, task.overlap)
+                made = {OURS: ours}
+                made |= {name: _filled_by(rival, dataset, int(window), batch) for name, rival in rivals.items()}
+                for target, field in batch.targets.items():
+                    fresh = _unscored(field.times[0].tolist(), scored[target])
+                    valid = (field.presence.expand_as(field.values) & fresh[None, :, None, None, None])[0]
+                    truth, usual = field.physical()[0], field.physical(torch.zeros_like(field.values))[0]
+                    for method, found in made.items():
+                        values = (found[target], truth, usual, valid)
+                        scores[target][method].update(*(tensor[:, None] for tensor in values))
     return scores, left_out, windows.size
 
 
 @torch.inference_mode()
-def predicted(model: nn.Module, dataset: GapWindows, window: int, overlap: int) -> tuple[Batch, dict[str, Tensor]]:
-    """A window of the whole domain, and the model's targets of it, (L, C, H, W) in physical units: in one piece, or
-    patch by patch where that is what it was trained on."""
+def predicted(
+    model: nn.Module, dataset: GapWindows, window: int, draw: int, overlap: int
+) -> tuple[Batch, dict[str, Tensor]]:
+    """A window of the whole domain under the clouds `draw`, and the model's targets of it, (L, C, H, W) in physical
+    units: in one piece, or patch by patch where that is what it was trained on."""
     device = next(model.parameters()).device
-    one = np.array([window])
-    batch = dataset.batch(one, np.zeros(1, dtype=int))
+    one, clouds = np.array([window]), np.array([draw])
+    batch = dataset.batch(one, clouds)
     if dataset.window.crop is None:
         found = model.predict(batch.to(device))
         return batch, {name: prediction.point.values[0].float().cpu() for name, prediction in found.items()}
@@ -106,7 +110,7 @@ def predicted(model: nn.Module, dataset: GapWindows, window: int, overlap: int) 
     places = corners(shape, dataset.window.crop, overlap)
     made: dict[str, list[Tensor]] = {}
     for part in _parts(places):
-        tiles = dataset.batch(one.repeat(len(part)), np.zeros(len(part), dtype=int), part)
+        tiles = dataset.batch(one.repeat(len(part)), clouds.repeat(len(part)), part)
         for name, prediction in model.predict(tiles.to(device)).items():
             made.setdefault(name, []).append(prediction.point.values.float().cpu())
     return batch, {name: blended(torch.cat(tiles), places, shape) for name, tiles in made.items()}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.clouds import CloudMasks
 from data.datasets.gridded import GriddedData
+from data.datasets.leave_out_blocks import WithheldBlocks
 from data.normalisation import Normalisation
 
 _KEPT = 64  # masks in memory
@@ -20,10 +21,20 @@ _KEPT = 64  # masks in memory
 
 class CloudySeries:
     """data: truth, which may have gaps of its own. clouds: what hides it, or None. draw: which of the possible clouds;
-    the same number gives the same clouds."""
+    the same number gives the same clouds. training: where what a baseline chooses is chosen, its own training period
+    where it is not given."""
 
-    def __init__(self, data: GriddedData, normalisation: Normalisation, clouds: CloudMasks | None, draw: int):
+    def __init__(
+        self,
+        data: GriddedData,
+        normalisation: Normalisation,
+        clouds: CloudMasks | WithheldBlocks | None,
+        draw: int,
+        *,
+        training: CloudySeries | None = None,
+    ):
         self.data, self.normalisation, self.clouds, self.draw = data, normalisation, clouds, draw
+        self.training = training or self
         self._masks: dict[int, np.ndarray] = {}
 
     @cached_property

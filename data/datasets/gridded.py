@@ -47,7 +47,8 @@ class GriddedData:
     cache: none (read the files for every batch), ram (decoded once in every process that reads) or memmap (decoded once
         into the cache folder, shared by all processes). num_workers: processes that prepare batches (0: the training
         process). fake: repeat the first batch, to see what loading costs. inspect: print `describe()` and stop.
-    annual_harmonics, diurnal_harmonics: of the climatology, see `data/normalisation.py`.
+    annual_harmonics, diurnal_harmonics: of the climatology, see `data/normalisation.py`. shared_climatology: the same
+    for all cells, for an event of a few frames, in which the mean of a cell is weather.
     recommended: {size, max_steps}, what suits this data when the user gives neither.
     Raises ValueError or OSError, one sentence, where the data cannot be used.
     """
@@ -70,6 +71,7 @@ class GriddedData:
         inspect: bool = False,
         annual_harmonics: int = 2,
         diurnal_harmonics: int = 2,
+        shared_climatology: bool = False,
         recommended: Mapping | None = None,
     ):
         if cache not in CACHES:
@@ -89,6 +91,7 @@ class GriddedData:
             self.series = DailyMeans.of(self.series)
         self.cache, self.num_workers, self.fake, self.inspect = cache, num_workers, fake, inspect
         self.annual_harmonics, self.diurnal_harmonics = annual_harmonics, diurnal_harmonics
+        self.shared_climatology = shared_climatology
         self.recommended = dict(recommended or {})
         parts = split_times(self.series.times, split, self.series.calendar)
         self.splits, self.training_period = parts.indices, parts.training_period

@@ -19,7 +19,7 @@ from evaluation.baselines import Unsuitable
 
 MODES = (1, 2, 3, 5, 8, 12, 18, 26, 40)
 MOST_VALUES = 40_000_000
-_LEFT_OUT, _ROUNDS, _TOLERANCE, _MOST_FRAMES = 0.03, 60, 1e-3, 600
+_LEFT_OUT, _ROUNDS, _TOLERANCE, _MOST_FRAMES = 0.03, 300, 3e-4, 600
 
 
 def restored(values: np.ndarray, gaps: np.ndarray, modes: int, rounds: int = _ROUNDS) -> np.ndarray:
@@ -47,7 +47,7 @@ def chosen_modes(values: np.ndarray, gaps: np.ndarray) -> int:
     for modes in MODES:
         if modes >= min(values.shape):
             break
-        found = restored(values, gaps | trial, modes, rounds=20)
+        found = restored(values, gaps | trial, modes, rounds=60)
         errors[modes] = np.square((found - values)[trial]).mean()
         if errors[modes] > 1.1 * min(errors.values()):
             break

@@ -24,6 +24,7 @@ SPACINGS = (2.0, 4.0, 7.0, 12.0, 20.0)  # lengths tried, in distances between ne
 NOISES = (0.001, 0.01, 0.05, 0.2)
 TIMES = (0.5, 1.0, 2.0, 4.0, 8.0)  # frames
 DAMPING = 0.8  # of a cycled background, a frame later
+MOST_REACH = 3  # frames before and after that an analysis reads
 SPIN_UP = 8  # frames before the first one that is wanted
 _TRIED_FRAMES, _TRIED_CELLS, _BLOCK = 8, 250, 2048
 
@@ -42,7 +43,7 @@ class LocalCovariance:
     @property
     def reach(self) -> int:
         """Frames before and after that are read."""
-        return 0 if self.time == 0 else int(min(np.ceil(self.time), 3))
+        return 0 if self.time == 0 else int(min(np.ceil(self.time), MOST_REACH))
 
     def __call__(self, apart: np.ndarray, later: np.ndarray | float = 0.0) -> np.ndarray:
         """Correlations at km and frames apart."""
@@ -78,8 +79,9 @@ def interpolated(
     for start in range(0, targets.size, _BLOCK):
         block = slice(start, start + _BLOCK)
         index = tree.query(wanted[block], k=count)[1].reshape(-1, count)
-        where, when = places[cell[index]].astype(np.float32), later[index]
-        to_target = np.linalg.norm(where - places[targets[block], None].astype(np.float32), axis=-1)
+        # From the target: squares of positions on the Earth would leave float32 no digits for neighbours.
+        where, when = (places[cell[index]] - places[targets[block], None]).astype(np.float32), later[index]
+        to_target = np.linalg.norm(where, axis=-1)
         square = (where**2).sum(-1)
         between = square[:, :, None] + square[:, None] - 2 * where @ where.transpose(0, 2, 1)
         among = covariance(np.sqrt(np.maximum(between, 0)), when[:, :, None] - when[:, None])
@@ -137,9 +139,7 @@ class LocalInterpolation:
 
     def _one(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """(C, P) anomalies and errors of one frame."""
-        reach = max(covariance.reach for covariance in self.covariance)
-        around = np.arange(max(0, frame - reach), min(self.series.data.times.size, frame + reach + 1))
-        around = around[self.series.data.segments[around] == self.series.data.segments[frame]]
+        around, later = _around(self.series, frame, max(covariance.reach for covariance in self.covariance))
         visible = self.series.visible(around)[:, :, self.sea].numpy()
         before = self._known.get(frame - 1) if self.cycled else None
         background = np.zeros(visible.shape[1:]) if before is None else DAMPING * before[0]
@@ -148,7 +148,7 @@ class LocalInterpolation:
         for channel, covariance in enumerate(self.covariance):
             hidden = np.flatnonzero(~np.isfinite(now[channel]))
             departures = visible[:, channel] - background[channel]
-            estimate, variance = interpolated(self.places, departures, around - frame, hidden, covariance)
+            estimate, variance = interpolated(self.places, departures, later, hidden, covariance)
             found[channel, hidden] += estimate
             error[channel, hidden] = np.sqrt(variance)
         return found.astype(np.float32), error.astype(np.float32)
@@ -164,6 +164,7 @@ def sea_places(series: CloudySeries) -> tuple[np.ndarray, np.ndarray]:
 
 def tuned(series: CloudySeries, *, in_time: bool) -> list[LocalCovariance]:
     """One a variable: the scales with the least error at hidden cells of some frames of the training period."""
+    series = series.training
     data, (places, sea) = series.data, sea_places(series)
     spacing = _spacing(places)
     random = np.random.default_rng(0)
@@ -176,7 +177,7 @@ def tuned(series: CloudySeries, *, in_time: bool) -> list[LocalCovariance]:
         def error(covariance: LocalCovariance, trials=trials) -> float:
             total = 0.0
             for around, visible, targets, truth in trials:
-                within = np.abs(around) <= covariance.reach
+                within = np.abs(around) < covariance.reach + 0.5
                 estimate, _ = interpolated(places, visible[within], around[within], targets, covariance)
                 total += float(np.square(estimate - truth).sum())
             return total
@@ -193,16 +194,23 @@ def tuned(series: CloudySeries, *, in_time: bool) -> list[LocalCovariance]:
     return found
 
 
+def _around(series: CloudySeries, frame: int, reach: int) -> tuple[np.ndarray, np.ndarray]:
+    """(frames at most `reach` steps away, how many steps later they are)."""
+    data = series.data
+    near = np.arange(max(0, frame - reach), min(data.times.size, frame + reach + 1))
+    later = (data.times[near] - data.times[frame]) / data.step
+    kept = np.abs(later) < reach + 0.5
+    return near[kept], later[kept]
+
+
 def _trial(series: CloudySeries, frame: int, channel: int, sea: np.ndarray, random: np.random.Generator):
-    """(frames around, what is visible of them (F, P), hidden cells of the middle one, their truth)."""
-    segments = series.data.segments
-    around = np.arange(max(0, frame - 3), min(segments.size, frame + 4))
-    around = around[segments[around] == segments[frame]]
+    """(steps to the frames around, what is visible of them (F, P), hidden cells of the frame, their truth)."""
+    around, later = _around(series, frame, MOST_REACH)
     visible = series.visible(around)[:, channel].numpy()[:, sea]
     truth = series.truth(np.array([frame]))[0, channel].numpy()[sea]
     hidden = np.flatnonzero(np.isfinite(truth) & ~np.isfinite(visible[around == frame][0]))
     targets = random.permutation(hidden)[:_TRIED_CELLS]
-    return around - frame, visible, targets, truth[targets]
+    return later, visible, targets, truth[targets]
 
 
 def _spacing(places: np.ndarray) -> float:

@@ -114,24 +114,32 @@ class ReconstructTask(GriddedTask):
         """Scale and climatology of the training range."""
         from data.normalisation import Normalisation
 
-        return Normalisation.fit(data, lead_steps=(1,))
+        return Normalisation.fit(_seen(data, "train"), lead_steps=(1,))
 
-    def series(self, data: GriddedData, normalisation: Normalisation, draw: int) -> CloudySeries:
-        """The data under some clouds. draw 0: those of validation and test."""
+    def series(self, data: GriddedData, split: str, normalisation: Normalisation) -> list[CloudySeries]:
+        """The data under each of the clouds of a split: draw 0 in validation and test, further ones in training."""
         from data.datasets.cloudy_series import CloudySeries
 
-        return CloudySeries(data, normalisation, self.clouds, draw)
+        def under(split: str, draw: int, training: CloudySeries | None = None) -> CloudySeries:
+            seen = _seen(data, split)
+            return CloudySeries(seen, normalisation, getattr(seen, "clouds", self.clouds), draw, training=training)
+
+        if hasattr(data, "draws"):
+            draws, first = data.draws(split, self.draws), data.draws("train", 1)[0]
+        else:
+            draws, first = range(1, self.draws + 1) if split == "train" else range(1), 1
+        training = under("train", first)
+        return [under(split, draw, training) for draw in draws]
 
     def dataset(self, data: GriddedData, split: str, normalisation: Normalisation) -> GapWindows:
         from data.datasets.gap_windows import GapWindows
 
-        if self.clouds is None and not data.gaps:
+        series = self.series(data, split, normalisation)
+        if series[0].clouds is None and not data.gaps:
             raise ValueError(
                 "nothing is hidden and these data have no gaps: there is nothing to learn; give clouds, like "
                 "task.clouds.path=catalogue:alboranSST_small.nc"
             )
-        draws = range(1, self.draws + 1) if split == "train" else (0,)
-        series = [self.series(data, normalisation, draw) for draw in draws]
         return GapWindows(
             series,
             split,
@@ -147,10 +155,8 @@ class ReconstructTask(GriddedTask):
         if self._analyst is None:
             from evaluation.baselines import build
 
-            whole = self.series(series.data, series.normalisation, 0)
-            self._analyst = build([self.analysis], whole, series.normalisation, lead_steps=(), known=self.baselines)[
-                self.analysis
-            ]
+            names = dict(lead_steps=(), known=self.baselines)
+            self._analyst = build([self.analysis], series, series.normalisation, **names)[self.analysis]
         return self._analyses.setdefault(series.draw, self._analyst.under(series))
 
     # Evaluation
@@ -175,3 +181,8 @@ class ReconstructTask(GriddedTask):
     def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
         """A training batch at a share of its places. Draws from torch's global generator."""
         return self.at_some_places(batch, model)
+
+
+def _seen(data: GriddedData, split: str) -> GriddedData:
+    """What a split may see of data that withhold cells from it (`data/datasets/leave_out_blocks.py`)."""
+    return data.seen_in(split) if hasattr(data, "seen_in") else data
