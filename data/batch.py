@@ -5,7 +5,9 @@ What parts of a model know before data flows is `data/layout.py`. Letters: B bat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +28,8 @@ class Query(Movable):
     """Where, when and what to predict.
 
     times: (B, L) int64 seconds since 1970 UTC. lead_time: (B, L) float32 seconds after the last input frame.
-    features: (B, F, *grid.shape) or None: input channels on the query's own grid (all frames, layout order), from which
-        a decoder may build its queries (Perceiver IO, section 3.2: the input itself as the query).
+    shared: makes the input channels on the query's own grid, or None; see `features`. repeats: how many queries in turn
+        are of the same sample.
     coordinates: (B, cells, 2), of crops (`Field.coordinates`), or None.
     domain: bool, broadcastable to (B, L, C, *grid.shape), where the variables exist, or None (everywhere).
     """
@@ -38,7 +40,8 @@ class Query(Movable):
     lead_time: Tensor
     second_of_day: Tensor
     day_of_year: Tensor
-    features: Tensor | None = None
+    shared: Callable[[], Tensor] | None = None
+    repeats: int = 1
     places: Tensor | None = None
     coordinates: Tensor | None = None
     domain: Tensor | None = None
@@ -47,6 +50,13 @@ class Query(Movable):
     def shape(self) -> tuple[int, ...]:
         return self.grid.shape if self.places is None else tuple(self.places.shape)
 
+    @property
+    def features(self) -> Tensor | None:
+        """(B, F, *grid.shape) or None: input channels on the query's own grid (all frames, layout order), from which a
+        decoder may build its queries (Perceiver IO, section 3.2: the input itself as the query). Made when asked for.
+        """
+        return None if self.shared is None else self.shared().repeat_interleave(self.repeats, dim=0)
+
     def each_time(self) -> Query:
         """One time a sample: (B, L) -> (B L, 1)."""
         leads = self.times.shape[1]
@@ -54,8 +64,9 @@ class Query(Movable):
             name: getattr(self, name).flatten()[:, None]
             for name in ("times", "lead_time", "second_of_day", "day_of_year")
         }
-        wide = {name: getattr(self, name) for name in ("features", "coordinates")}
-        wide = {name: part.repeat_interleave(leads, dim=0) for name, part in wide.items() if part is not None}
+        wide = {"repeats": self.repeats * leads}
+        if self.coordinates is not None:
+            wide["coordinates"] = self.coordinates.repeat_interleave(leads, dim=0)
         if self.domain is not None and self.domain.ndim == 3 + len(self.grid.shape):
             domain = self.domain.expand(*self.times.shape, *self.domain.shape[2:])
             wide["domain"] = domain.flatten(0, 1)[:, None]
@@ -68,6 +79,21 @@ class Condition(Movable):
 
     noise_level: Tensor
     label: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Steps(Movable):
+    """How a rollout goes from a state to the next: next = damping * state + scale * output, normalised.
+
+    damping, scale: (C, 1, ...) of the variables. times: (B, S) int64 of the S states to come, one step apart, with
+    second_of_day and day_of_year (B, S) in the calendar of the data.
+    """
+
+    damping: Tensor
+    scale: Tensor
+    times: Tensor
+    second_of_day: Tensor
+    day_of_year: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,7 +116,8 @@ class Batch(Movable):
 
     The first input in layout order sets the time: lead times count from its last frame. observations: of all samples
     together; condition: None where the task has none (noise level 0, no label). share: which frames of the layout's
-    this batch holds, None for all of them. Raises ValueError where an input or a target differs from the layout.
+    this batch holds, None for all of them. steps: of a rollout (`TargetLayout.feeds`), or None. Raises ValueError where
+    an input or a target differs from the layout.
     """
 
     inputs: dict[str, Field | Sequence]
@@ -100,6 +127,7 @@ class Batch(Movable):
     observations: Observations | None = None
     condition: Condition | None = None
     share: FrameShare | None = None
+    steps: Steps | None = None
 
     def __post_init__(self):
         if (self.observations is None) != (self.layout.observations is None):
@@ -176,10 +204,6 @@ class Batch(Movable):
         }
 
     def _query(self, name: str, target: Field) -> Query:
-        shared = [
-            self.inputs[key].channels(gaps=self.layout.inputs[key].gaps).flatten(1, 2)[:, :, *window]
-            for key, window in self.layout.windows[name].items()
-        ]
         return Query(
             grid=target.grid,
             variables=target.variables,
@@ -187,10 +211,19 @@ class Batch(Movable):
             lead_time=(target.times - self.base_time[:, None]).float(),
             second_of_day=target.second_of_day,
             day_of_year=target.day_of_year,
-            features=torch.cat(shared, dim=1) if shared else None,
+            shared=partial(self._shared, name) if self.layout.windows[name] else None,
             places=self.places.get(name) if self.places else None,
             coordinates=target.coordinates,
+            domain=target.domain,
         )
+
+    def _shared(self, name: str) -> Tensor:
+        """(B, F, *grid.shape): channels of the inputs that hold the grid of a target, there."""
+        channels = [
+            self.inputs[key].channels(gaps=self.layout.inputs[key].gaps).flatten(1, 2)[:, :, *window]
+            for key, window in self.layout.windows[name].items()
+        ]
+        return torch.cat(channels, dim=1)
 
     def wanted(self, name: str) -> Field:
         """The target where it is to be decoded: the whole of it, or its `places`."""
@@ -206,6 +239,5 @@ def _check_described(name: str, item: Field | Sequence, described: InputLayout |
             raise ValueError(
                 f"{name} has {item.tokens.shape[1]} tokens, more than the {described.length} of the layout"
             )
-            domain=target.domain,
     elif item.variables != described.variables or item.grid != described.grid:
         raise ValueError(f"{name} has other variables or another grid than the layout describes")

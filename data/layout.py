@@ -62,12 +62,15 @@ class TargetLayout:
     """variables on a grid at fixed lead_times (seconds after the last input frame).
 
     trained: the lead times that training draws from, sample by sample; empty: it takes all of lead_times.
+    feeds: the input whose next frame a prediction one step ahead is: later lead times are reached step by step
+    (`models/rollout.py`); empty: each is predicted at once.
     """
 
     variables: tuple[Variable, ...]
     grid: Grid
     lead_times: tuple[int, ...]
     trained: tuple[int, ...] = ()
+    feeds: str = ""
 
     @property
     def trained_lead_times(self) -> tuple[int, ...]:
@@ -117,11 +120,15 @@ class ObservationLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """What parts need to know before data flows. Plain JSON through `to_dict` and `Layout.from_dict`."""
+    """What parts need to know before data flows. Plain JSON through `to_dict` and `Layout.from_dict`.
+
+    crops: whether samples are crops that bring their places (`Field.coordinates`).
+    """
 
     inputs: dict[str, InputLayout | SequenceLayout]
     targets: dict[str, TargetLayout | SequenceLayout]
     observations: ObservationLayout | None = None
+    crops: bool = False
 
     @property
     def sequences(self) -> dict[str, SequenceLayout]:
@@ -183,6 +190,7 @@ class Layout:
             "inputs": {name: plain(item) for name, item in self.inputs.items()},
             "targets": {name: plain(item) for name, item in self.targets.items()},
             "observations": None if self.observations is None else asdict(self.observations),
+            "crops": self.crops,
         }
 
     @staticmethod
@@ -202,4 +210,5 @@ class Layout:
             inputs={name: restored(InputLayout, item) for name, item in description["inputs"].items()},
             targets={name: restored(TargetLayout, item) for name, item in description["targets"].items()},
             observations=ObservationLayout(**observed) if (observed := description.get("observations")) else None,
+            crops=description.get("crops", False),
         )

@@ -31,6 +31,7 @@ from models.heads import TokenHead, build_head
 from models.latents import LatentLayout
 from models.patches import patches_of
 from models.refusals import adapter_grid, refuse
+from models.rollout import Rollout
 from models.stored_weights import description, fill
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
@@ -131,7 +132,10 @@ def build_from_config(config: DictConfig | Mapping, layout: Layout) -> EncodePro
             outputs_per_variable=head.outputs_per_variable,
             **({"embedding": encoder.embedding} if writes_tokens else {}),
         )
-    return EncodeProcessDecode(
+    composed = (
+        Rollout if any(getattr(target, "feeds", "") for target in layout.targets.values()) else EncodeProcessDecode
+    )
+    return composed(
         encoder,
         processor,
         decoders,

@@ -58,6 +58,8 @@ class EncodeProcessDecode(nn.Module):
         self.adapter = nn.ModuleDict() if adapter is None else adapter
         self.condition, self.film = condition, film
         self.layout, self.head, self.frames = layout, head, dict(frames or {})
+        if layout.crops:
+            self._check_reads_coordinates()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Raises ValueError where the batch is not what the model was built for."""
@@ -115,14 +117,17 @@ class EncodeProcessDecode(nn.Module):
     def validate(self, batch: Batch) -> None:
         """Raises ValueError, one sentence, when inputs or targets differ from the layout of the model.
 
-        Lead times may differ: they are data of the query; those beyond the trained ones are warned of.
+        Lead times may differ: they are data of the query; those beyond the trained ones are warned of. Grids may, where
+        the encoder reads and the decoder writes any.
         """
         warn_beyond_training(self.layout, batch.layout)
         self._check_crops(batch)
         if batch.layout is self.layout:
             return
+        any_grid = getattr(self.encoder, "reads_any_grid", False)
         for name, item in self.layout.inputs.items():
-            if batch.layout.inputs.get(name) != item:
+            given = batch.layout.inputs.get(name)
+            if given != item and not (any_grid and given is not None and replace(given, grid=item.grid) == item):
                 raise ValueError(
                     f"input {name!r} of this batch is not what the model was built for ({_summary(item)}); "
                     "build the model with the layout of this data, or read data of the same variables, grid and frames"
@@ -134,7 +139,12 @@ class EncodeProcessDecode(nn.Module):
             )
         for name, item in self.layout.targets.items():
             given = batch.layout.targets.get(name)
-            if given is None or _predicted(given) != _predicted(item):
+            known = given is not None and _predicted(given) == _predicted(item)
+            if not known and not (
+                getattr(self.decoder[name], "writes_any_grid", False)
+                and given is not None
+                and given.variables == item.variables
+            ):
                 raise ValueError(
                     f"target {name!r} of this batch is not what the model was built for ({_summary(item)}); "
                     "build the model with the layout of this data, or ask for the same variables on the same grid"
@@ -142,16 +152,19 @@ class EncodeProcessDecode(nn.Module):
 
     def _check_crops(self, batch: Batch) -> None:
         fields = [*batch.inputs.values(), *batch.targets.values()]
-        if all(getattr(field, "coordinates", None) is None for field in fields):
-            return
+        if any(getattr(field, "coordinates", None) is not None for field in fields):
+            self._check_reads_coordinates()
+
+    def _check_reads_coordinates(self) -> None:
+        """Raises ValueError where a part does not read the places that crops bring."""
         for part, instead in (
             (self.encoder, "model/encoder=perceiver"),
             *((decoder, "model/decoder=lead_time") for decoder in self.decoder.values()),
         ):
             if not getattr(part, "reads_coordinates", False):
                 raise ValueError(
-                    f"samples of this batch are crops with coordinates of their own, which {type(part).__name__} does "
-                    f"not read; use {instead}"
+                    f"samples are crops with coordinates of their own, which {type(part).__name__} does not read; use "
+                    f"{instead}"
                 )
 
     def _adapted(self, place: str, latents: Latents) -> Latents:

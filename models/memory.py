@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from data.batch import Batch
+from data.batch import Batch, Steps
 from data.field import Field, Reference
 from data.layout import Layout
 from data.sequence import Sequence
@@ -130,7 +130,17 @@ def _meta_batch(layout: Layout, batch_size: int) -> Batch:
         return _meta_sequences(layout, batch_size)
     inputs = {name: field(item, item.frames) for name, item in layout.inputs.items()}
     targets = {name: field(item, len(item.lead_times)) for name, item in layout.targets.items()}
-    return Batch(inputs, targets, layout)
+    return Batch(inputs, targets, layout, steps=_meta_steps(layout, batch_size))
+
+
+def _meta_steps(layout: Layout, batch_size: int) -> Steps | None:
+    """Of a rollout to the last lead time."""
+    for item in layout.targets.values():
+        if item.feeds:
+            moments = torch.zeros(batch_size, max(item.lead_times) // layout.inputs[item.feeds].step, device="meta")
+            scale = torch.zeros(len(item.variables), *[1] * len(item.grid.shape), device="meta")
+            return Steps(scale, scale, moments.long(), moments, moments)
+    return None
 
 
 def _meta_sequences(layout: Layout, batch_size: int) -> Batch:

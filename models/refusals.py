@@ -123,7 +123,7 @@ REFUSALS = (
         lambda model, layout: (
             _is(model, "encoder", "VideoPatchEncoder") and len({item.grid for item in layout.inputs.values()}) > 1
         ),
-        "model/encoder=video_patch needs all inputs on one grid; use model/encoder=perceiver",
+        "model/encoder=video_patch needs all inputs on one grid; use model/encoder=cross_resolution",
     ),
     Refusal(
         lambda model, layout: (
@@ -135,7 +135,8 @@ REFUSALS = (
     ),
     Refusal(
         lambda model, layout: (
-            (_is(model, "encoder", "PerceiverEncoder") or _is(model, "encoder", "LocalPerceiverEncoder"))
+            part_class(model["encoder"]).__name__
+            in ("PerceiverEncoder", "LocalPerceiverEncoder", "CrossResolutionEncoder")
             and model["encoder"].get("frames") == "each"
             and len({item.frames for item in layout.inputs.values()} - {1}) > 1
         ),
@@ -167,7 +168,10 @@ REFUSALS = (
         "use model/decoder=perceiver_io",
     ),
     Refusal(
-        lambda model, layout: _is(model, "processor", "SpatialTransformer") and not _has_grid(layout),
+        lambda model, layout: (
+            _is(model, "processor", "SpatialTransformer")
+            and not (_has_grid(layout) or _trait(model, "encoder", "lays_rows"))
+        ),
         "model/processor=spatial_transformer needs a grid of rows and columns, and no input or target has one; "
         "use model/processor=latent_transformer",
     ),
@@ -184,7 +188,7 @@ REFUSALS = (
         lambda model, layout: (
             _is(model, "decoder", "PerceiverIODecoder")
             and "local" in (model["decoder"].get("scope"), model["decoder"].get("queries"))
-            and not _has_cells(layout)
+            and not (_has_cells(layout) or _trait(model, "encoder", "lays_rows"))
         ),
         "local queries need rows and columns or a HEALPix grid, and no input or target has one; "
         "use model.decoder.scope=global",

@@ -37,10 +37,11 @@ TINY = [
 ]
 CPU_ATTENTION = ("auto", "reference", "sdpa", "flash")
 ALIASES = {"healpix_patch"}  # another name of video_patch
+PATCHES = ("ocean_patches",)  # the cross-resolution encoder with patches of its own
 REFUSED_FOR_FORECASTS = {"grouped_reconstruction", "pooled"}  # write their inputs back, or one answer
 SIZED = ("hip_16", "hip_256", "hip_mini")  # the hierarchical perceiver with sizes of their own
 OF_ROWS = {  # cannot do with HEALPix cells; the encoders read no observations
-    "encoder": ("grid_patch", "monthly_video"),
+    "encoder": ("grid_patch", "monthly_video", "cross_resolution"),
     "processor": ("spatial_transformer", "local_transformer", "post_norm_transformer"),
     "decoder": ("grid_patch", "monthly_conv"),
 }
@@ -52,7 +53,7 @@ def options(group: str) -> list[str]:
 
 
 def distinct(group: str, *without: str) -> list[str]:
-    apart = {*ALIASES, *SIZED, OF_TOKENS[group], *REFUSED_FOR_FORECASTS, *without}
+    apart = {*ALIASES, *SIZED, *PATCHES, OF_TOKENS[group], *REFUSED_FOR_FORECASTS, *without}
     return [name for name in options(group) if name not in apart]
 
 
@@ -239,6 +240,8 @@ def test_presets(preset, tmp_path):
         given += [f"model.encoder.{name}=16" for name in ("hidden_size", "num_latents", "embed_size")]
         given, layout = [*given, "model.encoder.num_heads=2", "model.encoder.self_per_cross=1"], reconstructed_layout()
         given.append("model.encoder.groups=[4,2,1,2,4]")  # one token a group would leave queries nothing to choose
+    if preset == "ocean_perceiver":
+        given.append("model.encoder.patch_extent=[60,72]")  # one token a patch would leave queries nothing to choose
     exercise(given, layout, tmp_path)
 
 

@@ -228,6 +228,7 @@ def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisatio
     from data.datasets.regimes import RegimeStatistics
     from data.datasets.solar_stations import SolarStatistics
     from data.datasets.wc13_innovations import InnovationStatistics
+    from data.forced_normalisation import ForcedNormalisation
     from data.normalisation import Normalisation
     from data.quantisation import FieldQuantiser
     from data.radar_normalisation import RadarNormalisation
@@ -237,6 +238,7 @@ def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisatio
         description = json.loads((checkpoint / "normalisation.json").read_text())
         kinds = {
             "analysis": AnalysisNormalisation,
+            "forced": ForcedNormalisation,
             "innovations": InnovationStatistics,
             "regimes": RegimeStatistics,
             "radar": RadarNormalisation,

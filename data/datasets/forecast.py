@@ -110,6 +110,10 @@ class ForecastDataset:
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """One batch of the samples `indices` (B,), positions in `base_indices` where no lead times are drawn; every
         frame is read once."""
+        return Batch(*self._fields(indices), self.layout)
+
+    def _fields(self, indices: Sequence[int]) -> tuple[dict[str, Field], dict[str, Field]]:
+        """Inputs and targets of a batch."""
         data, normalisation = self.data, self.normalisation
         turn, position = np.divmod(np.asarray(indices), self.base_indices.size)
         bases, leads = self.base_indices[position][:, None], self._chosen[turn]  # leads: (B, L) of self._steps
@@ -148,7 +152,7 @@ class ForecastDataset:
         reference = self._reference(
             anomalies[last], climatology[last], climatology[ahead], torch.from_numpy(self._leads[leads])
         )
-        return Batch(inputs, {"forecast": field(future, reference)}, self.layout)
+        return inputs, {"forecast": field(future, reference)}
 
     def _reference(self, anomaly: Tensor, climatology: Tensor, climatology_ahead: Tensor, leads: Tensor) -> Reference:
         """(B, 1, C, H, W) last anomaly and (B, L) fitted lead times -> reference (B, L, C, H, W).

@@ -20,6 +20,7 @@ from data.sources.location import cache_folder
 
 STEP_HOURS = 6
 _VERSION = 1  # part of the file name: change it when the recipe changes
+OCEAN = ("ocean", "ocean_fine", "ocean_forcing")  # of data/sources/synthetic_ocean.py, written together
 _EPOCH = np.datetime64("2001-01-01T00", "s")
 _FRAMES = 3 * 365 * 24 // STEP_HOURS  # 2001 to 2003
 _DECAY_DAYS = 6.0
@@ -28,16 +29,24 @@ _FORCING_RADIUS_KM = 700.0
 
 def materialise(name: str) -> Path:
     """Path of the NetCDF file of `synthetic:<name>`; generated on first use (seconds), by one process at a time."""
-    if name != "weather":
-        raise ValueError(f"unknown synthetic data {name!r}; allowed: weather (type data.path=synthetic:weather)")
+    names = OCEAN if name in OCEAN else ("weather",)
+    if name not in names:
+        raise ValueError(
+            f"unknown synthetic data {name!r}; allowed: weather, {', '.join(OCEAN)} (type data.path=synthetic:weather)"
+        )
     from filelock import FileLock
 
-    path = cache_folder("synthetic") / f"{name}_v{_VERSION}.nc"
-    if not path.exists():
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                _write(path, *weather())
-    return path
+    paths = {each: cache_folder("synthetic") / f"{each}_v{_VERSION}.nc" for each in names}
+    if not paths[name].exists():
+        with FileLock(f"{paths[names[0]]}.lock"):
+            if not paths[name].exists():
+                if name == "weather":
+                    _write(paths[name], *weather())
+                else:
+                    from data.sources import synthetic_ocean
+
+                    synthetic_ocean.write(paths)
+    return paths[name]
 
 
 def weather(*, num_frames: int = _FRAMES, seed: int = 0) -> tuple[LatLonGrid, np.ndarray, np.ndarray, np.ndarray]:
@@ -45,7 +54,7 @@ def weather(*, num_frames: int = _FRAMES, seed: int = 0) -> tuple[LatLonGrid, np
     grid = LatLonGrid(np.linspace(-87.1875, 87.1875, 32), np.arange(64) * 5.625)
     rng = np.random.default_rng(seed)
     latitude, longitude = np.meshgrid(np.deg2rad(grid.latitude), np.deg2rad(grid.longitude), indexing="ij")
-    land = _land(latitude, longitude)
+    land = land_fraction(latitude, longitude)
     times = _EPOCH + np.arange(num_frames) * np.timedelta64(STEP_HOURS * 3600, "s")
     season = 2 * np.pi * ((times - times.astype("datetime64[Y]")) / np.timedelta64(1, "D")) / 365.25
     anomaly = _anomalies(grid, season, rng)
@@ -54,7 +63,7 @@ def weather(*, num_frames: int = _FRAMES, seed: int = 0) -> tuple[LatLonGrid, np
     return grid, times, temperature.astype(np.float32), land.astype(np.float32)
 
 
-def _land(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
+def land_fraction(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
     """Fraction of land: three smooth continents and a polar one."""
     fraction = np.zeros_like(latitude)
     for north, east, height, width in (
@@ -213,6 +222,11 @@ def _write(path: Path, grid: LatLonGrid, times, temperature, land) -> None:
     )
     packed = {"dtype": "int16", "scale_factor": 0.01, "add_offset": 273.15, "_FillValue": -32768}
     encoding = {"t2m": packed, "time": {"units": "hours since 2001-01-01", "dtype": "int32"}}
+    store(path, dataset, encoding)
+
+
+def store(path: Path, dataset, encoding: dict) -> None:
+    """Writes a dataset of xarray beside, then under its name. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         dataset.to_netcdf(temporary, engine="netcdf4", encoding=encoding)

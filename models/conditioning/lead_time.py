@@ -152,7 +152,7 @@ def warn_beyond_training(trained: Layout, given: Layout) -> None:
         return
     for name, target in given.targets.items():
         known = trained.targets.get(name)
-        if not isinstance(known, TargetLayout):
+        if not isinstance(known, TargetLayout) or known.feeds:  # reached in steps, of which there may be any number
             continue
         shortest, longest = known.trained_lead_times[0], known.trained_lead_times[-1]
         beyond = [lead for lead in target.lead_times if not shortest <= lead <= longest]
