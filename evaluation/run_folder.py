@@ -110,11 +110,9 @@ class RunFolder:
 
     def _part(self, name: str):
         """Built from classes of this project alone: the folder may come from a stranger."""
-        from models.checks import part_class, part_options
-
         node = OmegaConf.to_container(self.config[name], resolve=True)
         try:
-            return part_class(node)(**part_options(node))
+            return _built(node)
         except TypeError as error:
             raise ValueError(f"{self.path / 'config.yaml'} does not fit this version's {name} ({error})") from error
 
@@ -130,3 +128,11 @@ class RunFolder:
         except (SafetensorError, json.JSONDecodeError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{folder} is damaged or of another version ({reason}); try checkpoint=last") from error
+
+
+def _built(node: dict):
+    """The part of a node with a `_target_`, and those inside it."""
+    from models.checks import part_class, part_options
+
+    inner = {key: _built(item) for key, item in node.items() if isinstance(item, dict) and "_target_" in item}
+    return part_class(node)(**part_options(node) | inner)

@@ -88,7 +88,7 @@ class GapWindow:
             MONTHLY: offsets[group - 1 :: group],
         }
         targets = {name: TargetLayout(data.variables, grid, tuple(leads[name])) for name in self.targets}
-        return Layout(inputs, targets)
+        return Layout(inputs, targets, crops=self.crop is not None)
 
 
 def background_variables(variables: Sequence[Variable]) -> tuple[Variable, ...]:

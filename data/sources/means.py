@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,3 +56,7 @@ class DailyMeans(Series):
 
     def read_static(self) -> np.ndarray:
         return self.original.read_static()
+
+    def part(self, rows: slice, columns: slice) -> DailyMeans:
+        original = self.original.part(rows, columns)
+        return replace(self, grid=original.grid, files=original.files, original=original)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,11 @@ class Series:
         """(S, H, W) float32: the fields without time, from the first file."""
         return self.files[0].read_static()
 
+    def part(self, rows: slice, columns: slice) -> Series:
+        """Some rows and columns of it; no others are read."""
+        grid = LatLonGrid(self.grid.latitude[rows], self.grid.longitude[columns])
+        return replace(self, grid=grid, files=[file.part(rows, columns) for file in self.files])
+
 
 @dataclass
 class Selection:
@@ -109,6 +114,12 @@ class SeriesFile:
 
     def __getstate__(self):
         return {**self.__dict__, "_open": None}
+
+    def part(self, rows: slice, columns: slice) -> SeriesFile:
+        first = self.rows.start
+        return replace(
+            self, rows=slice(first + rows.start, first + rows.stop), columns=self.columns[columns], _open=None
+        )
 
     def _dataset(self):
         # A handle must not cross into a forked process: HDF5 keeps state behind it.

@@ -23,6 +23,7 @@ from evaluation.baselines import Unsuitable
 SPACINGS = (2.0, 4.0, 7.0, 12.0, 20.0)  # lengths tried, in distances between neighbouring cells
 NOISES = (0.001, 0.01, 0.05, 0.2)
 TIMES = (0.5, 1.0, 2.0, 4.0, 8.0)  # frames
+MOST_KEPT = 100_000_000  # cells of analysed frames in memory
 DAMPING = 0.8  # of a cycled background, a frame later
 MOST_REACH = 3  # frames before and after that an analysis reads
 SPIN_UP = 8  # frames before the first one that is wanted
@@ -126,6 +127,8 @@ class LocalInterpolation:
         """Fills in a frame and, where it is cycled, those before it that are not known yet."""
         if frame in self._known:
             return
+        while len(self._known) * self.sea.sum() > MOST_KEPT:
+            self._known.pop(next(iter(self._known)))
         first = frame
         segments = self.series.data.segments
         if self.cycled:

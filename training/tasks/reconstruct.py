@@ -140,24 +140,29 @@ class ReconstructTask(GriddedTask):
                 "nothing is hidden and these data have no gaps: there is nothing to learn; give clouds, like "
                 "task.clouds.path=catalogue:alboranSST_small.nc"
             )
+        analyses = None
+        if self.reference == "analysis":  # frames that were analysed are kept
+            analyst = self.analyst(data, normalisation)
+            analyses = [self._analyses.setdefault(each.draw, analyst.under(each)) for each in series]
         return GapWindows(
             series,
             split,
             self.window(),
-            analyses=[self._analysed(each) for each in series] if self.reference == "analysis" else None,
+            analyses=analyses,
             stride=self.input_frames if self.all_frames and split != "train" else self.stride,
             min_share=self.min_share,
             patches=self.patches,
         )
 
-    def _analysed(self, series: CloudySeries) -> LocalInterpolation:
-        """Scales are tuned once; frames that were analysed are kept."""
+    def analyst(self, data: GriddedData, normalisation: Normalisation) -> LocalInterpolation:
+        """The interpolation that is the reference, its scales tuned once, in training."""
         if self._analyst is None:
             from evaluation.baselines import build
 
+            series = self.series(data, "train", normalisation)[0]
             names = dict(lead_steps=(), known=self.baselines)
-            self._analyst = build([self.analysis], series, series.normalisation, **names)[self.analysis]
-        return self._analyses.setdefault(series.draw, self._analyst.under(series))
+            self._analyst = build([self.analysis], series, normalisation, **names)[self.analysis]
+        return self._analyst
 
     # Evaluation
 

@@ -1,0 +1,215 @@
+"""Fills the gaps of files with a trained model: frames and means of months, in a NetCDF file or a Zarr store.
+
+python -m evaluation.fill_gaps outputs/<day>/<run> filled.zarr --path 'sst_*.nc'
+
+A model of patches reads no more than one patch of the frames of a window at a time and writes the domain in bands of
+rows, so that it may be larger than memory; another reads a window of the whole domain. Nothing is hidden: what is
+observed stays as it is, and gaps get what the model makes of them. Letters: T slots, L times, C variables.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch
+from data.calendars import format_time
+from data.datasets.cloudy_series import CloudySeries
+from data.datasets.gap_windows import FILLED, MONTHLY, GapWindow, GapWindows
+from data.datasets.gridded import GriddedData
+from data.grids import LatLonGrid
+from data.normalisation import Normalisation
+from evaluation.baselines.local_interpolation import LocalInterpolation
+from evaluation.gap_file import GapFile
+from evaluation.rolling_mosaic import RollingMosaic
+from evaluation.run_folder import RunFolder
+from evaluation.stitching import starts
+
+ALL = "all"
+
+
+class SeriesPart:
+    """Rows and columns of a `GriddedData`, read without the rest of it. domain: (C, h, w) bool, of the part."""
+
+    static_variables, static, gaps = (), None, True
+
+    def __init__(self, data: GriddedData, domain: Tensor, rows: slice, columns: slice):
+        self.series, self.domain = data.series.part(rows, columns), domain
+        self.splits = {ALL: np.arange(data.times.size)}
+        self.variables, self.grid, self.times = self.series.variables, self.series.grid, self.series.times
+        self.calendar, self.step, self.segments = self.series.calendar, self.series.step, self.series.segments
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self.series.read(np.asarray(indices)))
+
+
+@dataclass
+class Filler:
+    """A model and the series it is to fill. window: of the task it was trained for; overlap: cells by which patches
+    overlap; analyst: the interpolation that is its reference, or None."""
+
+    model: nn.Module
+    data: GriddedData
+    normalisation: Normalisation
+    window: GapWindow
+    overlap: int
+    analyst: LocalInterpolation | None = None
+
+    @cached_property
+    def patches(self) -> dict[int, dict[int, GapWindows]]:
+        """{first row: {first column: windows of that patch}}; one where the model reads the whole domain."""
+        height, width = self.window.crop or self.data.grid.shape
+        rows, columns = self.data.grid.shape
+        return {
+            top: {
+                left: self._windows(slice(top, top + height), slice(left, left + width))
+                for left in starts(columns, width, self.overlap)
+            }
+            for top in starts(rows, height, self.overlap)
+        }
+
+    @property
+    def one(self) -> GapWindows:
+        return next(iter(next(iter(self.patches.values())).values()))
+
+    def _windows(self, rows: slice, columns: slice) -> GapWindows:
+        coefficients = self.normalisation.coefficients[..., rows, columns]
+        part = SeriesPart(self.data, coefficients[0].isfinite(), rows, columns)
+        series = CloudySeries(part, replace(self.normalisation, coefficients=coefficients), None, 0)
+        return GapWindows(
+            [series],
+            ALL,
+            replace(self.window, crop=None),
+            analyses=None if self.analyst is None else [self.analyst.under(series)],
+            stride=self.window.frames if self.window.all_frames else 1,
+        )
+
+    def bands(self, number: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Rows of a window that are complete, top to bottom: {target: (L, C, rows, W)} in physical units, NaN where a
+        variable does not exist."""
+        tops, mosaics = list(self.patches), {}
+        for place, top in enumerate(tops):
+            for left, windows in self.patches[top].items():
+                for name, values in self._predicted(windows, number).items():
+                    if name not in mosaics:
+                        mosaics[name] = RollingMosaic(values.shape[-2], self.data.grid.shape[1])
+                    mosaics[name].add(values, left)
+            height = self.one.data.grid.shape[0]
+            done = height if place + 1 == len(tops) else tops[place + 1] - top
+            yield slice(top, top + done), {name: mosaic.finished(done) for name, mosaic in mosaics.items()}
+
+    @torch.inference_mode()
+    def _predicted(self, windows: GapWindows, number: int) -> dict[str, Tensor]:
+        """What is observed of a patch, and what the model makes of its gaps."""
+        whole = windows.batch(np.array([number]), np.array([0]))
+        device = next(self.model.parameters()).device
+        given = whole if self.window.crop is None else self._as_crop(whole)
+        found = {}
+        for name, prediction in self.model.predict(given.to(device)).items():
+            target, values = whole.targets[name], prediction.point.values.float().cpu()
+            if name == FILLED:
+                seen = target.values.isfinite()  # nothing is hidden: what is known is observed
+                values = torch.where(seen, target.physical(), values)
+            found[name] = values.masked_fill(~windows.data.domain, torch.nan)[0]
+        return found
+
+    def _as_crop(self, batch: Batch) -> Batch:
+        """The batch as the model knows samples: on the grid all patches share, with the places of this one."""
+        layout = self.model.layout
+        places = batch.inputs[self.window.name].grid.coordinates.float()[None]
+
+        def part(field, grid: LatLonGrid):
+            return replace(field, grid=grid, coordinates=places)
+
+        inputs = {name: part(field, layout.inputs[name].grid) for name, field in batch.inputs.items()}
+        targets = {name: part(field, layout.targets[name].grid) for name, field in batch.targets.items()}
+        return Batch(inputs, targets, layout)
+
+
+def fill_gaps(filler: Filler, path: Path) -> list[str]:
+    """Writes what the model makes of every window. Returns a line for each month and frame without any observation."""
+    data, window, windows = filler.data, filler.window, filler.one
+    axes, fields = {"time": data.times}, {}
+    if FILLED in window.targets:
+        fields |= {variable.label: ("time", variable.units) for variable in data.variables}
+    if MONTHLY in window.targets:
+        axes["month"] = windows.months.middles(np.arange(windows.months.months.size))
+        fields |= {f"{variable.label}_monthly": ("month", variable.units) for variable in data.variables}
+    with GapFile(path, grid=data.grid, axes=axes, fields=fields, calendar=data.calendar) as file:
+        for number, frames in enumerate(windows.frames):
+            wanted = frames[windows.filled_slots]
+            there = np.flatnonzero(wanted >= 0)
+            for rows, found in filler.bands(number):
+                for channel, variable in enumerate(data.variables):
+                    if FILLED in found:
+                        values = found[FILLED][there, channel].numpy()
+                        file.write(variable.label, wanted[there], rows, values)
+                    if MONTHLY in found:
+                        name = f"{variable.label}_monthly"
+                        file.write(name, windows.rows[number], rows, found[MONTHLY][:, channel].numpy())
+    return _notes(data, windows)
+
+
+def _notes(data: GriddedData, windows: GapWindows) -> list[str]:
+    """What the file cannot know: months without a frame."""
+    if windows.months is None:
+        return []
+    empty = np.flatnonzero((windows.months.frames < 0).all(axis=1))
+    names = [format_time(windows.months.middles(np.array([row]))[0], data.calendar)[:7] for row in empty]
+    return [f"no data in {name}: left missing" for name in names]
+
+
+def filler_of(run: RunFolder, *, checkpoint: str = "best", path: str | None = None) -> Filler:
+    """The model of a run with the series of its data, or of other files on the same grid.
+
+    Raises ValueError where the run is of another task or the grids differ.
+    """
+    from training.checkpoints import read_normalisation
+    from training.tasks.reconstruct import ReconstructTask
+
+    task, data = run.task(), run.data()
+    if not isinstance(task, ReconstructTask):
+        raise ValueError(f"{run.path} was not trained to fill gaps; give a run of task=reconstruct")
+    normalisation = read_normalisation(run.checkpoint(checkpoint))
+    analyst = task.analyst(data, normalisation) if task.reference == "analysis" else None
+    model, given = run.model(checkpoint), data
+    if path is not None:
+        options = {"variables": [variable.name for variable in data.variables], "region": run.config.data.get("region")}
+        daily = bool(run.config.data.get("daily_means", False))
+        given = GriddedData(path, split={"train": 0.4, "validation": 0.3, "test": 0.3}, daily_means=daily, **options)
+        if given.grid != data.grid:
+            raise ValueError(
+                f"{path} lies on a grid of {given.grid.shape[0]} x {given.grid.shape[1]} cells, the model knows "
+                f"{data.grid.shape[0]} x {data.grid.shape[1]} at other places; regrid it to those of {data.path}"
+            )
+    return Filler(model, given, normalisation, task.window(), task.overlap, analyst)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from training.command_line import TRACEBACKS, fail, is_user_error, sentence
+
+    parser = argparse.ArgumentParser(prog="python -m evaluation.fill_gaps", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", help="folder of a run of task=reconstruct")
+    parser.add_argument("file", type=Path, help="the file to write, ending in .nc or .zarr")
+    parser.add_argument("--path", help="other files than those of the run, on the same grid")
+    parser.add_argument("--checkpoint", default="best", help="best, last or step_00000100")
+    options = parser.parse_args(arguments)
+    try:
+        filler = filler_of(RunFolder.open(options.run), checkpoint=options.checkpoint, path=options.path)
+        notes = fill_gaps(filler, options.file)
+    except Exception as error:
+        if TRACEBACKS or not is_user_error(error):
+            raise
+        fail(sentence(error))
+    print("\n".join([*notes, f"{options.file}: {len(filler.one.frames)} windows"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Filled frames and means of months in a NetCDF file or a Zarr store, written piece by piece.
+
+Dimensions (time, latitude, longitude) and (month, latitude, longitude); a level of a variable is part of its name. CF
+conventions, missing = NaN. Letters: n frames or months, H x W cells.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from data.grids import LatLonGrid
+
+
+class GapFile:
+    """Use as a context manager and call `write`. The file appears under its name only when it is complete.
+
+    path: ending in .nc or .zarr. fields: {name: (dimension of its first axis, units)}. axes: {dimension: (n,) int64
+    seconds since 1970-01-01 of `calendar`}. Raises ValueError for another ending, OSError where it cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        grid: LatLonGrid,
+        axes: Mapping[str, np.ndarray],
+        fields: Mapping[str, tuple[str, str]],
+        calendar: str,
+    ):
+        if path.suffix not in (".nc", ".zarr"):
+            raise ValueError(f"{path} must end in .nc or .zarr, like {path.name}.nc")
+        self.path, self._beside = path, path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        create = _netcdf if path.suffix == ".nc" else _zarr
+        places = {"latitude": (grid.latitude, "degrees_north"), "longitude": (grid.longitude, "degrees_east")}
+        epoch = {"units": "seconds since 1970-01-01 00:00:00", "calendar": calendar}
+        coordinates = {name: (values, {"standard_name": "time", **epoch}) for name, values in axes.items()}
+        coordinates |= {
+            name: (values, {"standard_name": name, "units": unit}) for name, (values, unit) in places.items()
+        }
+        described = {name: ((axis, "latitude", "longitude"), units) for name, (axis, units) in fields.items()}
+        try:
+            self._arrays, self._close = create(self._beside, coordinates, described)
+        except OSError as error:
+            raise OSError(f"cannot write {path} ({error}); free some space or choose another folder") from error
+
+    def write(self, name: str, positions: np.ndarray, rows: slice, values: np.ndarray) -> None:
+        """values (n, rows, W) at positions (n,) of the first axis."""
+        for position, field in zip(positions, values, strict=True):
+            self._arrays[name][int(position), rows, :] = field
+
+    def __enter__(self) -> GapFile:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._close()
+        if kind is None:
+            if self.path.is_dir():
+                shutil.rmtree(self.path)
+            os.replace(self._beside, self.path)
+        elif self._beside.is_dir():
+            shutil.rmtree(self._beside)
+        else:
+            self._beside.unlink(missing_ok=True)
+
+
+def _netcdf(path: Path, coordinates: Mapping, fields: Mapping):
+    from netCDF4 import Dataset
+
+    file = Dataset(path, "w")
+    file.setncattr("Conventions", "CF-1.8")
+    for name, (values, attributes) in coordinates.items():
+        file.createDimension(name, len(values))
+        created = file.createVariable(name, "i8" if values.dtype.kind == "i" else "f8", (name,))
+        created.setncatts(attributes)
+        created[:] = values
+    for name, (dimensions, units) in fields.items():
+        created = file.createVariable(name, "f4", dimensions, zlib=True, complevel=1, fill_value=np.float32(np.nan))
+        created.setncatts({"units": units})
+    return {name: file[name] for name in fields}, file.close
+
+
+def _zarr(path: Path, coordinates: Mapping, fields: Mapping):
+    import zarr
+
+    store = zarr.open_group(path, mode="w")
+    store.attrs["Conventions"] = "CF-1.8"
+    for name, (values, attributes) in coordinates.items():
+        made = store.create_array(name, shape=values.shape, dtype=values.dtype, dimension_names=(name,))
+        made.attrs.update(attributes)
+        made[:] = values
+    sizes = {name: len(values) for name, (values, _) in coordinates.items()}
+    arrays = {}
+    for name, (dimensions, units) in fields.items():
+        shape = tuple(sizes[dimension] for dimension in dimensions)
+        arrays[name] = store.create_array(
+            name,
+            shape=shape,
+            chunks=(1, min(256, shape[1]), shape[2]),
+            dtype="f4",
+            fill_value=float("nan"),
+            dimension_names=dimensions,
+        )
+        arrays[name].attrs["units"] = units
+    return arrays, lambda: None
