@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.datasets.gridded import GriddedData
-from data.grids import Grid
+from data.grids import Grid, LatLonGrid, PlanarGrid, Points
 from data.layout import Variable
 from data.normalisation import Normalisation
 
@@ -87,6 +87,26 @@ class Blocks:
         weights = self.grid.area_weights * there
         sums = self._sums(torch.where(there, values, 0.0).double() * weights), self._sums(weights)
         return (sums[0] / sums[1])[..., self.present].float()
+
+    def images(self, values: Tensor) -> Tensor:
+        """(..., K) -> (..., C, *places.shape), NaN where a variable has no block."""
+        images = values.new_full((*values.shape[:-1], *self.present.shape), torch.nan)
+        images[..., self.present] = values
+        return images.unflatten(-1, self.places.shape)
+
+    @cached_property
+    def places(self) -> Grid:
+        """Where the blocks lie: rows and columns as the grid's, or the places of their middle cells."""
+        if isinstance(self.grid, LatLonGrid):
+            return LatLonGrid(self._middles(self.grid.latitude), self._middles(self.grid.longitude))
+        if isinstance(self.grid, PlanarGrid):
+            return PlanarGrid(self._middles(self.grid.y), self._middles(self.grid.x), units=self.grid.units)
+        middles = [np.minimum(np.arange(0, count, self.size) + self.size // 2, count - 1) for count in self.grid.shape]
+        coordinates = self.grid.coordinates.unflatten(0, self.grid.shape)
+        return Points(coordinates[np.ix_(*middles)].flatten(0, 1).numpy())
+
+    def _middles(self, axis: np.ndarray) -> np.ndarray:
+        return np.array([axis[start : start + self.size].mean() for start in range(0, axis.size, self.size)])
 
     def _sums(self, values: Tensor) -> Tensor:
         """(..., H, W) -> (..., S)"""

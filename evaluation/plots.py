@@ -51,7 +51,8 @@ def line_style(methods: Sequence[str], method: str) -> dict:
     return {"color": colour, "marker": marker, "linewidth": 1.2, "linestyle": "--", "markersize": 4.5}
 
 
-def _lead_axis(axis, hours: Sequence[float]) -> None:
+def lead_axis(axis, hours: Sequence[float]) -> None:
+    """Lead times along an axis of a figure, in the unit that people would give them in."""
     unit, length = _unit(hours)
     axis.set_xlabel(f"lead time ({unit})")
     axis.set_xticks(hours, [f"{value / length:g}" for value in hours])
@@ -80,7 +81,7 @@ def lead_time_curves(found: Evaluation, channel: int):
             curve = values[method][score][0, :, channel].numpy()
             if np.isfinite(curve).any():
                 axis.plot(found.hours, curve, label=method.replace("_", " "), **line_style(found.methods, method))
-        _lead_axis(axis, found.hours)
+        lead_axis(axis, found.hours)
         axis.set_ylabel(f"{TITLES[score]}" + (f" ({variable.units or 'data units'})" if score != "acc" else ""))
         axis.grid(alpha=0.25)
     axes[0, 0].set_ylim(bottom=0)

@@ -1,8 +1,9 @@
 """`predictions.nc`: forecasts and analyses in physical units, in the dimensions that WeatherBench scripts read.
 
-Dimensions (init_time, lead_time, [level,] latitude, longitude), (..., y, x) on a plane, or (..., cell) on HEALPix with
-the latitude and longitude of each cell's centre; `valid_time` (init_time, lead_time) holds the exact target times,
-which for monthly data are not init_time plus the nominal lead. CF conventions, missing = NaN.
+Dimensions (init_time, lead_time, [number,] [level,] latitude, longitude), (..., y, x) on a plane, or (..., cell) on
+HEALPix with the latitude and longitude of each cell's centre; number counts the members of an ensemble; `valid_time`
+(init_time, lead_time) holds the exact target times, which for monthly data are not init_time plus the nominal lead. CF
+conventions, missing = NaN.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from data.curvilinear import CurvilinearGrid
 from data.grids import Grid, LatLonGrid, PlanarGrid
 from data.layout import Variable
 
@@ -21,8 +23,8 @@ from data.layout import Variable
 class PredictionsFile:
     """Writes forecasts batch by batch; the file appears under its name only when it is complete.
 
-    Use as a context manager and call `append`. times: (N,) int64 seconds since 1970-01-01 of `calendar`. Raises OSError
-    where it cannot be written.
+    Use as a context manager and call `append`. times: (N,) int64 seconds since 1970-01-01 of `calendar`. members: of
+    each forecast, an ensemble, or None. Raises OSError where it cannot be written.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class PredictionsFile:
         hours: Sequence[float],
         calendar: str,
         attributes: dict[str, str],
+        members: int | None = None,
     ):
         from netCDF4 import Dataset
 
@@ -60,6 +63,11 @@ class PredictionsFile:
         self._file.createVariable("valid_time", "i8", ("init_time", "lead_time")).setncatts(
             {"standard_name": "time", "long_name": "time of the forecast", **epoch}
         )
+        self._members = () if members is None else ("number",)
+        if members is not None:
+            self._file.createDimension("number", members)
+            number = self._coordinate("number", "i4", standard_name="realization", long_name="ensemble member")
+            number[:] = np.arange(members)
         self._targets = self._data_variables(variables)
 
     def _axes(self, grid: Grid) -> tuple[str, ...]:
@@ -69,6 +77,14 @@ class PredictionsFile:
                 self._file.createDimension(name, values.size)
                 created = self._coordinate(name, "f8", long_name=f"{name} of the plane", units=grid.units)
                 created[:] = values
+            return "y", "x"
+        if isinstance(grid, CurvilinearGrid):
+            for name, size in zip(("y", "x"), grid.shape, strict=True):
+                self._file.createDimension(name, size)
+            for name, units in (("latitude", "degrees_north"), ("longitude", "degrees_east")):
+                created = self._file.createVariable(name, "f8", ("y", "x"))
+                created.setncatts({"standard_name": name, "long_name": name, "units": units})
+                created[:] = getattr(grid, name)
             return "y", "x"
         regular = isinstance(grid, LatLonGrid)
         if not regular:
@@ -102,7 +118,7 @@ class PredictionsFile:
                 created = self._file.createVariable(
                     variable.name,
                     "f4",
-                    ("init_time", "lead_time", *vertical, *self._places),
+                    ("init_time", "lead_time", *self._members, *vertical, *self._places),
                     zlib=True,
                     complevel=1,
                     fill_value=np.float32(np.nan),
@@ -113,17 +129,18 @@ class PredictionsFile:
         return targets
 
     def append(self, bases: np.ndarray, forecast: Tensor) -> None:
-        """bases: (B,) indices into `times` of the last input frames; forecast: (B, L, C, *grid.shape), physical."""
+        """bases: (B,) indices into `times` of the last input frames; forecast: (B, L, [members,] C, *grid.shape),
+        physical."""
         start = len(self._file.dimensions["init_time"])
         rows = slice(start, start + len(bases))
         self._file["init_time"][rows] = self._times[bases]
         self._file["valid_time"][rows] = self._times[bases[:, None] + self._lead_steps]
         for channel, (variable, level) in enumerate(self._targets):
-            values = forecast[:, :, channel].numpy()
+            values = forecast.select(2 + len(self._members), channel).numpy()
             if level is None:
                 variable[rows] = values
             else:
-                variable[rows, :, level] = values
+                variable[rows, :, *[slice(None)] * len(self._members), level] = values
 
     def __enter__(self) -> PredictionsFile:
         return self

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from data.grids import LatLonGrid, PlanarGrid
 from data.layout import Layout
+from data.quantisation import Blocks
 from evaluation import ensembles
 from evaluation.ensembles import crps, format_scores, score_ensembles
 from evaluation.run_evaluation import Choices
@@ -140,17 +142,25 @@ def test_scores_are_those_of_the_members_that_were_drawn(task, data, quantiser, 
     truth = frames.anomalies[:, 2:]
     offsets = torch.tensor([-1.0, 0.0, 4.0])[:, None, None, None]
 
-    def drawn(model, dataset, given, members, sampling, generator):
+    def drawn(dataset, tokens, members):
         """Members at fixed distances from the truth."""
         start = drawn.seen
-        drawn.seen += given.tokens.shape[0]
+        drawn.seen += tokens.shape[0] // members
         return truth[start : drawn.seen].nan_to_num(0.0) + offsets
 
     drawn.seen = 0
-    monkeypatch.setattr(ensembles, "_ensemble", drawn)
+    monkeypatch.setattr(ensembles, "_members", drawn)
+    monkeypatch.setattr(ensembles, "_SEQUENCES", 12)  # several chunks
+    monkeypatch.setattr(ensembles.Draw, "__call__", lambda work, _: work.prompt.tokens)
+    reads = []
+    monkeypatch.setattr(
+        dataset, "frames", lambda chosen: reads.append(len(chosen)) or type(dataset).frames(dataset, chosen)
+    )
     found = score_ensembles(torch.nn.Linear(1, 1), dataset, members=3, sampling=Sampling())
     scale, area = quantiser.normalisation.scale.item(), dataset.blocks.weights
-    assert found.windows == len(dataset) == drawn.seen
+    assert found.bases.size == len(dataset) == drawn.seen == sum(reads) and len(reads) > 1
+    spread = found.spread["t2m"]
+    np.testing.assert_allclose(list(spread.values()), scale * (7 * 4 / 3) ** 0.5, rtol=1e-5)  # variance of -1, 0, 4
     rmse, score = (found.scores["t2m"][name] for name in ("rmse", "crps"))
     for lead, hours in enumerate(("6", "12")):
         np.testing.assert_allclose(rmse[hours]["ours"], scale, rtol=1e-5)  # the mean is 1 from the truth
@@ -195,20 +205,53 @@ def test_ensembles_are_repeatable_and_of_known_tokens(task, data, quantiser):
     dataset = task.dataset(data, "test", quantiser)
     model = model_of(task, data)
     found = [score_ensembles(model, dataset, members=3, sampling=Sampling(), max_windows=4) for _ in range(2)]
-    assert found[0] == found[1] and found[0].windows == 4
+    assert found[0].scores == found[1].scores and found[0].bases.size == 4
+    torch.testing.assert_close(found[0].example.members, found[1].example.members, equal_nan=True)
     other = score_ensembles(model, dataset, members=3, sampling=Sampling(), max_windows=4, seed=1)
     assert other.scores != found[0].scores
 
 
-def test_an_evaluation_writes_its_scores(task, data, quantiser, tmp_path):
+def test_an_evaluation_writes_scores_members_and_a_page(task, data, quantiser, tmp_path):
+    import netCDF4
+
+    (tmp_path / "config.yaml").write_text("model: {name: perceiver_ar}\ndata: {}\ntask: {}\n")
     found = task.evaluate(RunFolder(tmp_path), model_of(task, data), data, quantiser, Choices(max_windows=3))
     assert found.folder.name == "evaluation_3_windows" and "3 members each" in found.heading
     scores = json.loads((found.folder / "scores.json").read_text())
     assert set(scores["t2m"]["crps"]["6"]) == {"ours", "persistence", "damped_persistence", "climatology"}
+    page = (found.folder / "report.html").read_text()
+    assert "CRPS of t2m" in page and "maps of truth, one member and error of t2m" in page
+    dataset = task.dataset(data, "test", quantiser)
+    with netCDF4.Dataset(found.folder / "predictions.nc") as file:
+        assert file["t2m"].dimensions == ("init_time", "lead_time", "number", "latitude", "longitude")
+        members = file["t2m"][:].filled(np.nan)
+        assert members.shape == (3, 2, 3, 2, 4) and file["number"].standard_name == "realization"
+        first = file["init_time"][0]
+    frames = dataset.frames([0])
+    assert first == data.times[dataset.base_indices[0]]
+    base = dataset.base_indices[0]
+    physical = dataset.blocks.means(data.read([base + 1, base + 2]))
+    made = dataset.physical(frames.anomalies[:, None, 2:], frames)[0, :, 0].flatten(1)
+    complete = data.read([base + 1, base + 2]).isfinite().all(0)
+    whole = dataset.blocks.means(complete.float()) == 1
+    assert whole.any()
+    torch.testing.assert_close(made[:, whole], physical[:, whole], rtol=1e-4, atol=1e-2)
+    assert members.min() > made[:, whole].min() - 50 and members.max() < made[:, whole].max() + 50  # kelvin
     with pytest.raises(ValueError, match=r"weights=cos has no effect for task=autoregressive; leave it out"):
         task.evaluate(RunFolder(tmp_path), None, data, quantiser, Choices(weights="cos"))
     with pytest.raises(ValueError, match="max_windows=0 must be at least 1"):
         task.evaluate(RunFolder(tmp_path), model_of(task, data), data, quantiser, Choices(max_windows=0))
+    assert not list(tmp_path.rglob(".predictions*"))
+
+
+def test_blocks_lie_in_the_middle_of_their_cells():
+    grid = LatLonGrid([10.0, 8.0, 6.0, 4.0, 2.0], [350.0, 355.0, 0.0])
+    places = Blocks(grid, 2, torch.ones(1, 5, 3, dtype=torch.bool)).places
+    np.testing.assert_allclose(places.latitude, [9, 5, 2])
+    np.testing.assert_allclose(places.longitude, [352.5, 360])
+    plane = Blocks(PlanarGrid.regular(4, 6), 3, torch.ones(1, 4, 6, dtype=torch.bool)).places
+    np.testing.assert_allclose(plane.y, [0.5, -1.5])
+    np.testing.assert_allclose(plane.x, [-1.5, 1.5])
 
 
 # Errors

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models.composition import compose
-from tests.model_examples import observed_layout, tiny_layout
+from tests.model_examples import observed_layout, tiny_layout, token_layout
 from tests.rank_work import FRAMES, TINY, gradients
 from training.launch import launch
 from training.parallel import check_mesh
@@ -76,7 +76,7 @@ def test_every_parameter_has_a_gradient(alone):
 @pytest.mark.parametrize(
     ("mesh", "overrides", "sentence"),
     [
-        (Mesh(cp=3), [], "cp must divide time_length=8: use 1, 2, 4 or 8"),
+        (Mesh(cp=3), [], r"cp must divide time_length=8: use 1, 2, 4 or 8 \(time_length is task.frames\)"),
         (Mesh(dp=3), ["trainer.batch_size=4"], "dp must divide trainer.batch_size=4: use 1, 2 or 4"),
         (Mesh(cp=2), ["model/processor=latent_transformer"], r"model.encoder|model.processor \(LatentTransformer\)"),
         (
@@ -95,6 +95,14 @@ def test_a_forecast_is_refused_by_name():
     config = compose(["model=video_dit"])
     with pytest.raises(ValueError, match="target 'forecast' is a forecast, whose decoder reads all frames"):
         check_mesh(Mesh(cp=2), config, tiny_layout(frames=2))
+
+
+def test_sequences_have_no_frames_to_spread_and_no_weights_to_shard():
+    layout = token_layout(length=9, latents=3, vocab_size=5)
+    with pytest.raises(ValueError, match="cp=2 spreads frames over ranks, and a sequence of tokens has none; use dp"):
+        check_mesh(Mesh(cp=2), compose(["model=perceiver_ar"]), layout)
+    with pytest.raises(ValueError, match="shards weights, and a sequence goes on token by token"):
+        check_mesh(Mesh(dp=2), compose(["model=perceiver_ar", "trainer.fsdp=true"]), layout)
 
 
 @pytest.mark.slow

@@ -89,6 +89,11 @@ RESHARDS = {"all_to_all": AllToAll, "dtensor": Redistribute}
 def check_mesh(mesh: Mesh, config: DictConfig, layout: Layout) -> None:
     """Raises ValueError, one sentence, where these ranks cannot train the model of a configuration exactly."""
     _check_divides("dp", mesh.dp, "trainer.batch_size", batch_size(config))
+    if config.trainer.fsdp and layout.sequences:
+        raise ValueError(
+            "trainer.fsdp=true shards weights, and a sequence goes on token by token with all of them; "
+            "leave trainer.fsdp out, dp works"
+        )
     if config.trainer.reshard not in RESHARDS:
         raise ValueError(f"trainer.reshard={config.trainer.reshard} is unknown; use one of {', '.join(RESHARDS)}")
     if mesh.cp == 1:
@@ -106,7 +111,12 @@ def check_frames(mesh: Mesh, config: DictConfig, layout: Layout) -> nn.Module:
 
     config: `model` and `task` of it. mesh: with cp above 1.
     """
-    _check_divides("cp", mesh.cp, "time_length", layout.frames)
+    if layout.sequences:
+        raise ValueError(
+            f"cp={mesh.cp} spreads frames over ranks, and a sequence of tokens has none; use dp instead of cp"
+        )
+    typed = "task.frames" if "frames" in config.task else "task.input_frames"
+    _check_divides("cp", mesh.cp, "time_length", layout.frames, hint=f" (time_length is {typed})")
     for target in layout.targets:
         if layout.frames_of(target) is None:
             raise ValueError(
@@ -138,11 +148,11 @@ def _drawn_by_rank(module: nn.Module) -> str | None:
     return None
 
 
-def _check_divides(name: str, ranks: int, what: str, number: int) -> None:
+def _check_divides(name: str, ranks: int, what: str, number: int, *, hint: str = "") -> None:
     if number % ranks:
         allowed = [str(size) for size in range(1, number + 1) if number % size == 0]
         listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}" if len(allowed) > 1 else allowed[0]
-        raise ValueError(f"{name} must divide {what}={number}: use {listed}")
+        raise ValueError(f"{name} must divide {what}={number}: use {listed}{hint}")
 
 
 def reshard(model: nn.Module, ranks: Ranks, *, kind: str = "all_to_all", pieces: int = 1) -> None:

@@ -1,13 +1,14 @@
 """Predictions by all ranks for an evaluation that only the first one runs.
 
 The first rank calls `predict` as if the model were here; every rank computes its frames, and the first one joins them.
-The others serve until it is done.
+`compute` shares out work that each rank does alone. The others serve until it is done.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -28,15 +29,21 @@ class PredictionOnRanks(nn.Module):
 
     def predict(self, batch: Batch) -> dict[str, Prediction]:
         """On the first rank only: what `EncodeProcessDecode.predict` of the whole batch gives."""
-        device = batch.base_time.device
         held = [self._held(batch.to("cpu"), part) for part in range(self.ranks.mesh.cp)]
-        made = self._computed([held[rank % self.ranks.mesh.cp] for rank in range(self.ranks.world)], device)
+        made = self._computed([_Values(held[rank % self.ranks.mesh.cp]) for rank in range(self.ranks.world)])
         return {name: _joined(name, batch, held, made) for name in batch.targets}
+
+    def compute(self, works: Sequence[Callable[[nn.Module], object]]) -> list:
+        """On the first rank only: work(model) of each, on one rank or another."""
+        made = []
+        for start in range(0, len(works), self.ranks.world):
+            some = list(works[start : start + self.ranks.world])
+            made += self._computed(some + some[-1:] * (self.ranks.world - len(some)))[: len(some)]
+        return made
 
     def serve(self) -> None:
         """On the other ranks: computes what the first one asks for until it is done."""
-        device = next(self.model.parameters()).device
-        while self._computed(None, device) is not None:
+        while self._computed(None) is not None:
             pass
 
     def finish(self) -> None:
@@ -48,16 +55,27 @@ class PredictionOnRanks(nn.Module):
         return batch.of_frames(part * count, count) if self.ranks.mesh.cp > 1 else batch
 
     @torch.inference_mode()
-    def _computed(self, batches: list[Batch] | None, device: torch.device) -> list | None:
-        """What all ranks made of their batches, on the first one ([] on others); None: there is nothing to do."""
+    def _computed(self, works: list[Callable[[nn.Module], object]] | None) -> list | None:
+        """What all ranks made of their work, on the first one ([] on others); None: there is nothing to do."""
         mine = [None]
-        dist.scatter_object_list(mine, batches, src=0, group=self.group)
+        dist.scatter_object_list(mine, works, src=0, group=self.group)
         if mine[0] is None:
             return None
-        made = {name: item.point.values.cpu() for name, item in self.model.predict(mine[0].to(device)).items()}
+        made = mine[0](self.model)
         found = [None] * self.ranks.world if self.ranks.is_first else None
         dist.gather_object(made, found, dst=0, group=self.group)
         return found or []
+
+
+@dataclass(frozen=True)
+class _Values:
+    """The predicted values of a batch, by target, on the CPU."""
+
+    batch: Batch
+
+    def __call__(self, model: nn.Module) -> dict[str, Tensor]:
+        device = next(model.parameters()).device
+        return {name: item.point.values.cpu() for name, item in model.predict(self.batch.to(device)).items()}
 
 
 @contextmanager

@@ -75,7 +75,11 @@ class TokenWindows:
 
     def __getitems__(self, indices: Indices[int]) -> Batch:
         """One batch of the windows `indices` (B,), positions in `base_indices`."""
-        anomalies = self.frames(indices).anomalies
+        return self.batch(self.frames(indices))
+
+    def batch(self, frames: BlockFrames) -> Batch:
+        """The tokens of windows that were read."""
+        anomalies = frames.anomalies
         tokens = self.quantiser.tokens(anomalies, self.blocks).flatten(1)
         valid = anomalies.isfinite().flatten(1)
         start = self.input_frames * self.blocks.num_tokens
@@ -83,6 +87,14 @@ class TokenWindows:
         check(given, self.layout.inputs["tokens"])
         wanted = Sequence(tokens[:, start:].contiguous(), valid=valid[:, start:].contiguous())
         return Batch({"tokens": given}, {"tokens": wanted}, self.layout)
+
+    def physical(self, anomalies: Tensor, frames: BlockFrames) -> Tensor:
+        """(B, M, G, K) anomalies of the forecast frames -> block means (B, G, M, C, *blocks.places.shape) in physical
+        units, NaN where a variable has no block."""
+        normalisation, variable = self.quantiser.normalisation, self.blocks.variable
+        centre = self.blocks.means(normalisation.coefficients[0])
+        departure = anomalies + frames.climatology[:, None, self.input_frames :]
+        return self.blocks.images(centre + normalisation.scale[variable] * departure).transpose(1, 2)
 
     def frames(self, indices: Indices[int]) -> BlockFrames:
         """What windows hold, block by block."""

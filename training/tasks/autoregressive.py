@@ -148,24 +148,10 @@ class AutoregressiveTask:
     def evaluate(
         self, run: RunFolder, model: EncodeProcessDecode, data: GriddedData, quantiser: FieldQuantiser, choices: Choices
     ) -> Findings:
-        """Scores sampled ensembles; of `choices` the checkpoint, the split and max_windows matter.
+        """Scores sampled ensembles and writes their files; weights, baselines and regions are no choice here.
 
-        Raises ValueError for others, which would have no effect.
+        Raises ValueError where they are chosen all the same.
         """
-        from evaluation.ensembles import format_scores, score_ensembles
-        from evaluation.run_evaluation import Findings, output_folder
-        from evaluation.summary import SCORES_FILE, write_json
+        from evaluation.ensemble_report import evaluate_ensembles
 
-        choices.only("checkpoint", "split", "max_windows", task="autoregressive")
-        dataset = self.dataset(data, choices.split, quantiser)
-        folder = output_folder(run, choices)
-        folder.mkdir(exist_ok=True)
-        found = score_ensembles(
-            model, dataset, members=self.members, sampling=self.sampling, max_windows=choices.max_windows
-        )
-        write_json(folder / SCORES_FILE, found.scores)
-        heading = (
-            f"{found.windows} forecasts of the {choices.split} split, checkpoint {choices.checkpoint}, "
-            f"{self.members} members each, means over blocks of {self.block} x {self.block} cells"
-        )
-        return Findings(folder, heading, format_scores(found.scores))
+        return evaluate_ensembles(run, model, self, data, quantiser, choices)
