@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from models import build
 from models.composition import compose
 from tests.model_examples import observed_layout, tiny_batch
 from training.parallel import gathering, reshard, synchronised
+from training.parallel_prediction import on_all_ranks
 from training.ranks import Ranks
 from training.run import build_task
 
@@ -69,3 +71,21 @@ def with_gaps(batch: Batch) -> Batch:
         valid = torch.rand_like(field.values) > 1 / 3
         targets[name] = replace(field, values=field.values.where(valid, torch.nan), valid=valid)
     return replace(batch, targets=targets)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A number times the model's weight, and which process made it."""
+
+    number: float
+
+    def __call__(self, model: torch.nn.Linear) -> tuple[float, int]:
+        return self.number * model.weight.item(), os.getpid()
+
+
+def shared_out(ranks: Ranks) -> list[tuple[float, int]] | None:
+    """Five pieces of work, on the first rank."""
+    network = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(network.weight, 2.0)
+    with on_all_ranks(network, ranks) as model:
+        return model and model.compute([Scaled(float(number)) for number in range(5)])

@@ -12,7 +12,7 @@ import torch
 
 from models.composition import compose
 from tests.model_examples import observed_layout, tiny_layout, token_layout
-from tests.rank_work import FRAMES, TINY, gradients
+from tests.rank_work import FRAMES, TINY, gradients, shared_out
 from training.launch import launch
 from training.parallel import check_mesh
 from training.ranks import Mesh, Ranks
@@ -95,6 +95,13 @@ def test_a_forecast_is_refused_by_name():
     config = compose(["model=video_dit"])
     with pytest.raises(ValueError, match="target 'forecast' is a forecast, whose decoder reads all frames"):
         check_mesh(Mesh(cp=2), config, tiny_layout(frames=2))
+
+
+@pytest.mark.slow
+def test_work_of_an_evaluation_is_shared_out_in_order():
+    made = launch(shared_out, mesh=Mesh(dp=2), trainer=TRAINER)
+    assert [number for number, _ in made] == [0, 2, 4, 6, 8]
+    assert len({process for _, process in made}) == 2
 
 
 def test_sequences_have_no_frames_to_spread_and_no_weights_to_shard():
