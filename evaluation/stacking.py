@@ -61,6 +61,7 @@ def fit_stacking(model: nn.Module, task, data, normalisation) -> Stacking | None
     these data cannot have, which is said."""
     if task.stacking is None:
         return None
+    task, model = task.whole(model)
     dataset = task.dataset(data, "validation", normalisation)
     left_out: dict[str, str] = {}
     fitted = build(

@@ -6,10 +6,15 @@ Weights fall to 0 as a raised cosine towards a patch's edges, so that no seam is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from data.batch import Batch
+from data.datasets.crops import crop_layout, cropped
+from models.heads import Prediction
 
 
 def starts(cells: int, size: int, overlap: int) -> list[int]:
@@ -53,9 +58,30 @@ class Mosaic:
         return self.total / self.weights
 
 
-def blended(patches: Tensor, places: Sequence[tuple[int, int]], shape: Sequence[int]) -> Tensor:
-    """Patches (n, ..., h, w) at `places`, as one domain (..., *shape)."""
+def blended(patches: Sequence[Tensor], places: Sequence[tuple[int, int]], shape: Sequence[int]) -> Tensor:
+    """n patches (..., h, w) at `places`, as one domain (..., *shape)."""
     mosaic = Mosaic(shape)
     for patch, place in zip(patches, np.asarray(places).tolist(), strict=True):
         mosaic.add(patch, tuple(place))
     return mosaic.mean()
+
+
+class Stitched(nn.Module):
+    """A model of crops that predicts all of a grid: from crops that overlap by `overlap` cells, blended."""
+
+    def __init__(self, model: nn.Module, crop: Sequence[int], overlap: int):
+        super().__init__()
+        self.model, self.crop, self.overlap = model, tuple(crop), overlap
+
+    def predict(self, batch: Batch) -> dict[str, Prediction]:
+        """Point forecasts on the grid of the batch, on the CPU."""
+        layout = crop_layout(batch.layout, self.crop)
+        samples = next(iter(batch.targets.values())).values.shape[0]
+        places = corners(batch.layout.inputs[next(iter(batch.inputs))].grid.shape, self.crop, self.overlap)
+        tiles = [self.model.predict(cropped(batch, [place] * samples, layout)) for place in places]
+        found = {}
+        for name, target in batch.targets.items():
+            values = blended([tile[name].point.values.cpu() for tile in tiles], places, target.grid.shape)
+            plain = {"reference": None, "valid": None, "domain": None, "scale": None, "offset": None}
+            found[name] = Prediction(replace(target.to("cpu"), values=values, transform=None, **plain))
+        return found

@@ -21,6 +21,7 @@ from training.tasks.gridded import GriddedTask, check_series
 from training.tasks.lead_times import check_lead_times, in_steps
 
 if TYPE_CHECKING:
+    from data.datasets.crops import CroppedForecasts
     from data.datasets.forecast import ForecastDataset
     from data.datasets.gridded import GriddedData
     from data.normalisation import Normalisation
@@ -45,6 +46,8 @@ class ForecastTask(GriddedTask):
     input_noise: standard deviation, in normalised units, of noise on training inputs; the reference stays clean.
     query_fraction: share of the output places decoded in a training step, drawn anew for each; decoders that write all
         places at once ignore it. Outputs do not depend on each other, so this trades a noisier step for a cheaper one.
+    crop: rows and columns of the windows that samples are cut to, drawn for each; None: all of the grid. overlap: cells
+        by which they overlap where all of it is predicted.
     stacking: the baseline that is mixed into our forecast when training is over (`evaluation/stacking.py`), or None.
     Raises ValueError where a value is not allowed.
     """
@@ -63,8 +66,12 @@ class ForecastTask(GriddedTask):
         lead_weights: Sequence[float] | None = None,
         input_noise: float = 0.0,
         query_fraction: float = 1.0,
+        crop: Sequence[int] | None = None,
+        overlap: int = 4,
         stacking: str | None = None,
     ):
+        from data.datasets.crops import check_crop
+
         if input_frames < 1:
             raise ValueError(f"task.input_frames={input_frames} must be at least 1")
         if lead_times is not None:
@@ -93,6 +100,7 @@ class ForecastTask(GriddedTask):
             raise ValueError(f"task.lead_weights={list(lead_weights)} must be 0 or more, and not all 0")
         if input_noise < 0:
             raise ValueError(f"task.input_noise={input_noise} must be 0 or more")
+        check_crop(crop, overlap)
         self.check_query_fraction(query_fraction)
         self.check_stacking(stacking)
         self.input_frames = input_frames
@@ -106,6 +114,7 @@ class ForecastTask(GriddedTask):
         self.lead_weights = None if lead_weights is None else tuple(lead_weights)
         self.input_noise = input_noise
         self.query_fraction = query_fraction
+        self.crop, self.overlap = None if crop is None else tuple(crop), overlap
         self.stacking = stacking
 
     # Data
@@ -144,9 +153,14 @@ class ForecastTask(GriddedTask):
         self.check_variable_weights(data.variables)
         from data.datasets.forecast import forecast_layout
 
-        return forecast_layout(
+        layout = forecast_layout(
             data, input_frames=self.input_frames, lead_steps=steps, trained_steps=self.drawn_steps(data) or ()
         )
+        if self.crop is None:
+            return layout
+        from data.datasets.crops import crop_layout
+
+        return crop_layout(layout, self.crop)
 
     def fit(self, data: GriddedData) -> Normalisation:
         """Scale, climatology, damping and residual scale of the training range."""
@@ -155,10 +169,13 @@ class ForecastTask(GriddedTask):
         steps = {*self.lead_steps(data), *(self.drawn_steps(data) or ())}
         return Normalisation.fit(data, lead_steps=sorted(steps))
 
-    def dataset(self, data: GriddedData, split: str, normalisation: Normalisation) -> ForecastDataset:
+    def dataset(
+        self, data: GriddedData, split: str, normalisation: Normalisation
+    ) -> ForecastDataset | CroppedForecasts:
+        from data.datasets.crops import CroppedForecasts
         from data.datasets.forecast import ForecastDataset
 
-        return ForecastDataset(
+        whole = ForecastDataset(
             data,
             split,
             normalisation=normalisation,
@@ -168,6 +185,7 @@ class ForecastTask(GriddedTask):
             drawn_steps=self.drawn_steps(data) if split == "train" else None,
             draws=self.lead_draws,
         )
+        return whole if self.crop is None else CroppedForecasts(whole, self.crop)
 
     # Evaluation
 
@@ -186,11 +204,20 @@ class ForecastTask(GriddedTask):
         known, truth = situation(dataset.data, dataset.normalisation, bases, dataset.lead_steps)
         return known, truth.where(dataset.data.domain, torch.nan)
 
+    def whole(self, model: nn.Module) -> tuple[ForecastTask, nn.Module]:
+        """What is scored: lead_times on all of the grid, whatever training draws."""
+        scored = copy(self)
+        scored.training_lead_times = scored.crop = None
+        if self.crop is None:
+            return scored, model
+        from evaluation.stitching import Stitched
+
+        return scored, Stitched(model, self.crop, self.overlap)
+
     def evaluate(self, run: RunFolder, model: nn.Module, data, normalisation, choices: Choices) -> Findings:
-        """Scores at lead_times on any split, whatever training draws from. Raises ValueError, OSError."""
-        fixed = copy(self)
-        fixed.training_lead_times = None
-        return super(ForecastTask, fixed).evaluate(run, model, data, normalisation, choices)
+        """Scores at lead_times on any split, on all of the grid. Raises ValueError, OSError."""
+        scored, model = self.whole(model)
+        return super(ForecastTask, scored).evaluate(run, model, data, normalisation, choices)
 
     # Training
 

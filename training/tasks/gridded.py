@@ -116,6 +116,10 @@ class GriddedTask:
         variables = like.new_tensor([self.variable_weights.get(item.label, 1.0) for item in target.variables])
         return leads[:, None] * variables
 
+    def whole(self, model: nn.Module) -> tuple[GriddedTask, nn.Module]:
+        """The task and the model that are scored, where training sees samples of another kind."""
+        return self, model
+
     def evaluate(self, run: RunFolder, model: nn.Module, data, normalisation, choices: Choices) -> Findings:
         """Scores the model beside the baselines and writes the files of an evaluation. Raises ValueError, OSError."""
         from evaluation.run_evaluation import evaluate_windows
