@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -131,3 +132,61 @@ def test_the_page_names_every_format():
     from data.sources.observations import FORMATS
 
     assert all(f"| `{name}` |" in PAGE for name in FORMATS) and len(COMMANDS) == 17
+
+
+HOUR = "2020100106_metars.csv"
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not os.environ.get("DATA_DIR"), reason="DATA_DIR is not set")
+def test_a_history_encoder_trains_on_real_metars(train, tmp_path):
+    """8,361 METARs of one hour, as users have them; truth are means of their temperatures over cells of 5 degrees."""
+    reports = Path(os.environ["DATA_DIR"]) / HOUR
+    if not reports.is_file():
+        pytest.skip(f"{HOUR} is not in DATA_DIR")
+    _means_of_cells(reports).to_netcdf("hour.nc")
+    code, _, err = train(
+        "model=hip_metnet",
+        "task=assimilation",
+        "data=observations",
+        "data.fields=hour.nc",
+        f"data.observations={reports}",
+        'data.split={train: ["2020-10-01T05:30","2020-10-01T06:00"], validation: "2020-10-01T06:10", '
+        'test: ["2020-10-01T06:20","2020-10-01T06:30"]}',
+        "data.annual_harmonics=0",
+        "data.diurnal_harmonics=0",
+        "task.frames=1",
+        "task.stride=1",
+        "task.window=[-300,300]",
+        "task.stacking=null",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
+    assert code == 0, err
+    scores = json.loads((tmp_path / "run/scores.json").read_text())["t2m"]["rmse"]["0"]
+    assert scores["optimal_interpolation"] < scores["climatology"] and scores["ours"] < 1.5 * scores["climatology"]
+    config = json.loads((tmp_path / "run/checkpoints/last/config.json").read_text())
+    assert config["layout"]["observations"]["channels"] == ["altimeter", "dewpoint", "temperature", "u", "v"]
+
+
+def _means_of_cells(reports: Path):
+    """Temperatures of a METAR file over North America, every 10 minutes of its hour; NaN where none reported."""
+    import pandas as pd
+    import xarray as xr
+
+    rows = pd.read_csv(reports, usecols=["Unix_time", "Latitude", "Longitude", "Temp"]).dropna()
+    first = int(np.datetime64("2020-10-01T05:30", "s").astype(np.int64))
+    latitude, longitude = np.arange(60.0, 19, -5), np.arange(230.0, 301, 5)
+    frame = np.rint((rows.Unix_time - first) / 600).astype(int)
+    row, column = np.rint((60 - rows.Latitude) / 5).astype(int), np.rint((rows.Longitude % 360 - 230) / 5).astype(int)
+    shape = (7, latitude.size, longitude.size)
+    places = np.stack([frame, row, column])
+    inside = ((places >= 0) & (places < np.array(shape)[:, None])).all(axis=0)
+    cells = np.ravel_multi_index(places[:, inside], shape)
+    total, count = (np.bincount(cells, weights, np.prod(shape)) for weights in (rows.Temp[inside] + 273.15, None))
+    means = np.where(count > 0, total / np.maximum(count, 1), np.nan).reshape(shape).astype(np.float32)
+    axes = {
+        "time": np.datetime64(first, "s").astype("datetime64[ns]") + 600 * np.arange(7) * np.timedelta64(1, "s"),
+        "latitude": ("latitude", latitude, {"units": "degrees_north"}),
+        "longitude": ("longitude", longitude, {"units": "degrees_east"}),
+    }
+    return xr.Dataset({"t2m": (("time", "latitude", "longitude"), means, {"units": "K"})}, coords=axes)
