@@ -9,12 +9,13 @@ B batch, L target times, D hidden, K width, p patch, o overlap, m target time.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from data.batch import Query
 from data.layout import Layout
+from models.decoders.composed_spread import composes, spread_composed, spread_in_steps
+from models.decoders.normed_gelu import normed_gelu
 from models.initialisation import zeros_
 from models.latents import LatentLayout, Latents
 from models.patches import Patches
@@ -99,14 +100,26 @@ class MonthlyConvDecoder(nn.Module):
             tokens = tokens + moment[:, :, None]  # (B, L, N, D)
         leads = tokens.shape[1]
         cells = rearrange(tokens, "b l (h w) d -> (b l) d h w", h=self.patches.rows)
-        x = self.spread(self.project(cells))
-        x = self.dropout(F.gelu(self.norms[0](self.refine[0](x))))
-        x = self.head(F.gelu(self.norms[1](self.refine[1](x))))
-        output = rearrange(self.patches.crop(x)[..., *self.window], "(b l) c h w -> b l c h w", l=leads)
+        x = self._spread(cells)  # (B L, H, W, K / 2), as all that follow: convolutions are fastest so
+        x = self._dropped(normed_gelu(x, self.norms[0]))
+        x = self.refine[1](x.movedim(-1, 1)).movedim(1, -1)
+        x = normed_gelu(x, self.norms[1], (self.head.weight[:, :, 0, 0], self.head.bias))
+        output = self.patches.crop(rearrange(x, "(b l) h w c -> b l c h w", l=leads))[..., *self.window]
         if self.scale is not None:
             scale, bias = (self._by_sample(part, latents) for part in (self.scale, self.bias))
             output = output * scale + bias
         return output if query.domain is None else self._masked(output, query.domain)
+
+    def _spread(self, cells: Tensor) -> Tensor:
+        """(B, D, rows, columns) -> (B, H, W, K / 2) after the first refining convolution."""
+        steps = (self.project, self.spread, self.refine[0])
+        if composes(self.spread):
+            return spread_composed(cells, *steps)
+        return spread_in_steps(cells, *steps).movedim(1, -1)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Drops whole channels of (B, H, W, C)."""
+        return self.dropout(x.movedim(-1, 1)).movedim(1, -1) if self.dropout.p else x
 
     def _by_sample(self, values: Tensor, latents: Latents) -> Tensor:
         """One value a sample, that of the target time which it stands for: (B or 1, 1, 1, 1, 1)."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.attention import MultiHeadAttention
 from models.attention.layer import MLP
+from models.encoders.weighed_days import weighed_days
 from models.initialisation import linear_
 from models.positions.sinusoidal import sinusoids
 from models.positions.tables import Tables
@@ -53,9 +54,9 @@ class CyclicCodes(Tables):
         super().__init__()
         if hidden_size % 8:
             raise ValueError(f"cyclic codes need a width divisible by 8, got {hidden_size}; change model.hidden_size")
-        self.table("harmonics", torch.arange(1, hidden_size // 8 + 1).float())
-        self.table("month_harmonics", torch.arange(1, 7).float())
-        self.table("month_starts", torch.tensor(_MONTH_STARTS).float())
+        self.table("harmonics", torch.arange(1, hidden_size // 8 + 1, device="cpu").float())
+        self.table("month_harmonics", torch.arange(1, 7, device="cpu").float())
+        self.table("month_starts", torch.tensor(_MONTH_STARTS, device="cpu").float())
         self.month = nn.Linear(12, hidden_size, bias=False)
         self.initialise()
 
@@ -119,7 +120,13 @@ class MonthAggregator(nn.Module):
         logits = self.score_out(self.dropout(F.gelu(self.score_up(self.score_norm(scored)))))  # (n, T, 1) or (T, 1)
         logits = logits.squeeze(-1).masked_fill(~(present | ~present.any()), -torch.inf)
         weights = logits.softmax(dim=-1) * present  # all zero in a month of padded days
-        return torch.einsum("nt,ntd->nd", weights.expand(tokens.shape[:2]), tokens + day)
+        weights = weights.expand(tokens.shape[:2])
+        return torch.einsum("nt,ntd->nd", weights, tokens) + weights @ day
+
+    def weighed(self, patches: Tensor, code: Tensor, day: Tensor, present: Tensor, **layers: nn.Module) -> Tensor:
+        """As `days` of tokens that embed and norm (layers) make of patches, of several months at once."""
+        scorer = {"score_norm": self.score_norm, "score_up": self.score_up, "score_out": self.score_out}
+        return weighed_days(patches, code, day, present, **layers, **scorer)
 
     def months(self, months: Tensor, present: Tensor) -> Tensor:
         """(B, M, N, D) with present (B, M) -> (B, M, N, D), mixed among the months of each place."""

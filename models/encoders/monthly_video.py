@@ -26,8 +26,8 @@ from models.positions.geography import NUM_SIZES, GeographicEmbedding, domain_si
 from models.positions.sinusoidal import grid_sinusoids
 
 CODES = ("sinusoidal", "cyclic")
+TOKEN_ORDERS = ("correct", "reinterpret")
 GEOGRAPHIES = ("none", "harmonics", "given")
-_CHUNK_TOKENS = 4096  # on a CPU: what is computed of so many tokens stays in a core's cache
 
 
 class MonthlyVideoEncoder(nn.Module):
@@ -77,6 +77,8 @@ class MonthlyVideoEncoder(nn.Module):
             raise ValueError("model.encoder.geography=harmonics needs latitudes and longitudes; use none")
         if codes not in CODES:
             raise ValueError(f"model.encoder.codes={codes} is unknown; use {' or '.join(CODES)}")
+        if token_order not in TOKEN_ORDERS:
+            raise ValueError(f"model.encoder.token_order={token_order} is unknown; use {' or '.join(TOKEN_ORDERS)}")
         if patch_frames < 1:
             raise ValueError(f"model.encoder.patch_frames={patch_frames} must be at least 1")
         self.layout, self.patch_frames, self.token_order = layout, patch_frames, token_order
@@ -163,26 +165,30 @@ class MonthlyVideoEncoder(nn.Module):
         return rearrange(images, "b m (t s) c (r p) (w q) -> b m (r w) t (c s p q)", s=self.patch_frames, p=p, q=q)
 
     def _months(self, patches: Tensor, day: Tensor, month: Tensor, present: Tensor) -> Tensor:
-        """Weighted means over the days of every month and place: (B, M, N, D), a chunk of places at a time.
+        """Weighted means over the days of every month and place: (B, M, N, D), a month at a time.
 
-        In training the tokens of a chunk are computed again in the backward pass: all of them at once are most of the
-        memory of a model that keeps them.
+        In training the tokens of a month are computed again in the backward pass: those of all months at once are most
+        of the memory of a model that keeps them.
         """
-        batch, months, places, tokens = patches.shape[:4]
         if self.token_order == "reinterpret":
             return self._reinterpreted(patches, day, month, present)
-        count = max(1, _CHUNK_TOKENS // tokens) if patches.device.type == "cpu" else places
+        shape, code = patches.shape[:3], day + month[:, :, None]
+        every = [part.flatten(0, 1) for part in (patches, code, day, present)]
+        if self._in_pieces(patches):
+            return self.aggregator.weighed(*every, embed=self.embed, norm=self.norm).view(*shape, -1)
         recompute = torch.is_grad_enabled() and self.training
-        rows = []
-        for b in range(batch):
-            for m in range(months):
-                codes = (day[b, m] + month[b, m], day[b, m], present[b, m])
-                for chunk in patches[b, m].split(count):
-                    if recompute:
-                        rows.append(checkpoint(self._month, chunk, *codes, use_reentrant=False))
-                    else:
-                        rows.append(self._month(chunk, *codes))
-        return torch.cat(rows).view(batch, months, places, -1)
+        months = [
+            checkpoint(self._month, *one, use_reentrant=False) if recompute else self._month(*one)
+            for one in zip(*every, strict=True)
+        ]
+        return torch.stack(months).view(*shape, -1)
+
+    def _in_pieces(self, patches: Tensor) -> bool:
+        """Whether `weighed_days` computes the same: in 32 or 64 bits, where nothing is dropped; made for caches."""
+        wide = patches.dtype == self.norm.weight.dtype in (torch.float32, torch.float64)
+        wide = wide and not torch.is_autocast_enabled(patches.device.type)
+        dropped = self.training and self.dropout.p > 0
+        return patches.device.type == "cpu" and wide and not dropped and self.aggregator.scores == "tokens"
 
     def _month(self, patches: Tensor, code: Tensor, day: Tensor, present: Tensor) -> Tensor:
         """(n, T, C s p q) -> (n, D)"""

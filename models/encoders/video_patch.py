@@ -108,7 +108,8 @@ class VideoPatchEncoder(nn.Module):
     def forward(self, batch: Batch) -> Latents:
         frames = batch.num_frames
         clock = batch.clock
-        images = self.patches.to_images(rearrange(joined_frames(batch, self.layout, self.layout.inputs), "b t c ... -> (b t) c ..."))
+        joined = joined_frames(batch, self.layout, self.layout.inputs)
+        images = self.patches.to_images(rearrange(joined, "b t c ... -> (b t) c ..."))
         tokens = rearrange(self.embed(images), "(b t f) d h w -> b t (f h w) d", b=batch.batch_size, t=frames)
         if self.calendar is not None:
             tokens = tokens + self.calendar(clock.second_of_day, clock.day_of_year).to(tokens.dtype)
