@@ -31,6 +31,14 @@ def zeros_(layer: nn.Linear) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def head_(layer: nn.Linear, *, zero: bool) -> None:
+    """The last layer of a decoder. zero: the first prediction is the target's reference (or all classes alike)."""
+    if zero:
+        zeros_(layer)
+    else:
+        linear_(layer)
+
+
 def xavier_(layer: nn.Linear) -> None:
     """Uniform Xavier weights, zero biases, as diffusion transformers start (arXiv:2212.09748)."""
     nn.init.xavier_uniform_(layer.weight)

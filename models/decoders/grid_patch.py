@@ -12,7 +12,7 @@ from data.batch import Query
 from data.layout import Layout
 from models.attention.layer import MLP, modulated
 from models.conditioning.moment import Moment
-from models.initialisation import linear_, zeros_
+from models.initialisation import head_
 from models.latents import LatentLayout, Latents
 from models.patches import Patches
 
@@ -59,10 +59,7 @@ class GridPatchDecoder(nn.Module):
         return True
 
     def initialise(self) -> None:
-        if self.zero_head:
-            zeros_(self.head)  # the first prediction is the target's reference
-        else:
-            linear_(self.head)
+        head_(self.head, zero=self.zero_head)
 
     def forward(self, latents: Latents, query: Query) -> Tensor:
         moment, (scale, shift) = self.moment(query)

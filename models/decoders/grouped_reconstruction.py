@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data.batch import Query
 from data.layout import Layout
-from models.initialisation import linear_, zeros_
+from models.initialisation import head_
 from models.latents import LatentLayout, Latents
 
 
@@ -42,10 +42,7 @@ class GroupedReconstructionDecoder(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        if self.zero_head:
-            zeros_(self.head)
-        else:
-            linear_(self.head)
+        head_(self.head, zero=self.zero_head)
 
     def forward(self, latents: Latents, query: Query) -> Tensor:
         rows = self.rows if query.places is None else self.rows[:, query.places]

@@ -17,7 +17,7 @@ from data.layout import Layout
 from models.attention import AttentionLayer, Context, Modulations
 from models.conditioning.lead_time import LeadTimeFeatures, LeadTimeFiLM
 from models.decoders.place_queries import PlaceQueries
-from models.initialisation import lecun_, linear_, zeros_
+from models.initialisation import head_, lecun_, linear_
 from models.latents import LatentLayout, Latents
 from models.positions.time import CalendarEmbedding
 
@@ -109,10 +109,7 @@ class LeadTimeDecoder(PlaceQueries):
         for layer in self.layers.modules():
             if isinstance(layer, nn.Linear):
                 lecun_(layer)  # gentler ones read the mean of the bottleneck for long
-        if self.zero_head:
-            zeros_(self.head)  # the first prediction is the target's reference
-        else:
-            linear_(self.head)
+        head_(self.head, zero=self.zero_head)
 
     def forward(self, latents: Latents, query: Query) -> Tensor:
         tokens = rearrange(latents.tokens, "b t n d -> b (t n) d")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data.batch import Query
 from data.layout import Layout
-from models.initialisation import linear_, zeros_
+from models.initialisation import head_
 from models.latents import LatentLayout, Latents
 
 
@@ -40,10 +40,7 @@ class PooledDecoder(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        if self.zero_head:
-            zeros_(self.head)
-        else:
-            linear_(self.head)
+        head_(self.head, zero=self.zero_head)
 
     def forward(self, latents: Latents, query: Query) -> Tensor:
         tokens = rearrange(latents.tokens, "b t n d -> b (t n) d")
