@@ -10,7 +10,6 @@ than theirs, because it has no loop over heads.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.healda_peer import INSTALL, NAME, PhysicsNeMo, installed
-from benchmarks.measure import command, environment, markdown, merged, publish
+from benchmarks.measure import cpu_parser, finished, markdown, started
 from data.batch import Batch
 from data.field import Field
 from data.healpix import num_cells
@@ -218,20 +217,16 @@ def table(rows: list[dict]) -> str:
 
 
 def main(options: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks healda_cpu", description=__doc__.split("\n\n")[0])
+    parser = cpu_parser("healda_cpu", __doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-store", action="store_true", help="print the table of this run only")
     chosen = parser.parse_args(options)
     if not installed():
         print(f"PhysicsNeMo is not installed, our loop over cells stands in for it; to compare with it: {INSTALL}")
-    torch.set_num_threads(chosen.threads)
-    result = environment(("torch", "nvidia-physicsnemo"))
-    result |= {"command": command("healda_cpu", options), "threads": chosen.threads}
+    result = started("healda_cpu", options, threads=chosen.threads, packages=("nvidia-physicsnemo",))
     rows = [row for name in chosen.cases for row in rows_of(CASES[name], chosen.rounds)]
-    result["rows"] = [row | {"date": result["date"], "command": result["command"]} for row in rows]
-    if not chosen.no_store:
-        result = merged("healda_cpu", result, key=("case", "observations", "mode"))
-    result["rows"].sort(key=lambda row: (row["case"], row["observations"], MODES.index(row["mode"])))
-    publish("healda_cpu", result, table(result["rows"]), store=not chosen.no_store)
+
+    def order(row: dict) -> tuple:
+        return row["case"], row["observations"], MODES.index(row["mode"])
+
+    key = ("case", "observations", "mode")
+    finished("healda_cpu", result, rows, table, key=key, order=order, store=not chosen.no_store)

@@ -8,7 +8,6 @@ forward pass without gradients and of a training step, models in turns.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure import command, environment, markdown, paired_cpu_seconds, publish, ratio
+from benchmarks.measure import cpu_parser, finished, markdown, paired_cpu_seconds, ratio, started
 from data.batch import Batch
 from data.field import Field
 from data.grids import PlanarGrid
@@ -137,21 +136,15 @@ def table(rows: list[dict]) -> str:
 
 
 def main(options: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks lead_times", description=__doc__.split("\n\n")[0])
+    parser = cpu_parser("lead_times", __doc__)
     parser.add_argument("--context", type=int, default=Scene.context, help="cells a side that are read")
     parser.add_argument("--window", type=int, default=Scene.window, help="cells a side that are predicted")
     parser.add_argument("--frames", type=int, default=Scene.frames)
     parser.add_argument("--size", default="tiny", choices=("tiny", "small", "base"))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-store", action="store_true", help="print the table of this run only")
     chosen = parser.parse_args(options)
-    torch.set_num_threads(chosen.threads)
+    result = started("lead_times", options, threads=chosen.threads, packages=())
     scene = Scene(context=chosen.context, window=chosen.window, frames=chosen.frames)
-    result = environment(("torch",))
-    result |= {"command": command("lead_times", options), "threads": chosen.threads}
     rows = measured(scene, chosen.size, rounds=chosen.rounds)
     for row in rows:
         print(json.dumps(row), flush=True)
-    result["rows"] = [row | {"date": result["date"], "command": result["command"]} for row in rows]
-    publish("lead_times", result, table(result["rows"]), store=not chosen.no_store)
+    finished("lead_times", result, rows, table, store=not chosen.no_store)

@@ -6,6 +6,7 @@ implementations take turns within one run (A B C A B C ...), so that what distur
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -98,6 +99,43 @@ def _processor() -> str:
     fields = {key.strip(): value.strip() for key, value in fields.items()}
     sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in fields.get("flags", "").split()]
     return f"{fields.get('model name', platform.machine())} ({', '.join(sets) or 'no vector extensions reported'})"
+
+
+def cpu_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Options that all comparisons on a CPU have."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=description.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-store", action="store_true", help="print the table of this run only")
+    return parser
+
+
+def started(name: str, options: list[str], *, threads: int, packages: tuple[str, ...]) -> dict:
+    """What a result says of itself before anything is measured, with that many threads from here on."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return environment(("torch", *packages)) | {"command": command(name, options), "threads": threads}
+
+
+def finished(
+    name: str,
+    result: dict,
+    rows: list[dict],
+    table: Callable[[list[dict]], str],
+    *,
+    store: bool,
+    key: tuple[str, ...] = (),
+    order: Callable[[dict], object] | None = None,
+) -> None:
+    """Publishes the rows of a result that `started`, in order, stored ones of another key among them."""
+    stamp = {"date": result["date"], "command": result["command"]}
+    result = result | {"rows": [row | stamp for row in rows]}
+    if store and key:
+        result = merged(name, result, key=key)
+    if order is not None:
+        result["rows"].sort(key=order)
+    publish(name, result, table(result["rows"]), store=store)
 
 
 def merged(name: str, result: dict, *, key: tuple[str, ...]) -> dict:

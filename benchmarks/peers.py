@@ -26,6 +26,14 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(PACKAGES[name]) is not None
 
 
+def available(names: list[str]) -> list[str]:
+    """Those that are installed; says how to install the others."""
+    for name in names:
+        if not installed(name):
+            print(f"{name} is not installed and left out; to compare with it: {INSTALL[name]}")
+    return [name for name in names if installed(name)]
+
+
 def supports(name: str, case: Case) -> bool:
     """transformers has no repeated cross-attention."""
     return not (name == "transformers" and case.repeats)

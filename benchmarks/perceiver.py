@@ -8,7 +8,6 @@ the stored rows of the others.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import partial
@@ -19,17 +18,16 @@ from torch import Tensor, nn
 
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import (
-    command,
-    environment,
+    cpu_parser,
+    finished,
     in_child,
     markdown,
-    merged,
     paired_cpu_seconds,
     peak_rss_bytes,
-    publish,
     ratio,
+    started,
 )
-from benchmarks.peers import INSTALL, build_peer, installed, supports
+from benchmarks.peers import INSTALL, available, build_peer, supports
 from data.batch import Batch
 from models import build
 from models.convert import SOURCES, TARGET, convert, export, token_batch
@@ -182,22 +180,15 @@ def table(rows: list[dict]) -> str:
 
 
 def main(options: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks perceiver", description=__doc__.split("\n\n")[0])
+    parser = cpu_parser("perceiver", __doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--peers", nargs="*", choices=INSTALL, default=list(INSTALL))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory of fresh processes")
-    parser.add_argument("--no-store", action="store_true", help="print the table of this run only")
     chosen = parser.parse_args(options)
-    missing = [name for name in chosen.peers if not installed(name)]
-    for name in missing:
-        print(f"{name} is not installed and left out; to compare with it: {INSTALL[name]}")
-    peers = [name for name in chosen.peers if name not in missing]
-    result = environment(("torch", "perceiver-io", "perceiver-pytorch", "transformers"))
-    result |= {"command": command("perceiver", options), "threads": chosen.threads, "rows": []}
-    torch.set_num_threads(chosen.threads)
+    peers = available(chosen.peers)
+    packages = ("perceiver-io", "perceiver-pytorch", "transformers")
+    result, rows = started("perceiver", options, threads=chosen.threads, packages=packages), []
     for case in (CASES[name] for name in chosen.cases):
         for precision in chosen.precisions:
             rivals = [peer for peer in peers if supports(peer, case)]
@@ -206,10 +197,10 @@ def main(options: list[str]) -> None:
                 growth = in_child(partial(first_step_growth, case, precision, name))
                 row["peak_mb"][name] = round(growth / 1e6)
             row |= in_child(partial(times, case, precision, rivals, rounds=chosen.rounds))
-            result["rows"].append(row)
+            rows.append(row)
             print(json.dumps(row), flush=True)
-    result["rows"] = [row | {"date": result["date"], "command": result["command"]} for row in result["rows"]]
-    if not chosen.no_store:
-        result = merged("perceiver", result, key=("case", "precision"))
-    result["rows"].sort(key=lambda row: (list(CASES).index(row["case"]), PRECISIONS.index(row["precision"])))
-    publish("perceiver", result, table(result["rows"]), store=not chosen.no_store)
+
+    def order(row: dict) -> tuple[int, int]:
+        return list(CASES).index(row["case"]), PRECISIONS.index(row["precision"])
+
+    finished("perceiver", result, rows, table, key=("case", "precision"), order=order, store=not chosen.no_store)

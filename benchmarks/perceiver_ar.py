@@ -8,7 +8,6 @@ around it, and both take the most likely token. Peak memory is the growth of a c
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,17 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import (
-    command,
-    environment,
+    cpu_parser,
+    finished,
     in_child,
     markdown,
-    merged,
     paired_cpu_seconds,
     peak_rss_bytes,
-    publish,
     ratio,
+    started,
 )
-from benchmarks.peers import INSTALL, installed, provide_fairscale
+from benchmarks.peers import available, provide_fairscale
 from data.batch import Batch
 from data.sequence import Sequence
 from models import build
@@ -205,22 +203,21 @@ def table(rows: list[dict]) -> str:
 
 
 def main(options: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks perceiver_ar", description=__doc__.split("\n\n")[0])
+    """Raises ValueError where more rounds are asked for than the peer's window has room for."""
+    parser = cpu_parser("perceiver_ar", __doc__)
     parser.add_argument("--cases", nargs="+", choices=("train", "generate"), default=["train", "generate"])
     parser.add_argument("--peers", nargs="*", choices=[PEER], default=[PEER])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory of fresh processes")
-    parser.add_argument("--no-store", action="store_true", help="print the table of this run only")
-    chosen = parser.parse_args(options)
-    peers = [name for name in chosen.peers if installed(name)]
-    if len(peers) < len(chosen.peers):
-        print(f"{PEER} is not installed and left out; to compare with it: {INSTALL[PEER]}")
-    result = environment(("torch", "perceiver-io"))
-    result |= {"command": command("perceiver_ar", options), "threads": chosen.threads}
-    torch.set_num_threads(chosen.threads)
-    case, result["rows"] = Case(), []
-    result["setting"] = asdict(case)
+    chosen, case = parser.parse_args(options), Case()
+    most = (case.max_latents - case.latents) // case.tokens - 1  # and one to warm up
+    if "generate" in chosen.cases and chosen.rounds > most:
+        raise ValueError(
+            f"--rounds={chosen.rounds} generates beyond the {case.max_latents} latents, where {PEER}'s cache is wrong; "
+            f"use at most {most}"
+        )
+    peers = available(chosen.peers)
+    result = started("perceiver_ar", options, threads=chosen.threads, packages=("perceiver-io",))
+    result["setting"], rows = asdict(case), []
     for name in chosen.cases:
         row = {"case": name}
         if name == "train" and not chosen.no_memory:
@@ -228,10 +225,10 @@ def main(options: list[str]) -> None:
                 method: round(in_child(partial(step_growth, method, case)) / 1e6) for method in (OURS, *peers)
             }
         row |= in_child(partial({"train": train, "generate": generation}[name], case, peers, rounds=chosen.rounds))
-        result["rows"].append(row)
+        rows.append(row)
         print(json.dumps(row), flush=True)
-    result["rows"] = [row | {"date": result["date"], "command": result["command"]} for row in result["rows"]]
-    if not chosen.no_store:
-        result = merged("perceiver_ar", result, key=("case",))
-    result["rows"].sort(key=lambda row: row["case"], reverse=True)
-    publish("perceiver_ar", result, table(result["rows"]), store=not chosen.no_store)
+
+    def order(row: dict) -> int:
+        return ("train", "generate").index(row["case"])
+
+    finished("perceiver_ar", result, rows, table, key=("case",), order=order, store=not chosen.no_store)
