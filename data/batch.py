@@ -28,8 +28,8 @@ class Query(Movable):
     """Where, when and what to predict.
 
     times: (B, L) int64 seconds since 1970 UTC. lead_time: (B, L) float32 seconds after the last input frame.
-    shared: makes the input channels on the query's own grid, or None; see `features`. repeats: how many queries in turn
-        are of the same sample.
+    shared: makes the input channels on the query's own grid, or None; see `features`. inputs: of the batch, by name.
+    repeats: how many queries in turn are of the same sample of these.
     coordinates: (B, cells, 2), of crops (`Field.coordinates`), or None.
     domain: bool, broadcastable to (B, L, C, *grid.shape), where the variables exist, or None (everywhere).
     """
@@ -41,6 +41,7 @@ class Query(Movable):
     second_of_day: Tensor
     day_of_year: Tensor
     shared: Callable[[], Tensor] | None = None
+    inputs: dict[str, Field | Sequence] | None = None
     repeats: int = 1
     places: Tensor | None = None
     coordinates: Tensor | None = None
@@ -212,6 +213,7 @@ class Batch(Movable):
             second_of_day=target.second_of_day,
             day_of_year=target.day_of_year,
             shared=partial(self._shared, name) if self.layout.windows[name] else None,
+            inputs=self.inputs,
             places=self.places.get(name) if self.places else None,
             coordinates=target.coordinates,
             domain=target.domain,

@@ -64,7 +64,7 @@ class Grid(ABC):
 
     @staticmethod
     def from_dict(description: dict) -> Grid:
-        from data import healpix  # noqa: F401  registers its kind; it needs this module first
+        from data import curvilinear, healpix  # noqa: F401  they register their kinds, and need this module first
 
         arguments = dict(description)
         kind = arguments.pop("kind", None)

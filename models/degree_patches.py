@@ -35,8 +35,7 @@ class PatchCells:
 class DegreePatches:
     """rows x columns patches of `extent` (height, width) from the corner `origin` (south, west) on.
 
-    wraps: the columns close around the globe. geographic: false on a plane. spacing: between cells of the grid that the
-    patches were laid over, in the same units.
+    wraps: the columns close around the globe. geographic: false on a plane.
     """
 
     origin: tuple[float, float]
@@ -45,7 +44,6 @@ class DegreePatches:
     columns: int
     wraps: bool
     geographic: bool
-    spacing: float
 
     @staticmethod
     def over(grid: Grid, extent: tuple[float, float] | None, *, cells: int = 4) -> DegreePatches:
@@ -55,7 +53,7 @@ class DegreePatches:
         Raises ValueError where the extent is not positive.
         """
         (south, west), (height, width), wraps = _domain(grid)
-        spacing = float(np.sqrt(height * width / grid.num_points))
+        spacing = spacing_of(grid)
         extent = (cells * spacing,) * 2 if extent is None else tuple(float(side) for side in extent)
         if len(extent) != 2 or min(extent) <= 0:
             raise ValueError(
@@ -63,9 +61,7 @@ class DegreePatches:
                 "model.encoder.patch_extent=[6,10]"
             )
         rows, columns = max(1, round(height / extent[0])), max(1, round(width / extent[1]))
-        return DegreePatches(
-            (south, west), (height / rows, width / columns), rows, columns, wraps, grid.geographic, spacing
-        )
+        return DegreePatches((south, west), (height / rows, width / columns), rows, columns, wraps, grid.geographic)
 
     @property
     def num_patches(self) -> int:
@@ -107,14 +103,19 @@ class DegreePatches:
 
     def largest_side(self, grid: Grid) -> float:
         """About how many cells of a grid the longer side of a patch holds."""
-        (_, _), (height, width), _ = _domain(grid)
-        return max(self.extent) / float(np.sqrt(height * width / grid.num_points))
+        return max(self.extent) / spacing_of(grid)
 
     def cut(self, rows: int, columns: int) -> LatLonGrid | PlanarGrid:
         """The grid of cells that cutting each patch into rows x columns makes."""
         down = self.origin[0] + (np.arange(self.rows * rows) + 0.5) * self.extent[0] / rows
         across = self.origin[1] + (np.arange(self.columns * columns) + 0.5) * self.extent[1] / columns
         return LatLonGrid(down, across) if self.geographic else PlanarGrid(down, across)
+
+
+def spacing_of(grid: Grid) -> float:
+    """Between neighbouring cells, in degrees or units of a plane."""
+    _, (height, width), _ = _domain(grid)
+    return float(np.sqrt(height * width / grid.num_points))
 
 
 def _domain(grid: Grid) -> tuple[tuple[float, float], tuple[float, float], bool]:

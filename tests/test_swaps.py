@@ -37,7 +37,7 @@ TINY = [
 ]
 CPU_ATTENTION = ("auto", "reference", "sdpa", "flash")
 ALIASES = {"healpix_patch"}  # another name of video_patch
-PATCHES = ("ocean_patches",)  # the cross-resolution encoder with patches of its own
+VARIANTS = ("ocean_patches", "ocean_windows")  # parts with other values
 REFUSED_FOR_FORECASTS = {"grouped_reconstruction", "pooled"}  # write their inputs back, or one answer
 SIZED = ("hip_16", "hip_256", "hip_mini")  # the hierarchical perceiver with sizes of their own
 OF_ROWS = {  # cannot do with HEALPix cells; the encoders read no observations
@@ -53,7 +53,7 @@ def options(group: str) -> list[str]:
 
 
 def distinct(group: str, *without: str) -> list[str]:
-    apart = {*ALIASES, *SIZED, *PATCHES, OF_TOKENS[group], *REFUSED_FOR_FORECASTS, *without}
+    apart = {*ALIASES, *SIZED, *VARIANTS, OF_TOKENS[group], *REFUSED_FOR_FORECASTS, *without}
     return [name for name in options(group) if name not in apart]
 
 

@@ -28,6 +28,8 @@ class ForcedData(GriddedData):
     Raises ValueError or OSError, one sentence, where the data cannot be used.
     """
 
+    task = "emulate"
+
     def __init__(
         self,
         path: str | Sequence[str],

@@ -34,7 +34,10 @@ _AXIS = {"time": "T", "latitude": "Y", "longitude": "X", "level": "Z"}
 
 @dataclass(frozen=True)
 class Axes:
-    """Dimension names of one variable, and the coordinate variables that hold their values."""
+    """Dimension names of one variable, and the coordinate variables that hold their values.
+
+    On curvilinear grids latitude and longitude are the dimensions of rows and columns, and their coordinates 2-D.
+    """
 
     time: str | None
     latitude: str
@@ -50,7 +53,7 @@ def _kind(dataset, coordinate: str) -> str | None:
     """time, latitude, longitude, level or None, from CF attributes, else from the name."""
     attributes = {key: str(value).strip().lower() for key, value in dataset[coordinate].attrs.items()}
     units, standard_name = attributes.get("units", ""), attributes.get("standard_name", "")
-    if " since " in units:
+    if " since " in units or is_climatology(dataset, coordinate):
         return "time"
     for kind in ("latitude", "longitude"):
         if standard_name == kind or units.replace(" ", "_") in _DEGREES[kind]:
@@ -63,6 +66,33 @@ def _kind(dataset, coordinate: str) -> str | None:
         if named and not (projected and kind in ("latitude", "longitude")):
             return kind
     return None
+
+
+def is_climatology(dataset, coordinate: str) -> bool:
+    """Whether a coordinate counts the months of a year, 1 to 12, as climatologies do."""
+    variable = dataset[coordinate]
+    return (
+        coordinate.lower() == "month"
+        and variable.ndim == 1
+        and "units" not in variable.attrs
+        and np.array_equal(variable.values, np.arange(1, 13))
+    )
+
+
+def _curvilinear(dataset, name: str, dimensions: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """{latitude: (dimension of rows, 2-D coordinate), longitude: (of columns, ...)} of a variable whose last two
+    dimensions have such coordinates (those that it names first), or nothing."""
+    rows, columns = dataset[name].dims[-2:]
+    if not {rows, columns} <= set(dimensions):
+        return {}
+    named = str(dataset[name].attrs.get("coordinates", "")).split()
+    fitting = [key for key in dataset.variables if dataset[key].dims == (rows, columns) and key != name]
+    for key in sorted(fitting, key=lambda key: key not in named):
+        other = next((item for item in fitting if _kind(dataset, item) == "longitude"), None)
+        if _kind(dataset, key) == "latitude" and other is not None and np.ptp(dataset[key].values) > 0:
+            pair = next((item for item in named if item in fitting and _kind(dataset, item) == "longitude"), other)
+            return {"latitude": (rows, key), "longitude": (columns, pair)}
+    return {}
 
 
 def find_axes(dataset, name: str, path: Path) -> Axes:
@@ -84,15 +114,17 @@ def find_axes(dataset, name: str, path: Path) -> Axes:
             found[kind] = (dimension, coordinate)
         else:
             unknown.append(dimension)
+    if len(variable.dims) >= 2 and "latitude" not in found and "longitude" not in found:
+        found |= _curvilinear(dataset, name, unknown)
+        unknown = [dimension for dimension in unknown if dimension not in {pair[0] for pair in found.values()}]
     singletons = tuple(dimension for dimension in unknown if variable.sizes[dimension] == 1)
     rest = [dimension for dimension in unknown if dimension not in singletons]
     sizes = ", ".join(f"{key} {size}" for key, size in variable.sizes.items())
     for kind in ("latitude", "longitude"):
         if kind not in found:
             raise ValueError(
-                f"{name!r} in {path} has no {kind} dimension (it has {sizes}); give 1-D coordinates with units "
-                "degrees_north "
-                "and degrees_east, or choose another variable with data.variables"
+                f"{name!r} in {path} has no {kind} dimension (it has {sizes}); give coordinates, 1-D, or 2-D along its "
+                "last two dimensions, with units degrees_north and degrees_east, or choose another variable with data.variables"
             )
     if rest:
         raise ValueError(
@@ -136,6 +168,22 @@ def select_latitude(latitude: np.ndarray, region: Sequence[float] | None, path: 
             )
     selected = slice(int(rows[0]), int(rows[-1]) + 1)
     return selected, latitude[selected]
+
+
+def select_block(latitude: np.ndarray, longitude: np.ndarray, region: Sequence[float] | None, path: Path):
+    """(rows slice, columns (n,)) of a curvilinear grid: the smallest block that holds the places (H, W) of a region."""
+    inside = np.ones(latitude.shape, dtype=bool)
+    if region is not None:
+        south, north, west, east = _check_region(region)
+        width = 360.0 if east - west >= 360 else (east - west) % 360
+        inside = (latitude >= south) & (latitude <= north) & ((longitude - west) % 360 <= width)
+    rows, columns = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
+    if min(rows.size, columns.size) < 2:
+        raise ValueError(
+            f"data.region={None if region is None else list(region)} holds fewer than 2 x 2 cells of {path} (latitudes "
+            f"{latitude.min():g} to {latitude.max():g}, longitudes {longitude.min():g} to {longitude.max():g}); widen it"
+        )
+    return slice(int(rows[0]), int(rows[-1]) + 1), np.arange(columns[0], columns[-1] + 1)
 
 
 def select_longitude(

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from data.calendars import decode_times, format_time
+from data.curvilinear import CurvilinearGrid
 from data.grids import LatLonGrid
 from data.layout import Variable
-from data.sources.axes import Axes, find_axes, select_latitude, select_longitude
+from data.sources.axes import Axes, find_axes, is_climatology, select_block, select_latitude, select_longitude
 from data.sources.series import Selection, Series, SeriesFile, open_file
 
 
@@ -68,11 +69,9 @@ def _open_part(path: Path, variables, levels, region) -> Series:
                 f"{name!r} and {dynamic[0]!r} in {path} lie on different dimensions; select variables of one "
                 "grid with data.variables"
             )
-    rows, latitude = select_latitude(dataset[shared.latitude_name].values, region, path)
-    columns, longitude = select_longitude(dataset[shared.longitude_name].values, region, path)
-    values, attributes = dataset[shared.time_name].values, dataset[shared.time_name].attrs
+    rows, columns, grid = _cells(dataset, shared, region, path)
     try:
-        times, calendar = decode_times(values, attributes.get("units", ""), attributes.get("calendar", "standard"))
+        times, calendar = _times(dataset, shared.time_name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not times.size:
@@ -82,15 +81,34 @@ def _open_part(path: Path, variables, levels, region) -> Series:
         for selection, variable in _levels_of(dataset, name, axes[name], levels, path):
             selections.append(selection)
             described.append(variable)
-    try:
-        grid = LatLonGrid(latitude, longitude)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; correct the file's coordinates") from error
     static = [name for name in names if axes[name].time is None]
     file = SeriesFile(path, times.size, rows, columns, selections, [Selection(name, axes[name]) for name in static])
     static_variables = tuple(Variable(name, units=_units(dataset, name)) for name in static)
     dataset.close()
     return Series(tuple(described), static_variables, grid, times, calendar, [file])
+
+
+def _cells(dataset, axes: Axes, region, path: Path) -> tuple[slice, np.ndarray, LatLonGrid | CurvilinearGrid]:
+    """Rows, columns and grid of what a region selects."""
+    latitude, longitude = dataset[axes.latitude_name].values, dataset[axes.longitude_name].values
+    if curvilinear := latitude.ndim == 2:
+        rows, columns = select_block(latitude, longitude, region, path)
+        latitude, longitude = latitude[rows][:, columns], longitude[rows][:, columns]
+    else:
+        rows, latitude = select_latitude(latitude, region, path)
+        columns, longitude = select_longitude(longitude, region, path)
+    try:
+        return rows, columns, (CurvilinearGrid if curvilinear else LatLonGrid)(latitude, longitude)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; correct the file's coordinates") from error
+
+
+def _times(dataset, name: str) -> tuple[np.ndarray, str]:
+    """(N,) int64 seconds since 1970-01-01 and the calendar they are in; months of a climatology stand for 2001."""
+    values, attributes = dataset[name].values, dataset[name].attrs
+    if is_climatology(dataset, name):
+        return decode_times((values - 0.5) * 365 / 12, "days since 2001-01-01", "noleap")
+    return decode_times(values, attributes.get("units", ""), attributes.get("calendar", "standard"))
 
 
 def _resolve_names(dataset, variables: Sequence[str] | None, path: Path) -> list[str]:

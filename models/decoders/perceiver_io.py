@@ -14,13 +14,14 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from data.batch import Query
+from data.grids import Grid
 from data.layout import Layout
 from models.attention import AttentionLayer, Context, Modulation
 from models.attention.multi_head import KV_MODES
 from models.conditioning.moment import Moment
 from models.decoders.place_queries import PlaceQueries
-from models.decoders.windows import Windows
-from models.initialisation import linear_, zeros_
+from models.decoders.windows import OWN_FEATURES, Windows, WindowTables
+from models.initialisation import head_, linear_, zeros_
 from models.latents import LatentLayout, Latents
 from models.patches import patches_of
 from models.positions.fourier import fourier_features, frequencies
@@ -38,8 +39,10 @@ class PerceiverIODecoder(PlaceQueries):
         around it; needs local windows).
     features: side (odd number of cells) of the neighbourhood of input values that joins each query where an input
         shares the target's grid; 0: none. The input itself as the query, as the paper does for optical flow.
+    stencil: side (odd number of points) of the stencil of places around each query at which every input is sampled,
+        whatever its grid; 0: none. With features=0 outputs may be asked for on any grid.
     scope: global, local (the `window` x `window` latent cells around each place, on HEALPix too) or auto (local on
-        latents in rows and columns).
+        latents in rows and columns). blend: windows overlap by one ring, with raised-cosine weights.
     query_residual: whether the query is added to what it read. moment: whether queries and norms know the calendar and
         the lead time; without it all lead times are decoded alike. calendar: what is known of the target's date
         (season_and_hour, hour, none). output_norm: a norm before the head.
@@ -65,6 +68,8 @@ class PerceiverIODecoder(PlaceQueries):
         features: int = 0,
         scope: str = "auto",
         window: int = 3,
+        blend: bool = False,
+        stencil: int = 0,
         num_bands: int = 8,
         spacing: str = "linear",
         query_residual: bool = True,
@@ -89,21 +94,20 @@ class PerceiverIODecoder(PlaceQueries):
             num_bands=num_bands,
             spacing=spacing,
             chunk_size=chunk_size,
+            stencil=stencil,
         )
         described = layout.targets[target]
         self.zero_head = zero_head
         gridded = latent_layout.grid_shape is not None  # of rows and columns
-        self.windows = None
+        self.windows, self.other_windows = None, {}  # of the target's grid, and of others, made when they are asked for
         if scope == "global" and queries == "local":
             raise ValueError("model.decoder.queries=local needs windows; use model.decoder.scope=local")
         if scope == "local" or (scope == "auto" and gridded):
-            patches = patches_of(latent_layout.grid, latent_layout.patch_size)
-            windows = Windows.of(patches, described.grid.coordinates, window)
-            self.windows = _Buffers(windows, latent_layout.frames, latent_layout.num_tokens)
+            self._windows_options = dict(size=window, blend=blend)
+            self._latents = latent_layout
+            self.windows = self._windows_over(described.grid)
             self.window_bias = nn.Sequential(nn.Linear(2, 32), nn.GELU(), nn.Linear(32, num_heads))
-            own = fourier_features(2 * windows.own, [frequencies(4, 4.0).float()] * 2)
-            self.register_buffer("own_features", own, persistent=False)  # (P, F)
-            self.own_position = nn.Linear(own.shape[1], hidden_size, bias=False)
+            self.own_position = nn.Linear(OWN_FEATURES, hidden_size, bias=False)
         self.reads_coordinates = self.windows is None and queries == "coordinates"
         self.moment = Moment(hidden_size, num_norms=2, calendar=calendar) if moment else None
         self.layer = AttentionLayer(
@@ -145,21 +149,18 @@ class PerceiverIODecoder(PlaceQueries):
         if self.windows is not None:
             linear_(self.own_position)
             zeros_(self.window_bias[2])  # every window token starts equally near
-        if self.zero_head:
-            zeros_(self.head)  # the first prediction is the target's reference
-        else:
-            linear_(self.head)
+        head_(self.head, zero=self.zero_head)
 
     def forward(self, latents: Latents, query: Query) -> Tensor:
         tokens = rearrange(latents.tokens, "b t n d -> b (t n) d")
         valid = None if latents.valid is None else rearrange(latents.valid, "b t n -> b (t n)")
-        places = self._places(query)  # (B or 1, P, D)
+        places = self.place_queries(query)  # (B or 1, P, D): what is known of the places whatever the time
         moment, modulation = self._moment(query, places)
         context = self.layer.prepare(tokens, mask=valid, num_queries=moment.shape[1] * places.shape[1])
         if self.windows is None:
             output = self._decode_global(places, moment, modulation, context)  # (B, L or 1, P, K)
         else:
-            output = self._decode_local(places, moment, modulation, context, self.windows.of_places(query.places))
+            output = self._decode_local(places, moment, modulation, context, query)
         output = output.expand(-1, query.times.shape[1], -1, -1)
         return rearrange(output, "b l p k -> b l k p").unflatten(-1, query.shape)
 
@@ -175,11 +176,19 @@ class PerceiverIODecoder(PlaceQueries):
         moment, film = self.moment(query)
         return moment, Modulation(*film)
 
-    def _places(self, query: Query) -> Tensor:
-        """(B or 1, P, D): what is known of the places whatever the time."""
-        if self.windows is None:
-            return self.place_queries(query)
-        return self.place_queries(query, self.own_position(self.chosen(self.own_features, query)))
+    def _windows_over(self, grid: Grid) -> WindowTables:
+        latents = self._latents
+        patches = patches_of(latents.grid, latents.patch_size)
+        return WindowTables(
+            Windows.of(patches, grid.coordinates, **self._windows_options), latents.frames, latents.num_tokens
+        )
+
+    def _windows_of(self, grid: Grid) -> WindowTables:
+        if self.is_own(grid):
+            return self.windows
+        if grid not in self.other_windows:
+            self.other_windows[grid] = self._windows_over(grid)
+        return self.other_windows[grid].to(self.head.weight)
 
     def _read(self, queries: Tensor, context: Context, **arguments) -> Tensor:
         """(B, n, D) -> (B, n, K)."""
@@ -196,17 +205,19 @@ class PerceiverIODecoder(PlaceQueries):
         return torch.cat(decoded, dim=2)
 
     def _decode_local(
-        self, places: Tensor, moment: Tensor, modulation: Modulation | None, context: Context, tables: dict[str, Tensor]
+        self, places: Tensor, moment: Tensor, modulation: Modulation | None, context: Context, query: Query
     ) -> Tensor:
-        windows, leads = self.windows, moment.shape[1]
+        windows, leads = self._windows_of(query.grid), moment.shape[1]
+        tables = windows.of_places(query.places)
         # Few patterns are looked up; where every group has its own they are made with the group, to save memory.
         shared = windows.offsets.shape[0] < windows.points.shape[0]
-        biases = self._bias(windows.offsets) if shared else None
+        biases, owns = (self._bias(windows.offsets), self.own_position(windows.own)) if shared else (None, None)
         decoded = []
         groups = max(1, self.chunk_size // windows.points.shape[1])
         split = (tables[name].split(groups) for name in ("points", "pattern", "tokens", "inside"))
         for points, pattern, tokens, inside in zip(*split, strict=True):
-            queries = places[:, points][:, :, None] + moment[:, None, :, None]  # (B, G, L, s, D)
+            own = owns[pattern] if shared else self.own_position(windows.own[pattern])  # (G, s, D)
+            queries = (places[:, points] + own)[:, :, None] + moment[:, None, :, None]  # (B, G, L, s, D)
             repeats = {"b": moment.shape[0], "g": points.shape[0]}
             bias = biases[pattern] if shared else self._bias(windows.offsets[pattern])
             near = torch.where(inside[:, None, None], windows.tiled(bias), -torch.inf)  # (G, h, s, m)
@@ -217,7 +228,7 @@ class PerceiverIODecoder(PlaceQueries):
                 modulation=modulation and modulation.repeated(points.shape[0]),
             )
             decoded.append(rearrange(read, "(b g) (l s) k -> b l (g s) k", l=leads, **repeats))
-        return torch.cat(decoded, dim=2)[:, :, tables["slot"]]
+        return windows.joined(torch.cat(decoded, dim=2), tables)
 
     def _bias(self, offsets: Tensor) -> Tensor:
         """(u, s, m, 2) -> (u, h, s, m)."""
@@ -230,40 +241,3 @@ def _windowed(context: Context, tokens: Tensor, inside: Tensor) -> Context:
     values = rearrange(context.values[:, :, tokens], "b h g m d -> (b g) h m d")
     mask = None if context.mask is None else rearrange(inside & context.mask[:, tokens], "b g m -> (b g) m")
     return replace(context, keys=keys, values=values, mask=mask)
-
-
-class _Buffers(nn.Module):
-    """The tables of `Windows` as buffers that follow the model to its device, over all latent frames."""
-
-    def __init__(self, windows: Windows, frames: int, num_tokens: int):
-        super().__init__()
-        self.frames = frames
-        shift = torch.arange(frames, device="cpu")[:, None] * num_tokens
-        tokens = rearrange(windows.tokens[:, None] + shift, "g t m -> g (t m)")
-        inside = repeat(windows.inside, "g m -> g (t m)", t=frames)
-        for name, table in {**vars(windows), "tokens": tokens, "inside": inside}.items():
-            if name != "own":
-                self.register_buffer(name, table, persistent=False)
-
-    def of_places(self, places: Tensor | None) -> dict[str, Tensor]:
-        """Tables of the groups that hold these places (P',), points and slots counted among them; None: all."""
-        tables = {name: getattr(self, name) for name in ("points", "pattern", "tokens", "inside", "slot")}
-        if places is None:
-            return tables
-        slots = self.points.shape[1]
-        group, row = torch.unique(self.slot[places] // slots, return_inverse=True)
-        number = torch.zeros_like(self.slot)  # slots of places that were not asked for read the first one, unused
-        number[places] = torch.arange(places.shape[0], device=places.device)
-        tables = {name: table[group] for name, table in tables.items() if name != "slot"}
-        return tables | {"points": number[tables["points"]], "slot": row * slots + self.slot[places] % slots}
-
-    def draw(self, fraction: float) -> Tensor:
-        """(P',) the places of a random share of the groups."""
-        groups, slots = self.points.shape
-        drawn = torch.zeros(groups, dtype=torch.bool)
-        drawn[torch.randperm(groups)[: max(1, round(fraction * groups))]] = True
-        return torch.nonzero(drawn.to(self.slot.device)[self.slot // slots])[:, 0]
-
-    def tiled(self, bias: Tensor) -> Tensor:
-        """(G, h, s, m) of one frame -> (G, h, s, T m)."""
-        return repeat(bias, "g h s m -> g h s (t m)", t=self.frames)

@@ -5,14 +5,16 @@ Perceiver IO (arXiv:2107.14795, section 3.2). Letters: B batch, P places, D quer
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from data.batch import Query
-from data.grids import ROWS_AND_COLUMNS
+from data.grids import ROWS_AND_COLUMNS, Grid
 from data.layout import Layout
+from models.decoders.stencil import InputStencil
 from models.initialisation import linear_, table_
 from models.patches import neighbourhoods
 from models.positions.fourier import geographic_features, index_features
@@ -24,6 +26,8 @@ class PlaceQueries(nn.Module):
     position: fourier (features of the places), index (of the index along every axis, whatever place that is), table
     (learned, one row a place) or none. features: side (odd number of
     cells) of the neighbourhood of input values that joins each query where an input shares the target's grid, 0: none.
+    stencil: side (odd number of points) of the stencil at which every input joins it (`InputStencil`), 0: none.
+    writes_any_grid: whether queries may be of other grids than the target's.
     chunk_size: places decoded at a time (None: all). Raises ValueError on values not allowed.
     """
 
@@ -38,6 +42,7 @@ class PlaceQueries(nn.Module):
         num_bands: int,
         spacing: str,
         chunk_size: int | None,
+        stencil: int = 0,
     ):
         super().__init__()
         if features < 0 or (features and features % 2 == 0):
@@ -66,6 +71,10 @@ class PlaceQueries(nn.Module):
         if self.feature_size and not isinstance(self.grid, ROWS_AND_COLUMNS):
             self.feature_size = 1  # scattered places have no neighbours
         self.feature = nn.Linear(channels * self.feature_size**2, hidden_size) if self.feature_size else None
+        self.stencil = InputStencil(layout, hidden_size, side=stencil) if stencil else None
+        self.writes_any_grid = position in ("fourier", "none") and not self.feature_size
+        self.register_buffer("blank", torch.zeros(1, 1, hidden_size, device="cpu"), persistent=False)
+        self.elsewhere: dict[Grid, Tensor] = {}  # features of the places of other grids
 
     def initialise(self) -> None:
         if self.position is not None:
@@ -81,23 +90,36 @@ class PlaceQueries(nn.Module):
         drawn = torch.randperm(points)[: max(1, round(fraction * points))]
         return drawn.to(next(self.parameters()).device)
 
-    def place_queries(self, query: Query, *more: Tensor) -> Tensor:
-        """more: (P, D) that a subclass knows of the places that are asked for."""
-        parts = [part[None] for part in more]
+    def place_queries(self, query: Query) -> Tensor:
+        parts = []
         if self.table is not None:
             parts.append(self.chosen(self.table, query)[None])
         if self.position is not None:
             parts.append(self.position(self._features(query)))
         if self.feature is not None:
             parts.append(self.feature(self._around(query)))
-        return sum(parts)
+        if self.stencil is not None:
+            parts.append(self.stencil(query))
+        return sum(parts) if parts else self.blank.expand(1, math.prod(query.shape), -1)
 
     def _features(self, query: Query) -> Tensor:
         """(B or 1, P, F): of the places that are asked for."""
         if query.coordinates is None:
-            return self.chosen(self.places, query)[None]
+            return self.chosen(self._places_of(query.grid), query)[None]
         places = query.coordinates if query.places is None else query.coordinates[:, query.places]
         return self.features(places).to(self.places.dtype)
+
+    def _places_of(self, grid: Grid) -> Tensor:
+        """(P, F)"""
+        if self.is_own(grid):
+            return self.places
+        if grid not in self.elsewhere:
+            self.elsewhere[grid] = self.features(grid.coordinates)
+        return self.elsewhere[grid].to(self.places)
+
+    def is_own(self, grid: Grid) -> bool:
+        """Whether it is the grid that the decoder was built for."""
+        return grid is self.grid or grid == self.grid
 
     @staticmethod
     def chosen(table: Tensor, query: Query) -> Tensor:
