@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 
 
-def compiled(kernel, types: dict[str, str], constants: dict, *, num_warps: int, num_stages: int = 3):
+def compiled(kernel, types: dict[str, str], constants: dict, **options: int):
     """Triton's result: `asm` holds every stage of the code, `metadata` what it needs.
 
     types: of all run-time arguments, as `*bf16` or `i32`; pointers count as aligned to 16 bytes. constants: values of
-    the compile-time arguments.
+    the compile-time arguments. options: `num_warps`, `num_stages`, `maxnreg`.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -23,18 +23,17 @@ def compiled(kernel, types: dict[str, str], constants: dict, *, num_warps: int, 
         if signature[name].startswith("*")
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def resources(kernel, types: dict[str, str], constants: dict, *, num_warps: int, num_stages: int = 3) -> dict[str, int]:
+def resources(kernel, types: dict[str, str], constants: dict, **options: int) -> dict[str, int]:
     """Registers of a thread, bytes of stack (spilled registers) of a thread and of shared memory of a program.
 
     Arguments are those of `compiled`.
     """
     import triton
 
-    result = compiled(kernel, types, constants, num_warps=num_warps, num_stages=num_stages)
+    result = compiled(kernel, types, constants, **options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])

@@ -3,6 +3,7 @@
 Sizes are those of HealDA v2: 64 query heads of width 32, 2 key/value heads, tokens of width 32.
 """
 
+import math
 import re
 
 import pytest
@@ -82,9 +83,30 @@ def test_shipped_configurations_spill_no_registers(name, precision, heads, group
     of_call = launches.constants(heads, 32, torch.empty(32 * groups, 32, device="meta"), precision, bias=True)
     config = of_kind[launches.kind(precision, of_call)].default((9, 0))
     types, constants = _arguments(kernel, precision, heads, groups, TILE=config["TILE"])
-    warps, stages = config["num_warps"], config["num_stages"]
-    needs = resources(kernel, types, constants, num_warps=warps, num_stages=stages)
+    options = {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config}
+    needs = resources(kernel, types, constants, **options)
     assert needs["stack"] == 0
     # All programs that the configuration asks of a multiprocessor run at once.
-    assert config["programs"] * 32 * warps * needs["registers"] <= 65_536
+    of_warp = 32 * 8 * math.ceil(needs["registers"] / 8)
+    assert config["programs"] * config["num_warps"] * of_warp <= 65_536
     assert config["programs"] * needs["shared"] <= 227 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [32, 64, 128])
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_joining_pieces_spills_no_registers(precision, columns):
+    """However wide tokens are."""
+    from kernels.pixel_attention import device_code, launches
+
+    of_call = launches.constants(64, 32, torch.empty(64, columns, device="meta"), precision, bias=True)
+    joined = {"C": of_call["C"], "COLUMNS": columns, "PIECES": launches.joined_pieces(of_call)}
+    for kernel, sizes in (
+        (device_code.join, joined | {"ROWS": launches.JOINED_ROWS}),
+        (
+            device_code.add_pieces,
+            {"NUMBERS": 2048, "BLOCK": launches.ADDED_NUMBERS, "PIECES": launches.ADDED_PIECES},
+        ),
+    ):
+        types, constants = _arguments(kernel, precision, **sizes)
+        assert resources(kernel, types, constants, num_warps=4)["stack"] == 0

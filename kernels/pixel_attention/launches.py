@@ -17,23 +17,25 @@ from kernels.tuning import Config, Tuning
 BITS = {"fp32": 32, "tf32": 32, "bf16": 16, "fp16": 16}
 WIDEST = 128  # query heads, columns of the keys of all heads (g d), and of tokens: a tile holds all of them
 JOINED_ROWS, ADDED_NUMBERS = 16, 512  # of a program of the passes that bring pieces together
-JOINED_PIECES = 16  # that it reads at once
+ADDED_PIECES = 16  # that it reads at once
+JOINED_NUMBERS = 512  # of a head, that it reads at once: 16 pieces of 32 numbers; 16 of 128 would spill registers
 JOINING = 4  # such programs a multiprocessor: mostly they find nothing to do
 INTERPRETED_PROGRAMS = 3  # on the CPU, for tests: fewer than items, so that programs take several
 _SOURCES = (Path(__file__), Path(__file__).with_name("device_code.py"))
 
 
-def _tuning(name: str, *choices: tuple[int, int, int, int]) -> Tuning:
-    names = ("TILE", "num_warps", "num_stages", "programs")
-    return Tuning(f"pixel_attention_{name}", [dict(zip(names, choice, strict=True)) for choice in choices], _SOURCES)
+def _tuning(name: str, *choices: tuple[int, ...]) -> Tuning:
+    names = ("TILE", "num_warps", "num_stages", "programs", "maxnreg")
+    return Tuning(f"pixel_attention_{name}", [dict(zip(names, choice, strict=False)) for choice in choices], _SOURCES)
 
 
-# Tokens of a tile, warps, stages, programs a multiprocessor, for products of 16 and of 32 bits. At the sizes of HealDA
-# v2 the first of each spills no registers (exact float32, backward: 32 bytes a thread, none in the loop over tokens).
+# Tokens of a tile, warps, stages, programs a multiprocessor and, where compilers differ (Triton 3.6 would take 131), the
+# registers of a thread that these programs leave; for products of 16 and of 32 bits. At the sizes of HealDA v2 the first
+# of each spills no registers (exact float32, backward: 32 bytes a thread, none in the loop over tokens).
 # Wide: more than 64 heads, or keys of all heads wider than 64. 16 bits spill nothing there either (128 heads of 2
 # groups, 64 of 4); 32 bits, backward, spill 120 bytes a thread.
 FORWARD = {
-    "16": _tuning("forward_16", (64, 4, 3, 4), (64, 4, 2, 6), (32, 4, 3, 4), (32, 4, 2, 8), (128, 8, 2, 2)),
+    "16": _tuning("forward_16", (64, 4, 3, 4, 128), (64, 4, 2, 6), (32, 4, 3, 4), (32, 4, 2, 8), (128, 8, 2, 2)),
     "16_wide": _tuning("forward_16_wide", (64, 4, 3, 2), (64, 8, 2, 1), (32, 8, 2, 1)),
     "32": _tuning("forward_32", (32, 4, 3, 4), (64, 4, 2, 3), (32, 4, 2, 2)),
     "32_wide": _tuning("forward_32_wide", (32, 8, 2, 1), (64, 8, 2, 1)),
@@ -86,6 +88,11 @@ def constants(heads: int, width: int, key_weight: Tensor, precision: str, bias: 
         "TYPE": types.get(precision, tl.float32),
         "PRECISION": "tf32" if precision == "tf32" else "ieee",
     }
+
+
+def joined_pieces(constant: dict) -> int:
+    """Pieces that a program of `join` reads at once."""
+    return JOINED_NUMBERS // constant["C"]
 
 
 def _programs(most: int, each: int, device: torch.device) -> int:
@@ -144,7 +151,7 @@ def _forward(
                 *(means, logs, value_weight, bias, items, count, output, logsum),
                 **constant,
                 ROWS=JOINED_ROWS,
-                PIECES=JOINED_PIECES,
+                PIECES=joined_pieces(constant),
             )
     return output, logsum
 
@@ -210,7 +217,7 @@ def _backward(
                 query_gradient,
                 NUMBERS=heads * width,
                 BLOCK=ADDED_NUMBERS,
-                PIECES=JOINED_PIECES,
+                PIECES=ADDED_PIECES,
             )
     key_gradient, value_gradient = sums[0].sum(0)[:, :rows, :columns]
     return (
