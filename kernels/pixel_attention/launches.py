@@ -29,9 +29,9 @@ def _tuning(name: str, *choices: tuple[int, ...]) -> Tuning:
     return Tuning(f"pixel_attention_{name}", [dict(zip(names, choice, strict=False)) for choice in choices], _SOURCES)
 
 
-# Tokens of a tile, warps, stages, programs a multiprocessor and, where compilers differ (Triton 3.6 would take 131), the
-# registers of a thread that these programs leave; for products of 16 and of 32 bits. At the sizes of HealDA v2 the first
-# of each spills no registers (exact float32, backward: 32 bytes a thread, none in the loop over tokens).
+# Tokens of a tile, warps, stages, programs a multiprocessor and, where compilers differ (Triton 3.6 would take 131),
+# the registers of a thread that these programs leave; for products of 16 and of 32 bits. At the sizes of HealDA v2 the
+# first of each spills no registers (exact float32, backward: 32 bytes a thread, none in the loop over tokens).
 # Wide: more than 64 heads, or keys of all heads wider than 64. 16 bits spill nothing there either (128 heads of 2
 # groups, 64 of 4); 32 bits, backward, spill 120 bytes a thread.
 FORWARD = {
