@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from data.calendars import format_time
-from data.datasets.cache import mapped_array, time_blocks
+from data.datasets.cache import time_blocks
+from data.datasets.series_data import SeriesData
 from data.datasets.splits import split_times
-from data.grids import LatLonGrid
 from data.layout import Variable
 from data.sources.location import locate
 from data.sources.means import DailyMeans
 from data.sources.netcdf import open_series
-
-CACHES = ("none", "ram", "memmap")
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Summary:
     maximum: np.ndarray
 
 
-class GriddedData:
+class GriddedData(SeriesData):
     """Variables on one grid along one time axis, read lazily. Picklable.
 
     path: `catalogue:<file>`, `synthetic:weather`, a NetCDF file, a Zarr store, a glob or a list (joined along time).
@@ -53,7 +51,6 @@ class GriddedData:
     Raises ValueError or OSError, one sentence, where the data cannot be used.
     """
 
-    available = True
     task = "forecast"  # what suits this data
 
     def __init__(
@@ -74,10 +71,7 @@ class GriddedData:
         shared_climatology: bool = False,
         recommended: Mapping | None = None,
     ):
-        if cache not in CACHES:
-            raise ValueError(f"data.cache={cache} is unknown; allowed: {', '.join(CACHES)}")
-        if num_workers < 0:
-            raise ValueError(f"data.num_workers={num_workers} is negative; 0 loads in the training process")
+        self.set_loading(cache=cache, num_workers=num_workers, fake=fake, inspect=inspect, recommended=recommended)
         if isinstance(variables, str):
             variables = [variables]
         self.path = path if isinstance(path, str) else list(path)
@@ -89,54 +83,10 @@ class GriddedData:
         )
         if daily_means:
             self.series = DailyMeans.of(self.series)
-        self.cache, self.num_workers, self.fake, self.inspect = cache, num_workers, fake, inspect
         self.annual_harmonics, self.diurnal_harmonics = annual_harmonics, diurnal_harmonics
         self.shared_climatology = shared_climatology
-        self.recommended = dict(recommended or {})
         parts = split_times(self.series.times, split, self.series.calendar)
         self.splits, self.training_period = parts.indices, parts.training_period
-        self._array: np.ndarray | None = None
-
-    def __getstate__(self):
-        # Memory maps and arrays in RAM are opened again by the process that reads.
-        return {**self.__dict__, "_array": None}
-
-    @property
-    def variables(self) -> tuple[Variable, ...]:
-        return self.series.variables
-
-    @property
-    def grid(self) -> LatLonGrid:
-        return self.series.grid
-
-    @property
-    def times(self) -> np.ndarray:
-        """(N,) int64 seconds since 1970-01-01 of `calendar`."""
-        return self.series.times
-
-    @property
-    def calendar(self) -> str:
-        return self.series.calendar
-
-    @property
-    def step(self) -> int:
-        """Nominal seconds between frames."""
-        return self.series.step
-
-    @cached_property
-    def segments(self) -> np.ndarray:
-        """(N,) int64: frames with the same number follow each other without a gap in time."""
-        return self.series.segments
-
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """(n, C, H, W) float32 in physical units, NaN where missing; indices (n,) into `times`, any order."""
-        indices = np.asarray(indices, dtype=np.int64)
-        if self.cache == "none":
-            return torch.from_numpy(self.series.read(indices))
-        if self._array is None:
-            whole = self.cache == "ram"
-            self._array = self.series.read(np.arange(self.times.size)) if whole else mapped_array(self.series)
-        return torch.from_numpy(self._array[indices])
 
     @property
     def static_variables(self) -> tuple[Variable, ...]:

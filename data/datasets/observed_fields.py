@@ -17,10 +17,8 @@ from torch import Tensor
 
 from data.calendars import format_time
 from data.datasets.assimilation_data import AssimilationData, FieldStatistics, evenly_spread, merged, statistics_of
-from data.datasets.cache import mapped_array
 from data.datasets.field_series import RegriddedSeries, open_fields
-from data.datasets.gridded import CACHES
-from data.grids import Grid
+from data.datasets.series_data import SeriesData
 from data.layout import ObservationLayout, Variable
 from data.quality_control import QualityControl, QualityReport
 from data.sources.location import locate
@@ -36,7 +34,7 @@ _SAMPLED_FRAMES = 256  # of the training period, for the statistics of fields
 _SAMPLED_ROWS = 2_000_000  # about so many rows of the training period, for the statistics of channels
 
 
-class ObservedFields(AssimilationData):
+class ObservedFields(SeriesData, AssimilationData):
     """Truth on a grid, and observations around its times; ids and their number come from the files.
 
     fields: `catalogue:<file>`, NetCDF or Zarr, a glob or a list (joined along time); a HEALPix store is one path.
@@ -76,12 +74,9 @@ class ObservedFields(AssimilationData):
         inspect: bool = False,
         recommended: Mapping | None = None,
     ):
-        if cache not in CACHES:
-            raise ValueError(f"data.cache={cache} is unknown; allowed: {', '.join(CACHES)}")
-        if num_workers < 0:
-            raise ValueError(f"data.num_workers={num_workers} is negative; 0 loads in the training process")
+        self.set_loading(cache=cache, num_workers=num_workers, fake=fake, inspect=inspect, recommended=recommended)
         self.path, self.observations_path, self.split = fields, observations, dict(split)
-        self._series = open_fields(
+        self.series = open_fields(
             locate(fields, setting="data.fields"),
             variables=None if variables is None else [str(name) for name in variables],
             levels=None if levels is None else [float(item) for item in levels],
@@ -91,19 +86,11 @@ class ObservedFields(AssimilationData):
             order=order,
         )
         self.files = ObservationFiles(locate(observations, setting="data.observations"), format=format)
-        self.cache = cache
         self.valid_ranges, self.dropped_channels = dict(valid_ranges or {}), tuple(dropped_channels)
         self.keep_rejected = keep_rejected
         self.annual_harmonics, self.diurnal_harmonics = annual_harmonics, diurnal_harmonics
-        self.num_workers, self.fake, self.inspect = num_workers, fake, inspect
-        self.recommended = dict(recommended or {})
         self.quality_report = QualityReport()  # of everything read in this process
-        self._array: np.ndarray | None = None
         self._check_overlap()
-
-    def __getstate__(self):
-        # Memory maps and arrays in RAM are opened again by the process that reads.
-        return {**self.__dict__, "_array": None}
 
     def _check_overlap(self) -> None:
         """Raises ValueError where no observation lies within the time of the fields, or none in training."""
@@ -129,46 +116,14 @@ class ObservedFields(AssimilationData):
     # Fields
 
     @property
-    def variables(self) -> tuple[Variable, ...]:
-        return self._series.variables
-
-    @property
-    def grid(self) -> Grid:
-        return self._series.grid
-
-    @property
-    def times(self) -> np.ndarray:
-        """(N,) int64 seconds since 1970 UTC."""
-        return self._series.times
-
-    @property
-    def step(self) -> int:
-        return self._series.step
-
-    @property
-    def segments(self) -> np.ndarray:
-        """(N,) int64: frames with the same number follow each other without a gap in time."""
-        return self._series.segments
-
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """(n, C, *grid.shape) float32, physical, NaN where missing."""
-        indices = np.asarray(indices, dtype=np.int64)
-        if self.cache == "none":
-            return torch.from_numpy(self._series.read(indices))
-        if self._array is None:
-            whole = self.cache == "ram"
-            self._array = self._series.read(np.arange(self.times.size)) if whole else mapped_array(self._series)
-        return torch.from_numpy(self._array[indices])
-
-    @property
     def static_variables(self) -> tuple[Variable, ...]:
-        return self._series.static_variables or PLACE
+        return self.series.static_variables or PLACE
 
     @cached_property
     def static(self) -> Tensor:
         """(S, *grid.shape) float32: the fields without time, else the place on the unit sphere."""
-        if self._series.static_variables:
-            return torch.from_numpy(self._series.read_static())
+        if self.series.static_variables:
+            return torch.from_numpy(self.series.read_static())
         latitude, longitude = torch.deg2rad(self.grid.coordinates).unbind(dim=-1)
         across = latitude.cos()
         place = torch.stack([across * longitude.cos(), across * longitude.sin(), latitude.sin()])
@@ -246,9 +201,9 @@ class ObservedFields(AssimilationData):
     def _reached(self) -> np.ndarray:
         """(X,) bool: cells that take values from the fields."""
         reached = np.ones(self.grid.num_points, dtype=bool)
-        if isinstance(self._series, RegriddedSeries):
+        if isinstance(self.series, RegriddedSeries):
             reached[:] = False
-            reached[self._series.regridder.rows.numpy()] = True
+            reached[self.series.regridder.rows.numpy()] = True
         return reached
 
     def observations(self, indices: Sequence[int], window: tuple[int, int]) -> Table:

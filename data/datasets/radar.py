@@ -11,18 +11,15 @@ from torch import Tensor
 
 from data.calendars import format_time
 from data.datasets.radar_frames import RadarFrames
+from data.datasets.series_data import SeriesData
 from data.datasets.splits import split_times
 from data.grids import PlanarGrid
-from data.layout import Variable
-from data.rainfall import RATE_UNITS
 from data.sources.location import locate
 from data.sources.radar import open_radar
 
-CACHES = ("none", "ram")
 
-
-class RadarData:
-    """Rain rates on rows and columns along one time axis without gaps: a frame that is missing is there, as NaN.
+class RadarData(SeriesData):
+    """Rain rates (n, H, W) along one time axis without gaps: a frame that is missing is there, as NaN.
 
     path: `catalogue:<file>`, a NetCDF file, a glob or a list. variable, kind, pixel: see `open_radar`.
     window: [[first row, last row + 1], [first column, last column + 1]], where forecasts are made and scored; pixels
@@ -33,8 +30,8 @@ class RadarData:
     Raises ValueError or OSError, one sentence, where the data cannot be used.
     """
 
-    available = True
     task = "nowcast"  # what suits this data
+    caches = ("none", "ram")
 
     def __init__(
         self,
@@ -51,30 +48,12 @@ class RadarData:
         inspect: bool = False,
         recommended: Mapping | None = None,
     ):
-        if cache not in CACHES:
-            raise ValueError(f"data.cache={cache} is unknown; allowed: {', '.join(CACHES)}")
-        if num_workers < 0:
-            raise ValueError(f"data.num_workers={num_workers} is negative; 0 loads in the training process")
+        self.set_loading(cache=cache, num_workers=num_workers, fake=fake, inspect=inspect, recommended=recommended)
         self.path = path if isinstance(path, str) else list(path)
         self.series = open_radar(locate(path), variable=variable, kind=kind, pixel=pixel)
         self.rows, self.columns = _window(window, self.grid)
-        self.cache, self.num_workers, self.fake, self.inspect = cache, num_workers, fake, inspect
-        self.recommended = dict(recommended or {})
         parts = split_times(self.times, split, self.calendar)
         self.splits, self.training_period = parts.indices, parts.training_period
-        self._frames: Tensor | None = None
-
-    def __getstate__(self):
-        return {**self.__dict__, "_frames": None}
-
-    @property
-    def variables(self) -> tuple[Variable, ...]:
-        return (Variable("rain_rate", RATE_UNITS),)
-
-    @property
-    def grid(self) -> PlanarGrid:
-        """Of the whole image."""
-        return self.series.grid
 
     @cached_property
     def target_grid(self) -> PlanarGrid:
@@ -82,31 +61,9 @@ class RadarData:
         return self.grid.window(self.rows, self.columns)
 
     @property
-    def times(self) -> np.ndarray:
-        """(N,) int64 seconds since 1970-01-01 of `calendar`, `step` apart."""
-        return self.series.times
-
-    @property
-    def calendar(self) -> str:
-        return self.series.calendar
-
-    @property
-    def step(self) -> int:
-        return self.series.step
-
-    @property
     def present(self) -> np.ndarray:
         """(N,) bool: False for missing frames."""
         return self.series.present
-
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """(n, H, W) float32 mm/h, NaN out of range and in missing frames; indices (n,) into `times`, any order."""
-        indices = np.asarray(indices, dtype=np.int64)
-        if self.cache == "none":
-            return torch.from_numpy(self.series.read(indices))
-        if self._frames is None:
-            self._frames = torch.from_numpy(self.series.read(np.arange(self.times.size)))
-        return self._frames[torch.from_numpy(indices)]
 
     @cached_property
     def frames(self) -> RadarFrames:

@@ -10,7 +10,8 @@ import numpy as np
 
 from data.calendars import decode_times, format_time
 from data.grids import EARTH_RADIUS_KM, PlanarGrid
-from data.rainfall import KINDS, kind_of_units, to_rate
+from data.layout import Variable
+from data.rainfall import KINDS, RATE_UNITS, kind_of_units, to_rate
 from data.sources.series import first_line, open_file
 
 _DEGREE_KM = np.pi / 180 * EARTH_RADIUS_KM
@@ -32,6 +33,15 @@ class RadarSeries:
     calendar: str
     files: list[Path]
     sources: np.ndarray
+
+    @property
+    def variables(self) -> tuple[Variable, ...]:
+        return (Variable("rain_rate", RATE_UNITS),)
+
+    @property
+    def segments(self) -> np.ndarray:
+        """(N,) zeros: no frame is left out."""
+        return np.zeros(self.times.size, dtype=np.int64)
 
     @property
     def present(self) -> np.ndarray:
