@@ -114,7 +114,7 @@ def _write_report(
         for made, field in (("mean", members.mean(dim=1)), ("one member", members[:, 0])):
             figure = plots.maps(blocks.places, variable.label, variable.units, truth, field, leads, made=made)
             body.append(picture(figure, f"maps of truth, {made} and error of {variable.label}"))
-    curve = plots.training_curve(run.metrics)
+    curve = plots.training_curve(run.metrics, unit="nats")
     if curve is not None:
         body += ["<h2>Training</h2>", picture(curve, "training and validation loss")]
     write_page(folder, run, body)

@@ -210,7 +210,7 @@ def spectra(found: ZonalSpectra, label: str, units: str, channel: int, leads: Se
     return figure
 
 
-def training_curve(metrics: Sequence[dict]):
+def training_curve(metrics: Sequence[dict], *, unit: str = "in units of the reference's error"):
     """Training and validation loss against the step, from the lines of metrics.jsonl; None where there are none."""
     train = np.array([(line["step"], line["train/loss"]) for line in metrics if "train/loss" in line]).reshape(-1, 2)
     validation = np.array([(line["step"], line["val/loss"]) for line in metrics if "val/loss" in line]).reshape(-1, 2)
@@ -233,8 +233,10 @@ def training_curve(metrics: Sequence[dict]):
     positive = np.concatenate([train[:, 1], validation[:, 1]])
     if (positive > 0).all() and positive.max() > 5 * positive.min():
         axis.set_yscale("log")
+        for part in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            part("{x:g}")
     axis.set_xlabel("step")
-    axis.set_ylabel("loss (in units of the reference's error)")
+    axis.set_ylabel(f"loss ({unit})")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=8)
     axis.set_title("Training", fontsize=12)

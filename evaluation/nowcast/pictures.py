@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.grids import PlanarGrid
-from evaluation.evaluation import NETWORK, OURS
+from evaluation.evaluation import OURS
 from evaluation.plots import COLOURS, MISSING, line_style, new_figure
 
 if TYPE_CHECKING:
@@ -16,29 +16,49 @@ if TYPE_CHECKING:
 
 _RATES = (0.1, 0.5, 1, 2, 4, 8, 16)  # mm/h, between the colours of a map
 _SHOWN = ("radar", OURS, "lucas_kanade", "persistence")
+_NAMES = {
+    "lucas_kanade": "Lucas-Kanade",
+    "pysteps_lucas_kanade": "Lucas-Kanade (pysteps)",
+    "pysteps_s_prog": "S-PROG (pysteps)",
+}
 _COLUMNS = 5  # lead times in the tiled picture
 _FRAME_MS = 500
 _GIF_COLOURS = 128
 
 
 def curves(found: NowcastFindings):
-    """MAE, CRPS and the indices of every threshold against lead time, every method."""
+    """MAE and CRPS, then the indices of every threshold in a row of their own, against lead time, every method."""
     values = {method: scores.values() for method, scores in found.scores.items()}
-    names = ["mae", "crps", *(name for name in values[OURS] if name.startswith(("csi", "fss")))]
-    columns = 3
-    figure, axes = new_figure(11, 2.9 * -(-len(names) // columns), -(-len(names) // columns), columns)
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
-    for axis, name in zip(axes.flat, names, strict=False):
+    ours = found.scores[OURS]
+    rows = [["mae", "crps"]]
+    rows += [[name for name in values[OURS] if name.split("_")[1:2] == [f"{t:g}"]] for t in ours.thresholds]
+    columns = max(3, *map(len, rows))
+    figure, axes = new_figure(3.7 * columns, 2.9 * len(rows), len(rows), columns)
+    for axis, name in zip(axes.flat, [name for row in rows for name in (row + [""] * columns)[:columns]], strict=True):
+        if not name:
+            axis.set_axis_off()
+            continue
         for method, scores in values.items():
-            axis.plot(found.minutes, scores[name], label=method.replace("_", " "), **line_style(list(values), method))
-        axis.set_title(name.replace("_", " "), fontsize=10)
+            axis.plot(found.minutes, scores[name], label=named(method), **line_style(list(values), method))
+        axis.set_title(_score_named(name), fontsize=10)
         axis.set_xlabel("lead time (minutes)")
+        axis.set_xticks(found.minutes if len(found.minutes) < 8 else found.minutes[1::2])
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    axes[0, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False)
     return figure
+
+
+def named(method: str) -> str:
+    """A method in words."""
+    return _NAMES.get(method, method.replace("_", " "))
+
+
+def _score_named(score: str) -> str:
+    name, *about = score.upper().split("_")
+    if not about:
+        return f"{name} (mm/h)"
+    return f"{name} of {about[0]} mm/h" + (f", {about[1].removesuffix('PX')} pixels" if about[1:] else "")
 
 
 def reliability(found: NowcastFindings):
@@ -61,6 +81,7 @@ def reliability(found: NowcastFindings):
                 label=f"{found.minutes[lead]:g} min",
             )
         axis.set_title(f"{threshold:g} mm/h or more", fontsize=10)
+        axis.set_aspect("equal")
         axis.set_xlabel("forecast probability")
         axis.set_ylabel("observed frequency")
         axis.legend(frameon=False, fontsize=8)
@@ -79,7 +100,7 @@ def tiles(found: NowcastFindings, grid: PlanarGrid):
             if row == 0:
                 axes[row, column].set_title(f"{found.minutes[lead]:g} minutes", fontsize=10)
             if column == 0:
-                axes[row, column].set_ylabel(_named(method), fontsize=10)
+                axes[row, column].set_ylabel(named(method), fontsize=10)
     figure.colorbar(image, ax=axes, location="bottom", extend="both", shrink=0.6, aspect=40, label="rain rate (mm/h)")
     return figure
 
@@ -94,7 +115,7 @@ def animation(found: NowcastFindings) -> bytes:
         figure, axes = new_figure(3.1 * len(methods), 3.5, 1, len(methods))
         for axis, method in zip(axes[0], methods, strict=True):
             _map(axis, found.example[method][lead].numpy())
-            axis.set_title(_named(method), fontsize=10)
+            axis.set_title(named(method), fontsize=10)
         figure.suptitle(f"{minutes:g} minutes", fontsize=11)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=70)
@@ -109,9 +130,10 @@ def animation(found: NowcastFindings) -> bytes:
 def _map(axis, rates: np.ndarray):
     """Rates (H, W) in steps of colour; white where dry, grey where unknown."""
     from matplotlib import colormaps
-    from matplotlib.colors import BoundaryNorm
+    from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    colours = colormaps["viridis_r"].with_extremes(under="white", bad=MISSING)
+    shades = ListedColormap(colormaps["YlGnBu"](np.linspace(0.22, 1, len(_RATES))))  # the lightest is not white
+    colours = shades.with_extremes(under="white", over=shades(len(_RATES) - 1), bad=MISSING)
     image = axis.imshow(
         rates, norm=BoundaryNorm(_RATES, colours.N, extend="max"), cmap=colours, interpolation="nearest"
     )
@@ -122,10 +144,6 @@ def _map(axis, rates: np.ndarray):
 
 def _methods(found: NowcastFindings) -> list[str]:
     return [method for method in _SHOWN if method in found.example]
-
-
-def _named(method: str) -> str:
-    return {NETWORK: "median"}.get(method, method.replace("_", " "))
 
 
 def _spread(size: int, most: int) -> list[int]:

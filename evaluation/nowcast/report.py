@@ -42,7 +42,8 @@ def write_nowcast_report(
         _moving(pictures.animation(found)),
         "<p class=note>Grey: out of range of the radar, or no frame.</p>",
     ]
-    curve = plots.training_curve(run.metrics)
+    units = {"unit": "nats"} if run.config.task.head == "categorical" else {}
+    curve = plots.training_curve(run.metrics, **units)
     if curve is not None:
         body += ["<h2>Training</h2>", picture(curve, "training and validation loss")]
     write_page(folder, run, body)
@@ -68,7 +69,7 @@ def _tables(found: NowcastFindings) -> Sequence[str]:
         tables.append(score_table(title_of(score), columns, score))
     tables.append("<p class=note>Bold: best of the column.</p>")
     tables += [
-        f"<p class=note>Left out: {escape(name.replace('_', ' '))} ({escape(reason)}).</p>"
+        f"<p class=note>Left out: {escape(pictures.named(name))} ({escape(reason)}).</p>"
         for name, reason in found.left_out.items()
     ]
     return tables
