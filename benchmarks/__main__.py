@@ -12,6 +12,7 @@ NAMES = {
     "lead_times": "one encoding for 1, 12 and 48 lead times against one for each (MetNet) and a recurrent encoder",
     "loader": "samples/s from RAM, memmap, NetCDF and Zarr against xbatcher, and the share of a step spent waiting",
     "healda_cpu": "HealDA v2, forward and backward on CPU, with and without observations, against PhysicsNeMo's",
+    "sst": "the monthly model, forward and backward on CPU, against its formula in torch's own layers",
     "attention": "every backend of attention over lengths, heads and dtypes, and what `model.attention=auto` picks",
     "kernels": "each kernel of kernels/ against PhysicsNeMo's and against what the device can do, GPU or CPU",
     "parallel": "context parallelism: bytes against the minimum, reshard time, steps with cp = 1 to 8, start-up",

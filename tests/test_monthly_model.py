@@ -10,13 +10,17 @@ from torch.testing import assert_close
 
 from data.batch import Batch
 from data.field import Field
-from data.grids import LatLonGrid
+from data.grids import LatLonGrid, PlanarGrid
 from data.layout import InputLayout, Layout, TargetLayout, Variable
 from models import build
+from models.composition import compose
+from training.parallel import check_mesh
+from training.ranks import Mesh
 
 DAY, HOUR = 86_400, 3_600
 SEA = (Variable("sst", "K", domain="sea"),)
 GRID = LatLonGrid(np.linspace(30, 40, 10), np.linspace(350, 362, 13))  # no multiple of 4
+PLANE = PlanarGrid.regular(10, 13)
 NEWER = [
     "model.encoder.codes=cyclic",
     "model.encoder.scores=calendar",
@@ -161,6 +165,33 @@ def test_patches_of_several_days(frames):
     assert output(model, batch).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("grid", "target_grid"), ((GRID, GRID), (PLANE, PLANE.window(slice(2, 7), slice(3, 12)))), ids=("all", "window")
+)
+def test_filled_days_know_their_month_and_their_own_day(grid, target_grid):
+    plain = monthly_layout(grid=grid)
+    days = TargetLayout(SEA, target_grid, tuple((frame - 9) * DAY for frame in range(10)))
+    layout = replace(plain, targets={**plain.targets, "filled": days})
+    batch, model = monthly_batch(plain), monthly_model(layout, "model.encoder.month_heads=2")
+    daily = batch.inputs["daily"]
+    blank = Field(torch.zeros(2, 10, 1, *target_grid.shape), SEA, target_grid, daily.times)
+    batch = Batch(batch.inputs, {**batch.targets, "filled": blank}, layout)
+    outputs = model(batch)
+    assert outputs["filled"].shape == blank.values.shape
+    sum(part.square().mean() for part in outputs.values()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.eval()
+    before = model(batch)["filled"]
+    for frame, month in ((1, range(5)), (7, range(5, 10))):
+        values = daily.values.clone()
+        values[:, frame] += 1
+        model.encoder.aggregator.attention.output.weight.data.zero_()  # months do not mix
+        before = model(batch)["filled"]
+        moved = (model(with_daily(batch, values=values))["filled"] - before).abs().amax(dim=(0, 2, 3, 4))
+        assert (moved > 1e-6).nonzero().flatten().tolist() == list(month)
+        assert moved.argmax() == frame
+
+
 def test_hours_of_a_month():
     layout = monthly_layout(months=1, days=48, step=HOUR)
     batch = monthly_batch(layout, batch_size=1)
@@ -188,6 +219,12 @@ def test_places_follow_crops():
     assert (output(model, moved) - output(model, batch)).abs().max() > 1e-3
     apart = model.encoder(moved).coordinates - model.encoder(same).coordinates
     assert_close(apart % 360, torch.tensor([20.0, 50.0]).expand_as(apart).to(apart), rtol=0, atol=0.2)
+
+
+def test_statistics_of_a_batch_are_refused_on_several_ranks():
+    with pytest.raises(ValueError, match=r"dp=2: model.decoder.norm=batch .* use model.decoder.norm=group"):
+        check_mesh(Mesh(dp=2), compose(["model=sst_spatiotemporal"]), monthly_layout())
+    check_mesh(Mesh(dp=2), compose(["model=sst_spatiotemporal", "model.decoder.norm=group"]), monthly_layout())
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,11 @@ def check_mesh(mesh: Mesh, config: DictConfig, layout: Layout) -> None:
             "trainer.fsdp=true shards weights, and a sequence goes on token by token with all of them; "
             "leave trainer.fsdp out, dp works"
         )
+    if mesh.dp > 1 and config.model.decoder.get("norm") == "batch":
+        raise ValueError(
+            f"dp={mesh.dp}: model.decoder.norm=batch reads statistics of a whole batch, of which ranks hold parts; "
+            "use model.decoder.norm=group"
+        )
     if config.trainer.reshard not in RESHARDS:
         raise ValueError(f"trainer.reshard={config.trainer.reshard} is unknown; use one of {', '.join(RESHARDS)}")
     if mesh.cp == 1:

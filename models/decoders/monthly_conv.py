@@ -2,8 +2,9 @@
 
     x = deconvolution(projection(latents)); x = gelu(norm(convolution(x))), twice; head(x) * scale[m] + bias[m]
 
-Where a target time is none of the latent frames' (a forecast), the last frame is read, told the lead time. Letters:
-B batch, L target times, D hidden, K width, p patch, o overlap, m target time.
+Where a target time is none of the latent frames', cells are told the lead time and the calendar. A day of the input
+reads the latent frame of its month and what was seen that day (`FrameQueries`), a forecast the last latent frame.
+Letters: B batch, L target times, D hidden, K width, m target time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from data.batch import Query
 from data.layout import Layout
 from models.decoders.composed_spread import composes, spread_composed, spread_in_steps
+from models.decoders.frame_queries import FrameQueries
 from models.decoders.normed_gelu import normed_gelu
 from models.initialisation import zeros_
 from models.latents import LatentLayout, Latents
@@ -70,6 +72,10 @@ class MonthlyConvDecoder(nn.Module):
         self.lead_time = self.calendar = None
         if not self.held:
             self.lead_time, self.calendar = LeadTimeEmbedding(hidden), CalendarEmbedding(hidden, calendar)
+        self.days, self.months = None, [latent_layout.frames - 1]  # which latent frame each time reads
+        if not self.held and FrameQueries.possible(layout, target):
+            self.days = FrameQueries(layout, target, self.patches, self.window, hidden)
+            self.months = [frame * latent_layout.frames // layout.frames for frame in layout.frames_of(target)]
         self.overlap = overlap
         size, half = self.patches.size, width // 2
         self.project = nn.Conv2d(hidden, width, 1)
@@ -94,10 +100,12 @@ class MonthlyConvDecoder(nn.Module):
         return True
 
     def forward(self, latents: Latents, query: Query) -> Tensor:
-        tokens = latents.tokens[:, -1:]
+        tokens = latents.tokens
         if self.lead_time is not None:
             moment = self.lead_time(query.lead_time) + self.calendar(query.second_of_day, query.day_of_year)
-            tokens = tokens + moment[:, :, None]  # (B, L, N, D)
+            tokens = tokens[:, self.months] + moment[:, :, None]  # (B, L, N, D)
+        if self.days is not None:
+            tokens = tokens + self.days(query)
         leads = tokens.shape[1]
         cells = rearrange(tokens, "b l (h w) d -> (b l) d h w", h=self.patches.rows)
         x = self._spread(cells)  # (B L, H, W, K / 2), as all that follow: convolutions are fastest so

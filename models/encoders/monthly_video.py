@@ -185,10 +185,10 @@ class MonthlyVideoEncoder(nn.Module):
 
     def _in_pieces(self, patches: Tensor) -> bool:
         """Whether `weighed_days` computes the same: in 32 or 64 bits, where nothing is dropped; made for caches."""
-        wide = patches.dtype == self.norm.weight.dtype in (torch.float32, torch.float64)
-        wide = wide and not torch.is_autocast_enabled(patches.device.type)
+        if patches.device.type != "cpu" or torch.is_autocast_enabled("cpu") or self.aggregator.scores != "tokens":
+            return False
         dropped = self.training and self.dropout.p > 0
-        return patches.device.type == "cpu" and wide and not dropped and self.aggregator.scores == "tokens"
+        return patches.dtype == self.norm.weight.dtype in (torch.float32, torch.float64) and not dropped
 
     def _month(self, patches: Tensor, code: Tensor, day: Tensor, present: Tensor) -> Tensor:
         """(n, T, C s p q) -> (n, D)"""
