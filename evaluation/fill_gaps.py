@@ -26,7 +26,7 @@ from data.datasets.gap_windows import FILLED, MONTHLY, GapWindow, GapWindows
 from data.datasets.gridded import GriddedData
 from data.grids import LatLonGrid
 from data.normalisation import Normalisation
-from evaluation.baselines.local_interpolation import LocalInterpolation
+from evaluation.baselines.local_interpolation import LocalInterpolation, TwoSidedInterpolation
 from evaluation.gap_file import GapFile
 from evaluation.rolling_mosaic import RollingMosaic
 from evaluation.run_folder import RunFolder
@@ -60,7 +60,7 @@ class Filler:
     normalisation: Normalisation
     window: GapWindow
     overlap: int
-    analyst: LocalInterpolation | None = None
+    analyst: LocalInterpolation | TwoSidedInterpolation | None = None
 
     @cached_property
     def patches(self) -> dict[int, dict[int, GapWindows]]:
@@ -88,7 +88,6 @@ class Filler:
             ALL,
             replace(self.window, crop=None),
             analyses=None if self.analyst is None else [self.analyst.under(series)],
-            stride=self.window.frames if self.window.all_frames else 1,
         )
 
     def bands(self, number: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:

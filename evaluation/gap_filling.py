@@ -7,8 +7,6 @@ Letters: T slots of a window, L target times, C variables.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,10 +19,8 @@ from evaluation.regions import land_fraction, regions_of
 from evaluation.run_evaluation import Choices, Findings, output_folder
 from evaluation.run_folder import RunFolder
 from evaluation.scores import SCORES, ForecastScores, cell_weights
-from evaluation.stitching import blended, corners
+from evaluation.stitching import Stitched
 from evaluation.summary import REGIONS_FILE, SCORES_FILE, table, write_json
-
-_TILES = 16  # patches predicted at a time
 
 
 def evaluate_gap_filling(run: RunFolder, model: nn.Module, task, data, normalisation, choices: Choices) -> Findings:
@@ -101,24 +97,10 @@ def predicted(
     """A window of the whole domain under the clouds `draw`, and the model's targets of it, (L, C, H, W) in physical
     units: in one piece, or patch by patch where that is what it was trained on."""
     device = next(model.parameters()).device
-    one, clouds = np.array([window]), np.array([draw])
-    batch = dataset.batch(one, clouds)
-    if dataset.window.crop is None:
-        found = model.predict(batch.to(device))
-        return batch, {name: prediction.point.values[0].float().cpu() for name, prediction in found.items()}
-    shape = dataset.data.grid.shape
-    places = corners(shape, dataset.window.crop, overlap)
-    made: dict[str, list[Tensor]] = {}
-    for part in _parts(places):
-        tiles = dataset.batch(one.repeat(len(part)), clouds.repeat(len(part)), part)
-        for name, prediction in model.predict(tiles.to(device)).items():
-            made.setdefault(name, []).append(prediction.point.values.float().cpu())
-    return batch, {name: blended(torch.cat(tiles), places, shape) for name, tiles in made.items()}
-
-
-def _parts(places: list) -> Iterator[list]:
-    for start in range(0, len(places), _TILES):
-        yield places[start : start + _TILES]
+    batch = dataset.batch(np.array([window]), np.array([draw]))
+    crop = dataset.window.crop
+    found = (model if crop is None else Stitched(model, crop, overlap)).predict(batch.to(device))
+    return batch, {name: prediction.point.values[0].float().cpu() for name, prediction in found.items()}
 
 
 def _filled_by(rival, dataset: GapWindows, window: int, batch: Batch) -> dict[str, Tensor]:

@@ -17,10 +17,10 @@ from torch import Tensor
 from data.batch import Batch
 from data.calendars import clock, month_start
 from data.datasets.cloudy_series import CloudySeries
+from data.datasets.crops import Corner, crop_layout, cropped
 from data.datasets.forecast import standardised
 from data.datasets.gridded import GriddedData
 from data.field import Field, Reference
-from data.grids import LatLonGrid
 from data.layout import InputLayout, Layout, TargetLayout, Variable
 from data.months import MonthSlots
 
@@ -57,22 +57,9 @@ class GapWindow:
     def per_group(self, data: GriddedData) -> int:
         return 1 if self.months is None else 31 * 86_400 // data.step
 
-    def grid(self, data: GriddedData) -> LatLonGrid:
-        """Of a sample: of the patch in the middle of the domain, whose cell areas all patches share."""
-        if self.crop is None:
-            return data.grid
-        (rows, columns), grid = self.crop, data.grid
-        top, left = (grid.shape[0] - rows) // 2, (grid.shape[1] - columns) // 2
-        return LatLonGrid(grid.latitude[top : top + rows], grid.longitude[left : left + columns])
-
     def layout(self, data: GriddedData) -> Layout:
         """What batches look like, without fitting anything. Raises ValueError where a patch exceeds the domain."""
-        if self.crop is not None and any(size > cells for size, cells in zip(self.crop, data.grid.shape, strict=True)):
-            raise ValueError(
-                f"task.crop={list(self.crop)} is larger than the domain of {data.grid.shape[0]} x "
-                f"{data.grid.shape[1]} cells; use task.crop=null for all of it"
-            )
-        grid, group = self.grid(data), self.per_group(data)
+        grid, group = data.grid, self.per_group(data)
         frames = self.frames if self.months is None else self.months * group
         inputs = {
             self.name: InputLayout(data.variables, grid, frames, data.step, gaps=True, frames_per_group=group),
@@ -88,7 +75,8 @@ class GapWindow:
             MONTHLY: offsets[group - 1 :: group],
         }
         targets = {name: TargetLayout(data.variables, grid, tuple(leads[name])) for name in self.targets}
-        return Layout(inputs, targets, crops=self.crop is not None)
+        layout = Layout(inputs, targets)
+        return layout if self.crop is None else crop_layout(layout, self.crop)
 
 
 def background_variables(variables: Sequence[Variable]) -> tuple[Variable, ...]:
@@ -102,8 +90,9 @@ class GapWindows:
     """Windows of one split. A sample is a window under one of several clouds, of the whole domain or of a patch of it.
 
     series: the data under each of the clouds that samples draw from; analyses: of each of them, where the reference is
-    one. stride: frames from one window of frames in a row to the next. min_share: of a month's days that must be known
-    for its mean to be the truth. patches: that a window of a training epoch gives, where the window has a crop.
+    one. stride: frames from one training window of frames in a row to the next; other windows fill every frame once.
+    min_share: of a month's days that must be known for its mean to be the truth. patches: that a window of a training
+    epoch gives, where the window has a crop.
     Batches: inputs `daily` (or `prognostic`), (B, T, C, H, W) of anomalies, `background` (the analysis and its expected
     error) and `static`; targets `filled` (B, L, C, H, W), valid where hidden but known, and `monthly` (B, M, C, H, W).
     Raises ValueError when the split holds no window.
@@ -126,6 +115,7 @@ class GapWindows:
         self.data, self.normalisation = series[0].data, series[0].normalisation
         self.min_share, self.patches = min_share, patches if window.crop is not None else 1
         self.layout = window.layout(self.data)
+        self._whole_layout = replace(window, crop=None).layout(self.data)
         self.months = window.slots(self.data)
         self.rows, self.frames = self._windows(stride)
         if not len(self.frames):
@@ -150,7 +140,9 @@ class GapWindows:
             whole = data.segments[frames[:, 0]] == data.segments[frames[:, -1]]
             used = frames if self.split == "train" or window.all_frames else frames[:, -1:]
             frames = frames[whole & inside[used].all(axis=1)]
-            return np.zeros((len(frames[::stride]), 0), np.int64), frames[::stride]
+            filled = window.frames if window.all_frames else 1
+            frames = frames[::stride] if self.split == "train" else frames[_covering(frames[:, 0], filled)]
+            return np.zeros((len(frames), 0), np.int64), frames
         present = self.months.frames
         known = (present >= 0).any(axis=1) & (inside | (np.arange(inside.size) == data.times.size))[present].all(axis=1)
         rows = np.arange(len(present) - window.months + 1)[:, None] + np.arange(window.months)
@@ -175,7 +167,7 @@ class GapWindows:
         corners = [self._corner(np.random.default_rng(int(index))) for index in indices]
         return self.batch(window, draws, corners)
 
-    def _corner(self, random: np.random.Generator) -> tuple[int, int]:
+    def _corner(self, random: np.random.Generator) -> Corner:
         """The first row and column of a patch around a cell of the sea."""
         sea = np.argwhere(self.series[0].sea)
         centre = sea[random.integers(len(sea))]
@@ -184,17 +176,13 @@ class GapWindows:
             for place, size, cells in zip(centre, self.window.crop, self.data.grid.shape, strict=True)
         )
 
-    def batch(self, windows: np.ndarray, draws: np.ndarray, corners: Sequence[tuple[int, int]] | None = None) -> Batch:
-        """Samples (B,) of `frames` under the clouds `draws`; corners: first row and column of each one's patch."""
+    def batch(self, windows: np.ndarray, draws: np.ndarray, corners: Sequence[Corner] | None = None) -> Batch:
+        """Samples (B,) of `frames` under the clouds `draws`. corners: first row and column of each one's patch; None:
+        the whole domain."""
         frames = self.frames[windows]
-        there = torch.from_numpy(frames >= 0)
         times = self._times(windows, frames)
-        scene = self._scene(frames, draws)
-        climatology = self.normalisation.climatology(times.flatten()).unflatten(0, times.shape)
-        scene = {**scene, "climatology": climatology}
-        place = _Place.of(self, corners, len(windows))
-        scene = {name: place.cut(values) for name, values in scene.items()}
-        return self._assembled(scene, there, times, windows, place)
+        whole = self._assembled(self._scene(frames, draws), torch.from_numpy(frames >= 0), times, windows)
+        return whole if corners is None else cropped(whole, corners, self.layout)
 
     def _times(self, windows: np.ndarray, frames: np.ndarray) -> Tensor:
         """(B, T) int64."""
@@ -222,13 +210,15 @@ class GapWindows:
                 scene["analysis"][where_], scene["error"][where_] = analysis[inverse], error[inverse]
         return scene
 
-    def _assembled(self, scene: dict[str, Tensor], there: Tensor, times: Tensor, windows, place: _Place) -> Batch:
-        data, window, grid = self.data, self.window, self.layout.inputs[self.window.name].grid
-        truth, hidden, climatology = scene["truth"], scene["hidden"], scene["climatology"]
+    def _assembled(self, scene: dict[str, Tensor], there: Tensor, times: Tensor, windows: np.ndarray) -> Batch:
+        data, window, grid = self.data, self.window, self.data.grid
+        truth, hidden = scene["truth"], scene["hidden"]
+        climatology = self.normalisation.climatology(times.flatten()).unflatten(0, times.shape)
         visible = truth.masked_fill(hidden, torch.nan)
         second_of_day, day_of_year = clock(times, data.calendar)
         scale = self.normalisation.scale[:, None, None]
-        common = dict(variables=data.variables, grid=grid, domain=place.domain, coordinates=place.coordinates)
+        domain = None if bool(data.domain.all()) else data.domain
+        common = dict(variables=data.variables, grid=grid, domain=domain)
         clocks = dict(second_of_day=second_of_day, day_of_year=day_of_year)
         group = None if window.months is None else self.group.expand(times.shape)
         given = Field(
@@ -250,19 +240,17 @@ class GapWindows:
                 grid,
                 times,
                 frame_valid=there,
-                coordinates=place.coordinates,
                 **clocks,
             )
         if self._static is not None:
             values, spread, mean = self._static
             inputs["static"] = Field(
-                place.cut(values.expand(len(times), 1, *values.shape)),
+                values.expand(len(times), 1, *values.shape),
                 data.static_variables,
                 grid,
                 times[:, -1:],
                 scale=spread,
                 offset=mean,
-                coordinates=place.coordinates,
             )
         references = self._references(visible, scene.get("analysis"), there)
         targets = {}
@@ -271,7 +259,7 @@ class GapWindows:
             targets[FILLED] = whole.of_frames(range(times.shape[1])[self.filled_slots])
         if MONTHLY in window.targets:
             targets[MONTHLY] = self._monthly(truth, climatology, there, times, windows, references[MONTHLY], common)
-        return Batch(inputs, {name: targets[name] for name in window.targets}, self.layout)
+        return Batch(inputs, {name: targets[name] for name in window.targets}, self._whole_layout)
 
     def _references(self, visible: Tensor, analysis: Tensor | None, there: Tensor) -> dict[str, Reference]:
         """What outputs correct, of every slot and of every month."""
@@ -316,40 +304,9 @@ class GapWindows:
         )
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where samples lie. corners: of patches, or None; domain, coordinates: as in `Field`."""
-
-    corners: Sequence[tuple[int, int]] | None
-    crop: tuple[int, int] | None
-    domain: Tensor | None
-    coordinates: Tensor | None
-
-    @staticmethod
-    def of(dataset: GapWindows, corners: Sequence[tuple[int, int]] | None, size: int) -> _Place:
-        domain = dataset.data.domain
-        if corners is None:
-            return _Place(None, None, None if bool(domain.all()) else domain, None)
-        place = _Place(corners, dataset.window.crop, None, None)
-        coordinates = dataset.data.grid.coordinates.unflatten(0, dataset.data.grid.shape)
-        whole = coordinates.movedim(-1, 0).expand(size, -1, -1, -1)
-        crops = place.cut(whole).flatten(2).transpose(1, 2).float()
-        return replace(place, domain=place.cut(domain.expand(size, 1, *domain.shape)), coordinates=crops)
-
-    def cut(self, values: Tensor) -> Tensor:
-        """(B, ..., H, W) -> (B, ..., rows, columns) of each sample's patch."""
-        if self.corners is None:
-            return values
-        rows, columns = self.crop
-        parts = [
-            values[sample, ..., top : top + rows, left : left + columns]
-            for sample, (top, left) in enumerate(self.corners)
-        ]
-        return torch.stack(parts)
-
-
 def _covering(first: np.ndarray, length: int) -> list[int]:
-    """Positions of windows `first`.. + length - 1 that hold every month of each run once, the last one flush."""
+    """Positions of windows `first`.. + length - 1 that hold all of each run, with the least overlap; the last one ends
+    where the run does."""
     chosen, end = [], -1
     for position, start in enumerate(first):
         last_of_run = position + 1 == len(first) or first[position + 1] != start + 1

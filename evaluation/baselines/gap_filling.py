@@ -18,6 +18,7 @@ from evaluation.baselines.local_interpolation import (
     CycledInterpolation,
     OptimalInterpolation,
     SpaceTimeInterpolation,
+    TwoSidedInterpolation,
 )
 
 _BACK = 24  # frames that the last value seen may be old
@@ -95,4 +96,5 @@ GAP_BASELINES = {
     "optimal_interpolation": OptimalInterpolation,
     "space_time_interpolation": SpaceTimeInterpolation,
     "cycled_interpolation": CycledInterpolation,
+    "two_sided_interpolation": TwoSidedInterpolation,
 }

@@ -1,5 +1,5 @@
 """Optimal interpolation of gappy fields from the nearest visible values (Gandin 1965), in space, in space and time, or
-cycled: with a damped analysis of the frame before as background.
+cycled: with a damped analysis of the frame before, or of both neighbours, as background.
 
     analysis = background + c^T (C + noise)^-1 (visible - background),   error^2 = 1 - c^T (C + noise)^-1 c
 
@@ -97,17 +97,17 @@ def interpolated(
 
 
 class LocalInterpolation:
-    """Analyses of a `CloudySeries`. cycled: whether the background is DAMPING times the analysis before, instead of the
-    climatology."""
+    """Analyses of a `CloudySeries`. cycle: 1, the background is DAMPING times the analysis of the frame before; -1, of
+    the one after; 0: the climatology."""
 
-    def __init__(self, series: CloudySeries, covariance: Sequence[LocalCovariance], *, cycled: bool = False):
-        self.series, self.covariance, self.cycled = series, tuple(covariance), cycled
+    def __init__(self, series: CloudySeries, covariance: Sequence[LocalCovariance], *, cycle: int = 0):
+        self.series, self.covariance, self.cycle = series, tuple(covariance), cycle
         self.places, self.sea = sea_places(series)
         self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def under(self, series: CloudySeries) -> LocalInterpolation:
         """The same of other clouds."""
-        return type(self)(series, self.covariance, cycled=self.cycled)
+        return LocalInterpolation(series, self.covariance, cycle=self.cycle)
 
     def __call__(self, frames: np.ndarray) -> tuple[Tensor, Tensor]:
         """Anomalies and their expected errors, (n, C, H, W), of `frames` (n,); the visible is kept, with error 0."""
@@ -124,27 +124,25 @@ class LocalInterpolation:
         return self(wanted)[0]
 
     def _analyse(self, frame: int) -> None:
-        """Fills in a frame and, where it is cycled, those before it that are not known yet."""
+        """Fills in a frame and, where it is cycled, those that lead to it and are not known yet."""
         if frame in self._known:
             return
         while len(self._known) * self.sea.sum() > MOST_KEPT:
             self._known.pop(next(iter(self._known)))
-        first = frame
-        segments = self.series.data.segments
-        if self.cycled:
-            while (
-                first > max(0, frame - SPIN_UP) and first not in self._known and segments[first - 1] == segments[frame]
-            ):
-                first -= 1
-        for each in range(first, frame + 1):
-            if each not in self._known:
-                self._known[each] = self._one(each)
+        segments, path = self.series.data.segments, [frame]
+        while self.cycle and len(path) <= SPIN_UP:
+            earlier = path[-1] - self.cycle
+            if not 0 <= earlier < segments.size or segments[earlier] != segments[frame] or earlier in self._known:
+                break
+            path.append(earlier)
+        for each in reversed(path):
+            self._known[each] = self._one(each)
 
     def _one(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """(C, P) anomalies and errors of one frame."""
         around, later = _around(self.series, frame, max(covariance.reach for covariance in self.covariance))
         visible = self.series.visible(around)[:, :, self.sea].numpy()
-        before = self._known.get(frame - 1) if self.cycled else None
+        before = self._known.get(frame - self.cycle) if self.cycle else None
         background = np.zeros(visible.shape[1:]) if before is None else DAMPING * before[0]
         now = visible[around == frame][0]
         found, error = np.where(np.isfinite(now), now, background), np.zeros(now.shape)
@@ -236,7 +234,7 @@ class CycledInterpolation(LocalInterpolation):
 
     @classmethod
     def fit(cls, series: CloudySeries, normalisation, *, lead_steps: Sequence[int], split: str) -> CycledInterpolation:
-        return cls(series, tuned(series, in_time=False), cycled=True)
+        return cls(series, tuned(series, in_time=False), cycle=1)
 
 
 class SpaceTimeInterpolation(LocalInterpolation):
@@ -247,3 +245,29 @@ class SpaceTimeInterpolation(LocalInterpolation):
         cls, series: CloudySeries, normalisation, *, lead_steps: Sequence[int], split: str
     ) -> SpaceTimeInterpolation:
         return cls(series, tuned(series, in_time=True))
+
+
+class TwoSidedInterpolation:
+    """The mean of analyses cycled from before and from after: that with the mean of their backgrounds as background."""
+
+    def __init__(self, before: LocalInterpolation, after: LocalInterpolation):
+        self.before, self.after = before, after
+
+    @classmethod
+    def fit(
+        cls, series: CloudySeries, normalisation, *, lead_steps: Sequence[int], split: str
+    ) -> TwoSidedInterpolation:
+        covariance = tuned(series, in_time=False)
+        return cls(*(LocalInterpolation(series, covariance, cycle=cycle) for cycle in (1, -1)))
+
+    def under(self, series: CloudySeries) -> TwoSidedInterpolation:
+        """The same of other clouds."""
+        return TwoSidedInterpolation(self.before.under(series), self.after.under(series))
+
+    def __call__(self, frames: np.ndarray) -> tuple[Tensor, Tensor]:
+        """As of `LocalInterpolation`."""
+        (first, error), (second, other) = self.before(frames), self.after(frames)
+        return (first + second) / 2, (error + other) / 2
+
+    def filled(self, frames: np.ndarray, wanted: np.ndarray) -> Tensor:
+        return self(wanted)[0]

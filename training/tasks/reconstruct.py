@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from evaluation.run_folder import RunFolder
     from models.encode_process_decode import EncodeProcessDecode
 
-ANALYSES = ("optimal_interpolation", "space_time_interpolation", "cycled_interpolation")
+ANALYSES = (
+    "optimal_interpolation",
+    "space_time_interpolation",
+    "cycled_interpolation",
+    "two_sided_interpolation",
+)
 
 
 class ReconstructTask(GriddedTask):
@@ -32,7 +37,7 @@ class ReconstructTask(GriddedTask):
     months: of a window, each padded to 31 days; None: a window is input_frames frames in a row. targets: filled,
     monthly or both. all_frames: whether the gaps of every frame of a window are filled, or those of its last one.
     clouds: what hides values that are known (`data/clouds.py`), None: nothing, for prediction alone. draws: different
-    clouds that training windows are seen through. stride: frames from one window of frames in a row to the next.
+    clouds that training windows are seen through. stride: frames from one training window in a row to the next.
     reference: what the output is added to: climatology, available_mean (of the visible days of a month or window) or
     analysis, an interpolation of what is visible that is an input as well; analysis: which one. min_share: of the days
     of a month that must be known, for its mean to be learnt from. crop: rows and columns of patches that are trained
@@ -57,7 +62,7 @@ class ReconstructTask(GriddedTask):
         reference: str,
         head: str,
         loss: str,
-        analysis: str = "space_time_interpolation",
+        analysis: str = "two_sided_interpolation",
         stride: int = 1,
         min_share: float = 0.9,
         crop: Sequence[int] | None = None,
@@ -67,6 +72,7 @@ class ReconstructTask(GriddedTask):
         query_fraction: float = 1.0,
         variable_weights: Mapping[str, float] | None = None,
     ):
+        from data.datasets.crops import check_crop
         from data.datasets.gap_windows import FILLED, MONTHLY, REFERENCES
 
         counts = {"input_frames": input_frames, "draws": draws, "stride": stride, "patches": patches}
@@ -82,10 +88,7 @@ class ReconstructTask(GriddedTask):
                 raise ValueError(f"task.{name}={value} is unknown; use one of {', '.join(allowed)}")
         if not 0 < min_share <= 1:
             raise ValueError(f"task.min_share={min_share} must be above 0 and at most 1")
-        if crop is not None and (len(crop) != 2 or min(crop) < 1 or not 0 <= overlap < min(crop)):
-            raise ValueError(
-                f"task.crop={list(crop)} must be two numbers of cells above task.overlap={overlap}, like [64,64]"
-            )
+        check_crop(crop, overlap)
         self.check_query_fraction(query_fraction)
         self.check_head(head)
         self.months, self.input_frames, self.targets, self.all_frames = months, input_frames, tuple(targets), all_frames
@@ -149,7 +152,7 @@ class ReconstructTask(GriddedTask):
             split,
             self.window(),
             analyses=analyses,
-            stride=self.input_frames if self.all_frames and split != "train" else self.stride,
+            stride=self.stride,
             min_share=self.min_share,
             patches=self.patches,
         )

@@ -1,0 +1,169 @@
+"""Reconstruction: what models may not read, domains from patches, runs from the command line, reference scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data.clouds import CloudMasks
+from data.datasets.gap_windows import BACKGROUND, FILLED, MONTHLY, GapWindows
+from evaluation.baselines import build
+from evaluation.fill_gaps import Filler, fill_gaps
+from evaluation.gap_filling import predicted, score_gap_filling
+from evaluation.run_evaluation import Choices
+from models.composition import build_from_config, compose
+from tests.gap_examples import SHAPE, sea
+from training import command_line
+from training.tasks.reconstruct import ReconstructTask
+
+TINY = ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.patch_size=4"]
+
+
+def task(**changes) -> ReconstructTask:
+    settings = dict(months=1, input_frames=4, targets=[MONTHLY, FILLED], all_frames=True, draws=1, head="deterministic")
+    settings |= dict(clouds=CloudMasks("synthetic:clouds", persistence=3), reference="available_mean", loss="l1")
+    return ReconstructTask(**(settings | changes))
+
+
+def model_of(name: str, chosen: ReconstructTask, data):
+    """With random weights everywhere, so that nothing is 0 by its initial value."""
+    torch.manual_seed(0)
+    model = build_from_config(compose(["task=reconstruct", f"model={name}", *TINY]), chosen.layout(data)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return sea(tmp_path_factory.mktemp("reconstruct"))
+
+
+@pytest.mark.parametrize("name", ("video_dit", "perceiver_io", "sst_spatiotemporal"))
+def test_nothing_hidden_is_read_and_a_month_without_a_clear_cell_is_finite(data, name):
+    """The grid is 7 x 10 cells, no multiple of the patch of 4."""
+    chosen = task(reference="analysis", analysis="optimal_interpolation")
+    batch = chosen.dataset(data, "validation", chosen.fit(data)).__getitems__([0, 1])
+    given, model = batch.inputs["daily"], model_of(name, chosen, data)
+    expected = model.predict(batch)
+    assert expected[FILLED].point.values.shape == (2, 31, 1, *SHAPE)
+    assert expected[MONTHLY].point.values.shape == (2, 1, 1, *SHAPE)
+    poisoned = replace(given, values=given.values.where(given.presence.expand_as(given.values), torch.nan))
+    found = model.predict(replace(batch, inputs={**batch.inputs, "daily": poisoned}))
+    overcast = replace(given, valid=torch.zeros_like(given.valid))
+    dark = model.predict(replace(batch, inputs={**batch.inputs, "daily": overcast}))
+    sea_cells = data.domain.expand(1, 1, 1, *SHAPE)[0, 0, 0]
+    for target in (MONTHLY, FILLED):
+        assert torch.equal(found[target].point.values[..., sea_cells], expected[target].point.values[..., sea_cells])
+        values = dark[target].point.values[..., sea_cells]
+        frames = batch.targets[target].frame_valid
+        assert (values if frames is None else values[frames]).isfinite().all()
+
+
+def test_the_analysis_is_input_and_reference(data):
+    chosen = task(
+        reference="analysis", analysis="cycled_interpolation", months=None, targets=[FILLED], all_frames=False
+    )
+    statistics = chosen.fit(data)
+    dataset = chosen.dataset(data, "test", statistics)
+    batch = dataset.__getitems__([3])
+    analysis, error = dataset.analyses[0](dataset.frames[3])
+    torch.testing.assert_close(batch.inputs[BACKGROUND].values[0], torch.cat([analysis, error], dim=1))
+    torch.testing.assert_close(batch.targets[FILLED].reference.values[0], analysis[-1:].nan_to_num(0.0))
+    seen = batch.inputs["prognostic"].presence.expand_as(batch.inputs["prognostic"].values)[0]
+    torch.testing.assert_close(analysis[seen], batch.inputs["prognostic"].values[0][seen])
+    assert np.array_equal(dataset.frames[:, -1], data.splits["test"])  # inputs lie in the split or before it
+
+
+def test_a_domain_from_patches_and_the_file_of_it(tmp_path, data):
+    """Patch by patch and in bands of rows is what patches blended in one piece are; what is observed stays."""
+    import xarray as xr
+
+    chosen = task(crop=[4, 5], overlap=2, clouds=None)
+    statistics = task().fit(data)
+    model = model_of("sst_spatiotemporal", chosen, data)
+    filler = Filler(model, data, statistics, chosen.window(), chosen.overlap)
+    notes = fill_gaps(filler, tmp_path / "filled.zarr")
+    assert not notes
+    with xr.open_dataset(tmp_path / "filled.zarr", engine="zarr", consolidated=False) as file:
+        assert file["sst"].shape == (366, *SHAPE) and file["sst_monthly"].shape == (13, *SHAPE)
+        np.testing.assert_allclose(file["sst"].values, data.read(range(366))[:, 0].numpy(), rtol=1e-6)
+        monthly = file["sst_monthly"].values
+    series = [chosen.series(data, "test", statistics)[0]]
+    windows = GapWindows(series, "test", chosen.window())
+    for window, row in enumerate(windows.rows[:, 0]):
+        _, found = predicted(model, windows, window, 0, chosen.overlap)
+        expected = found[MONTHLY][0, 0].where(data.domain[0], torch.nan).numpy()
+        np.testing.assert_allclose(monthly[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scores_of_every_method_are_of_the_same_hidden_cells(data):
+    chosen = task(reference="analysis")
+    statistics = chosen.fit(data)
+    model = model_of("video_dit", chosen, data)
+    for parameter in model.decoder.parameters():
+        torch.nn.init.zeros_(parameter)  # nothing is corrected: ours is the analysis
+    names = ["climatology", "available_anomaly", "two_sided_interpolation"]
+    scores, left_out, count = score_gap_filling(model, chosen, data, statistics, Choices(baselines=names))
+    assert count == 3 and not left_out and list(scores[FILLED]) == ["ours", *names]
+    for target in (FILLED, MONTHLY):
+        values = {name: float(found.values()["rmse"][0, 0, 0]) for name, found in scores[target].items()}
+        assert values["ours"] == pytest.approx(values["two_sided_interpolation"], rel=1e-4)
+        assert values["ours"] < 0.7 * values["climatology"]
+
+
+@pytest.mark.slow
+def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+    given = ["task=reconstruct", "data=synthetic_daily", "model=sst_spatiotemporal", "model.depth=1"]
+    given += ["model.hidden_size=16", "task.draws=1", "trainer.max_steps=2", "trainer.batch_size=2", "tracking=none"]
+    given += ["data.split.test=[2003-01,2003-02]", "trainer.validation_batches=1", "trainer.progress=false"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *given, f"hydra.run.dir={tmp_path}"])
+    command_line.run(train.train, rewrite=train.arguments.rewrite, finish=train.sweep.finish)
+    assert "RMSE of t2m" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    for target in ("monthly", "filled"):
+        rmse = scores[f"{target} t2m"]["rmse"]["0"]
+        assert rmse["space_time_interpolation"] < rmse["climatology"] and "ours" in rmse
+
+
+needs_data = pytest.mark.skipif("DATA_DIR" not in os.environ, reason="needs the files of $DATA_DIR")
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@needs_data
+@pytest.mark.parametrize(
+    "experiment, expected",
+    (
+        ("ersst_clouds", [0.524, 0.446, 0.530, 0.410, 0.308]),
+        ("alboran", [0.519, 0.411, 0.448, 0.245]),
+    ),
+)
+def test_baselines_reach_the_reference_scores(experiment, expected):
+    """Within a fifth, or better: which pixels are hidden differs from draw to draw, and the references drew others."""
+    from training.run import build_data, build_task
+
+    methods = {
+        "ersst_clouds": ["climatology", "last_seen", "eof_filling", "optimal_interpolation", "cycled_interpolation"],
+        "alboran": ["available_mean", "day_offset", "eof_filling", "space_time_interpolation"],
+    }[experiment]
+    config = compose([f"experiment={experiment}"])
+    data, chosen = build_data(config), build_task(config)
+    statistics = chosen.fit(data)
+    series = chosen.series(data, "test", statistics)[0]
+    frames = data.splits["test"]
+    truth = series.truth(frames)
+    hidden = series.hidden(frames) & truth.isfinite()
+    weights = data.grid.area_weights.float() * hidden
+    fitted = build(methods, series, statistics, lead_steps=(), split="test", known=chosen.baselines)
+    for name, reference in zip(methods, expected, strict=True):
+        errors = (fitted[name].filled(frames, frames) - truth).nan_to_num(0.0).square()
+        rmse = float(statistics.scale[0] * ((errors * weights).sum() / weights.sum()).sqrt())
+        assert rmse < 1.2 * reference, name
