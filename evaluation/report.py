@@ -41,10 +41,12 @@ def write_report(
     parameters: int,
     data,
     example: tuple[int, Tensor, Tensor],
+    sections: Sequence[str] = (),
 ) -> None:
     """Writes the page into `folder`, which holds the scores of the same evaluation.
 
     data: what the run learnt from. example: (base index, truth (L, C, *grid.shape), forecast) of the window to draw.
+    sections: further parts, at the end.
     """
     body = [
         f"<h1>{escape(run.path.resolve().name)}</h1>",
@@ -53,7 +55,7 @@ def write_report(
         _score_tables(found, folder),
     ]
     body += _pictures(found, run, data, example)
-    write_page(folder, run, body)
+    write_page(folder, run, [*body, *sections])
 
 
 def write_page(folder: Path, run: RunFolder, body: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from evaluation.baselines import build
 from evaluation.evaluation import NETWORK, OURS, Evaluation, evaluate, forecasts
+from evaluation.long_rollout import ROLLOUT_FILE
 from evaluation.networks import NETWORKS_FILE, network_table, score_networks
 from evaluation.predictions import PredictionsFile
 from evaluation.report import REPORT_FILE, typical_window, write_report
@@ -82,7 +83,7 @@ class Findings:
 
     @property
     def files(self) -> list[Path]:
-        names = (SCORES_FILE, REGIONS_FILE, NETWORKS_FILE, WINDOWS_FILE, PREDICTIONS_FILE, REPORT_FILE)
+        names = (SCORES_FILE, REGIONS_FILE, NETWORKS_FILE, WINDOWS_FILE, ROLLOUT_FILE, PREDICTIONS_FILE, REPORT_FILE)
         return [self.folder / name for name in names if (self.folder / name).is_file()]
 
     def text(self) -> str:
@@ -91,8 +92,11 @@ class Findings:
         return "\n\n".join([self.heading, self.table, written])
 
 
-def evaluate_windows(run: RunFolder, model: nn.Module, task, data, normalisation, choices: Choices) -> Findings:
-    """Scores the windows of a split and writes the files. model: with the weights of the checkpoint.
+def evaluate_windows(
+    run: RunFolder, model: nn.Module, task, data, normalisation, choices: Choices, *, sections: Sequence[str] = ()
+) -> Findings:
+    """Scores the windows of a split and writes the files. model: with the weights of the checkpoint. sections: further
+    parts of the report.
 
     Raises ValueError, OSError.
     """
@@ -143,7 +147,14 @@ def evaluate_windows(run: RunFolder, model: nn.Module, task, data, normalisation
         example = _example(found, model, task, dataset, stacking)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         write_report(
-            found, run, folder, checkpoint=choices.checkpoint, parameters=parameters, data=data, example=example
+            found,
+            run,
+            folder,
+            checkpoint=choices.checkpoint,
+            parameters=parameters,
+            data=data,
+            example=example,
+            sections=sections,
         )
     heading = (
         f"{found.bases.size} {found.products} of the {found.split} split, checkpoint {choices.checkpoint}, "

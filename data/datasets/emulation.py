@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.batch import Batch, Steps
 from data.calendars import clock
 from data.datasets.forced_data import ForcedData, Stream
 from data.datasets.forecast import ForecastDataset, forecast_layout, standardised
-from data.field import Field
+from data.field import Field, Reference
 from data.forced_normalisation import ForcedNormalisation
 from data.layout import InputLayout, Layout
 
@@ -38,14 +39,14 @@ class EmulationDataset(ForecastDataset):
         ahead: int,
     ):
         self._offsets = np.arange(1 - stream_frames, max(lead_steps)) + ahead
-        super().__init__(
-            data, split, normalisation, input_frames=input_frames, lead_steps=lead_steps, reference="damped_persistence"
-        )
         (one,) = normalisation.lead_index([1])
         self._damping, self._scale = normalisation.damping[one], normalisation.residual_scale[one]
         if reference == "persistence":  # what changes in a step, of anomalies with variance 1
             self._damping = torch.ones_like(self._damping)
             self._scale = (self._scale**2 + (1 - normalisation.damping[one]) ** 2).sqrt()
+        super().__init__(
+            data, split, normalisation, input_frames=input_frames, lead_steps=lead_steps, reference="damped_persistence"
+        )
         self._static_streams = {
             name: standardised(stream.static) for name, stream in data.streams.items() if stream.static is not None
         }
@@ -71,23 +72,25 @@ class EmulationDataset(ForecastDataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         inputs, targets = self._fields(indices)
-        bases, target = self.base_indices[np.asarray(indices)], targets["forecast"]
+        bases = self.base_indices[np.asarray(indices)]
         for name, stream in self.data.streams.items():
             inputs[name] = self._field(name, stream, bases[:, None] + self._offsets)
             if name in self._static_streams:
                 inputs[f"{name}_static"] = self._static_of(name, stream, inputs[name].times[:, :1])
-        # What damped persistence of every step comes to, so that outputs of the last step are what is left of it.
-        powers = torch.tensor(self.lead_steps)[:, None]
-        damping = self._damping**powers
-        scale = self._scale * ((self._damping ** (2 * torch.arange(max(self.lead_steps))[:, None])).cumsum(0)).sqrt()
-        shape = (1, *damping.shape, *[1] * len(self.data.grid.shape))
-        last = inputs["prognostic"].filled[:, -1:]
-        reference = replace(
-            target.reference, values=damping.view(shape) * last, scale=scale[powers[:, 0] - 1].view(shape)
-        )
-        return Batch(
-            inputs, {"forecast": replace(target, reference=reference)}, self.layout, steps=self._steps_from(bases)
-        )
+        return Batch(inputs, targets, self.layout, steps=self._steps_from(bases))
+
+    def _fitted_leads(self) -> np.ndarray:
+        """Any number of steps: only the first is in the statistics."""
+        return np.arange(len(self._steps))
+
+    def _reference(self, anomaly: Tensor, climatology: Tensor, climatology_ahead: Tensor, leads: Tensor) -> Reference:
+        """What the references of all steps come to, and the size of what they leave where steps err alike apart."""
+        damping = self._damping ** torch.arange(max(self.lead_steps) + 1)[:, None]  # (1 + S, C)
+        scale = self._scale * damping[:-1].square().cumsum(dim=0).sqrt()  # (S, C), after 1 .. S steps
+        steps = torch.from_numpy(self._steps)[leads]  # (B, L)
+        shape = (*steps.shape, -1, *[1] * len(self.data.grid.shape))
+        values = damping[steps].view(shape) * anomaly.nan_to_num(0.0)
+        return Reference(values, scale[steps - 1].view(shape))
 
     def _steps_from(self, bases: np.ndarray) -> Steps:
         data = self.data
@@ -117,7 +120,7 @@ class EmulationDataset(ForecastDataset):
             day_of_year=day_of_year,
         )
 
-    def _static_of(self, name: str, stream: Stream, times: torch.Tensor) -> Field:
+    def _static_of(self, name: str, stream: Stream, times: Tensor) -> Field:
         values, scale, offset = self._static_streams[name]
         values = values.expand(times.shape[0], 1, *values.shape)
         return Field(values, stream.static_variables, stream.grid, times, scale=scale, offset=offset)

@@ -134,7 +134,7 @@ class Stream(GriddedData):
 
     def coarser(self, cells: int) -> Stream:
         other = object.__new__(type(self))
-        kept = {key: value for key, value in self.__dict__.items() if key not in ("summary", "_regridders")}
+        kept = {key: value for key, value in self.__dict__.items() if key != "_regridders"}  # what exists is the same
         other.__dict__ = {**kept, "coarsening": cells}
         return other
 

@@ -61,7 +61,7 @@ class ForecastDataset:
         self.input_frames, self.lead_steps = input_frames, lead_steps
         self._steps = np.array(lead_steps if drawn_steps is None else drawn_steps)
         self._chosen = _rotations(len(self._steps), len(self._steps) if drawn_steps is None else draws)
-        self._leads = np.array(normalisation.lead_index(self._steps.tolist()))
+        self._leads = self._fitted_leads()
         self._past = np.arange(1 - input_frames, 1)
         self.base_indices = self._bases()
         domain = data.domain
@@ -95,6 +95,10 @@ class ForecastDataset:
                 "shorten task.input_frames or task.lead_times, or widen data.split"
             )
         return bases
+
+    def _fitted_leads(self) -> np.ndarray:
+        """Where each of the lead steps stands in the statistics. Raises ValueError for one that was not fitted."""
+        return np.array(self.normalisation.lead_index(self._steps.tolist()))
 
     @property
     def lead_hours(self) -> tuple[float, ...]:

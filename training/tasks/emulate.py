@@ -152,10 +152,17 @@ class EmulateTask(GriddedTask):
         return known, truth.where(dataset.data.domain, torch.nan)
 
     def evaluate(self, run: RunFolder, model: nn.Module, data, normalisation, choices: Choices) -> Findings:
-        """Scores rollouts at score_steps. Raises ValueError, OSError."""
-        scored = copy(self)
+        """Scores rollouts at score_steps, and one that is as long as the split. Raises ValueError, OSError."""
+        from evaluation.long_rollout import long_rollout
+        from evaluation.run_evaluation import evaluate_windows, output_folder
+
+        scored, longest = copy(self), copy(self)
         scored.lead_steps = self.score_steps
-        return super(EmulateTask, scored).evaluate(run, model, data, normalisation, choices)
+        longest.lead_steps = tuple(range(1, data.splits[choices.split].size - self.input_frames + 1))
+        rollout = long_rollout(model, longest.dataset(data, choices.split, normalisation))
+        findings = evaluate_windows(run, model, scored, data, normalisation, choices, sections=rollout.section())
+        rollout.write(output_folder(run, choices))
+        return replace(findings, table=f"{findings.table}\n\n{rollout.table()}")
 
     # Training
 
