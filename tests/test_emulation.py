@@ -294,3 +294,36 @@ def test_a_curvilinear_box_of_4_km_joins_the_20_km_model_around_it():
     holds = (cells >= 0).any(dim=1).unflatten(0, (encoder.patches.rows, encoder.patches.columns))
     holds = holds.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1).flatten()
     assert torch.equal(change, holds)
+
+
+@pytest.mark.slow
+def test_a_finer_boundary_carries_information(folder):
+    """Trained alike, a model errs less where the forcing keeps the scales that a coarser source does not have."""
+    errors = {}
+    for cells in (1, 4):
+        data, emulation = forced(folder, coarsening=cells), task(rollout_steps=1)
+        normalisation, layout = emulation.fit(data), emulation.layout(data)
+        train, unseen = (emulation.dataset(data, split, normalisation) for split in ("train", "test"))
+        model = small_model(layout, zero=True).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(60):
+            generator = torch.Generator().manual_seed(step)
+            batch = train.__getitems__(torch.randint(len(train), (8,), generator=generator).tolist())
+            error, weight = emulation.sums(model(batch), batch)["forecast"]
+            (error / weight)[:, 0].sum().backward()  # of the upper layer, which the forcing reaches at once
+            optimizer.step()
+            optimizer.zero_grad()
+        errors[cells] = unexplained(model, emulation, unseen)
+        if cells == 1:  # states and outputs on cells of half the size, of which it has seen none
+            data = forced(folder, path=str(folder / "fine.nc"))
+            twice = emulation.dataset(data, "test", emulation.fit(data))
+            errors["twice as fine"] = unexplained(model, emulation, twice)
+    assert errors[1] < 0.8 * errors[4] and errors[1] < 0.8 and errors["twice as fine"] < 0.9, errors
+
+
+def unexplained(model, emulation: EmulateTask, dataset) -> float:
+    """Share of damped persistence's mean square error in the upper layer that is left after a step."""
+    batch = dataset.__getitems__(list(range(len(dataset))))
+    with torch.no_grad():
+        error, weight = emulation.sums(model.eval()(batch), batch)["forecast"]
+    return float((error / weight)[0, 0])
