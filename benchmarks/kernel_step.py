@@ -24,6 +24,7 @@ from data.field import Field, Reference
 from data.healpix import HEALPixGrid
 from data.layout import InputLayout, Layout, ObservationLayout, TargetLayout, Variable
 from data.observations import Observations
+from kernels.film_tokenizer import row_bytes
 from models.conditioning.noise_level import EDMEmbedder
 from models.decoders.video_patch import VideoPatchDecoder
 from models.encode_process_decode import EncodeProcessDecode
@@ -154,9 +155,7 @@ def step_case(
         steps[name] = training_step(setting, model, batch, optimizer)
     errors: dict[str, float] = {}
     notes = {"layers": layers, **difference(found, errors)}
-    return Prepared(
-        errors, {BOTH: steps}, {BOTH: step_floors(setting, layout, hidden, queries, rows, layers)}, notes=notes
-    )
+    return Prepared(errors, {BOTH: steps}, {BOTH: step_floors(setting, batch, hidden, queries, layers)}, notes=notes)
 
 
 def training_step(
@@ -176,16 +175,20 @@ def training_step(
     return step
 
 
-def step_floors(setting: Setting, layout: Layout, hidden: int, queries: int, rows: int, layers: int) -> Parts:
+def step_floors(setting: Setting, batch: Batch, hidden: int, queries: int, layers: int) -> Parts:
     """Blocks forward, again, and backward; the tokenizer of observations and both ends of the model, forward and
     backward."""
+    layout, rows = batch.layout, len(batch.observations)
     cells = layout.targets[TARGET].grid.num_points
     frames, places = layout.frames, cells // PATCH**2
     parts = floors(setting, frames, places, hidden, queries, rows)
     numbers = frames * cells * (FIXED + len(layout.targets[TARGET].variables))
     ends = (4 * numbers + frames * places * hidden * setting.size, 2 * numbers * hidden)
     described, film = FEATURES + 28, 2 * TOKEN  # 28: widths of the three embeddings
-    tokens = (rows * (50 + 4 * TOKEN), 2 * rows * (described * film + film * 2 * TOKEN))
+    tokens = (
+        rows * (row_bytes(vars(batch.observations), FEATURES) + 4 * TOKEN),
+        2 * rows * (described * film + film * 2 * TOKEN),
+    )
     once = [ends, (2 * ends[0], 2 * ends[1]), tokens, (tokens[0], 2 * tokens[1])]
     return once + layers * (parts[FORWARD] + parts[BOTH])
 

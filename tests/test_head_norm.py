@@ -101,6 +101,22 @@ def test_parts_that_are_not_read_and_gradients_that_lie_anyhow(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_gradients_of_gradients(path):
+    found = []
+    for which in ("reference", path):
+        leaves = [part.detach().float().requires_grad_() for part in _draw((2, 3, 2, 8), weighted=True)]
+        query, key, value = head_norm(*leaves, path=which)
+        first = torch.autograd.grad((query * key * value).sum(), leaves, create_graph=True)
+        if which == "triton":
+            with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+                torch.autograd.grad(first[0].square().sum(), leaves)
+            return
+        found.append(torch.autograd.grad(sum(part.square().sum() for part in first), leaves))
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_compiled_whole(path):
     def mixed(packed, weight):
         query, key, value = head_norm(packed * 2, weight, path=path)

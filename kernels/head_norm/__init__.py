@@ -82,21 +82,17 @@ def _vectorised(packed: Tensor, weight: Tensor | None) -> list[Tensor]:
 
 
 def _vectorised_backward(gradients: Sequence[Tensor], packed: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    towards = torch.empty_like(packed, memory_format=torch.contiguous_format)
+    towards = list(gradients)
     towards_weight = packed.new_zeros(_weight_shape(packed, weight), dtype=_accumulated(packed))
-    parts = zip(gradients, packed.unbind(-3), towards.unbind(-3), strict=True)
-    for index, (gradient, part, into) in enumerate(parts):
-        if index >= NORMED:
-            into.copy_(gradient)
-            continue
+    for index, (gradient, part) in enumerate(zip(gradients, packed.unbind(-3)[:NORMED], strict=False)):
         part, gradient = part.to(towards_weight.dtype), gradient.to(towards_weight.dtype)
         rate = (part.square().mean(dim=-1, keepdim=True) + NORM_EPS).rsqrt_()
         if weight is not None:
             towards_weight[index] = (part * rate * gradient).flatten(0, -2).sum(dim=0)
             gradient = gradient * weight[index]
         along = (gradient * part).mean(dim=-1, keepdim=True) * rate**3
-        into.copy_((gradient * rate).addcmul_(part, along, value=-1))
-    return towards, towards_weight
+        towards[index] = (gradient * rate).addcmul_(part, along, value=-1).to(packed.dtype)
+    return torch.stack(towards, dim=-3), towards_weight
 
 
 def _weight_shape(packed: Tensor, weight: Tensor | None) -> tuple[int, ...]:

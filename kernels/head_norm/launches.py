@@ -75,10 +75,11 @@ def _spread(tokens: Tensor, config: Config, *, backward: bool) -> tuple[dict[str
     """Compile-time numbers, rows (token, head) of a part, tiles of a program, and programs of a part."""
     outer, inner, _, heads, width = tokens.shape
     shape, rows = {"H": heads, "D": width, **tile(width, config)}, outer * inner * heads
-    assert rows < 2**31, "rows are counted in 32 bits"
     tiles = triton.cdiv(rows, shape["R"])
     steps = max(1, tiles // BACKWARD_PROGRAMS) if backward else FORWARD_TILES
-    return shape, rows, steps, triton.cdiv(tiles, steps)
+    programs = triton.cdiv(tiles, steps)
+    assert programs * steps * shape["R"] < 2**31, "rows are counted in 32 bits, those behind the last included"
+    return shape, rows, steps, programs
 
 
 def _tokens(packed: Tensor) -> Tensor:
