@@ -10,6 +10,7 @@ NAMES = {
     "perceiver": "Perceiver IO, forward and backward on CPU, against krasserm's, lucidrains' and transformers'",
     "perceiver_ar": "Perceiver AR, a training step and generation with a cache on CPU, against krasserm's",
     "lead_times": "one encoding for 1, 12 and 48 lead times against one for each (MetNet) and a recurrent encoder",
+    "ocean": "the cross-resolution encoder, 1/4 degree with a boundary on 1 degree, against the 1/4 degree alone",
     "loader": "samples/s from RAM, memmap, NetCDF and Zarr against xbatcher, and the share of a step spent waiting",
     "healda_cpu": "HealDA v2, forward and backward on CPU, with and without observations, against PhysicsNeMo's",
     "sst": "the monthly model, forward and backward on CPU, against its formula in torch's own layers",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import ocean
 from data.batch import Batch
 from data.curvilinear import CurvilinearGrid
 from data.field import Field
@@ -282,3 +283,12 @@ def test_every_stream_reaches_the_output(kind):
     for name, field in batch.inputs.items():
         other = replace(batch, inputs={**batch.inputs, name: replace(field, values=field.values + 1)})
         assert (model(other)["forecast"] - before).abs().max() > 1e-5, name
+
+
+def test_the_benchmark_joins_960_and_60_tokens_a_patch():
+    scene = dict(rows=1, columns=2, size="tiny", device="cpu")
+    encoder, batch = ocean.encoder_and_batch(("prognostic", "boundary"), **scene)
+    ocean.step(encoder, batch)()
+    rows = [ocean.row(name, encoder, 0.1, 2**20, 1.1, {ocean.ALONE: 2**20}) for name in (ocean.ALONE, ocean.BOTH)]
+    assert rows[1]["tokens"] == 1020 and rows[1]["patches"] == 2
+    assert "| prognostic and boundary | 2 | 1020 | 100 | 1 | 1.10x | 1.00x |" in ocean.table(rows)
