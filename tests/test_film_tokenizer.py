@@ -294,9 +294,10 @@ def test_shipped_configurations_spill_no_registers(kind, num_features):
     for kernel, of_kernel, part in calls:
         config = of_kernel.default((9, 0))
         warps, programs = config["num_warps"], config["programs"]
+        options = {"maxnreg": config["maxnreg"]} if "maxnreg" in config else {}
         constants = {**shape, **part, "ROWS": config["ROWS"], "towards_rows": None}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        needs = resources(kernel, types, constants, num_warps=warps, num_stages=launches.NUM_STAGES)
+        needs = resources(kernel, types, constants, num_warps=warps, num_stages=launches.NUM_STAGES, **options)
         assert needs["stack"] == 0
         # All programs that the configuration asks of a multiprocessor run at once.
         assert programs * 32 * warps * needs["registers"] <= 65_536 and programs * needs["shared"] <= 227 * 1024
