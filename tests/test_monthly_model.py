@@ -14,6 +14,7 @@ from data.grids import LatLonGrid, PlanarGrid
 from data.layout import InputLayout, Layout, TargetLayout, Variable
 from models import build
 from models.composition import compose
+from models.latents import Latents
 from training.parallel import check_mesh
 from training.ranks import Mesh
 
@@ -190,6 +191,21 @@ def test_filled_days_know_their_month_and_their_own_day(grid, target_grid):
         moved = (model(with_daily(batch, values=values))["filled"] - before).abs().amax(dim=(0, 2, 3, 4))
         assert (moved > 1e-6).nonzero().flatten().tolist() == list(month)
         assert moved.argmax() == frame
+
+
+def test_outputs_are_continuous_across_the_date_line():
+    """Turning the latents of a global grid by one patch turns the output."""
+    globe = LatLonGrid(np.linspace(84, -84, 8), np.arange(12) * 30.0)
+    model = monthly_model(monthly_layout(grid=globe)).eval()
+    decoder, tokens = model.decoder["monthly"], torch.randn(2, 1, 2 * 3, 16)
+    query = replace(monthly_batch(model.layout).queries()["monthly"].each_time(), domain=None)
+    times = torch.zeros(2, 1, dtype=torch.int64)
+
+    def decoded(cells):
+        return decoder(Latents(tokens=cells, times=times, held=(0, 1)), query)
+
+    turned = tokens.unflatten(2, (2, 3)).roll(1, dims=3).flatten(2, 3)
+    assert_close(decoded(turned), decoded(tokens).roll(4, dims=-1), rtol=1e-5, atol=1e-5)
 
 
 def test_hours_of_a_month():

@@ -10,6 +10,7 @@ Letters: B batch, L target times, D hidden, K width, m target time.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -76,8 +77,10 @@ class MonthlyConvDecoder(nn.Module):
         if not self.held and FrameQueries.possible(layout, target):
             self.days = FrameQueries(layout, target, self.patches, self.window, hidden)
             self.months = [frame * latent_layout.frames // layout.frames for frame in layout.frames_of(target)]
-        self.overlap = overlap
         size, half = self.patches.size, width // 2
+        # Latent columns of the other end of the globe, as many as an output reads; none where patches overlap there.
+        whole = self.patches.wraps and self.patches.columns * size[1] == self.patches.grid.shape[1]
+        self.around = min(-(-(overlap + 2) // size[1]), self.patches.columns) if whole else 0
         self.project = nn.Conv2d(hidden, width, 1)
         self.spread = nn.ConvTranspose2d(
             width, half, [side + 2 * overlap for side in size], stride=size, padding=overlap
@@ -108,10 +111,15 @@ class MonthlyConvDecoder(nn.Module):
             tokens = tokens + self.days(query)
         leads = tokens.shape[1]
         cells = rearrange(tokens, "b l (h w) d -> (b l) d h w", h=self.patches.rows)
+        if self.around:
+            cells = F.pad(cells, (self.around, self.around, 0, 0), mode="circular")
         x = self._spread(cells)  # (B L, H, W, K / 2), as all that follow: convolutions are fastest so
         x = self._dropped(normed_gelu(x, self.norms[0]))
         x = self.refine[1](x.movedim(-1, 1)).movedim(1, -1)
         x = normed_gelu(x, self.norms[1], (self.head.weight[:, :, 0, 0], self.head.bias))
+        if self.around:
+            beyond = self.around * self.patches.size[1]
+            x = x[:, :, beyond:-beyond]
         output = self.patches.crop(rearrange(x, "(b l) h w c -> b l c h w", l=leads))[..., *self.window]
         if self.scale is not None:
             scale, bias = (self._by_sample(part, latents) for part in (self.scale, self.bias))
