@@ -8,7 +8,7 @@ observed stays as it is, and gaps get what the model makes of them. Letters: T s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from data.calendars import format_time
 from data.datasets.cloudy_series import CloudySeries
 from data.datasets.gap_windows import FILLED, MONTHLY, GapWindow, GapWindows
 from data.datasets.gridded import GriddedData
+from data.field import Field
 from data.grids import LatLonGrid
 from data.normalisation import Normalisation
 from evaluation.baselines.local_interpolation import LocalInterpolation, TwoSidedInterpolation
@@ -49,7 +50,8 @@ class SeriesPart:
 @dataclass
 class Filler:
     """A model and the series it is to fill. window: of the task it was trained for; overlap: cells by which patches
-    overlap; analyst: the interpolation that is its reference, or None."""
+    overlap; analyst: the interpolation that is its reference, or None; overcast: windows in which nothing is observed,
+    of those that were filled."""
 
     model: nn.Module
     data: GriddedData
@@ -57,6 +59,7 @@ class Filler:
     window: GapWindow
     overlap: int
     analyst: LocalInterpolation | TwoSidedInterpolation | None = None
+    overcast: dict[int, Tensor] = field(default_factory=dict)
 
     @cached_property
     def patches(self) -> dict[int, dict[int, GapWindows]]:
@@ -106,6 +109,11 @@ class Filler:
         whole = windows.batch(np.array([number]), np.array([0]))
         device = next(self.model.parameters()).device
         given = whole if self.window.crop is None else self._as_crop(whole)
+        seen = whole.inputs[self.window.name]
+        dark = ~seen.presence.expand_as(seen.values)[0].flatten(1).any(dim=1).view(self.window.months or 1, -1).any(
+            dim=1
+        )
+        self.overcast[number] = self.overcast.get(number, True) & dark
         found = {}
         for name, prediction in self.model.predict(given.to(device)).items():
             target, values = whole.targets[name], prediction.point.values.float().cpu()
@@ -120,16 +128,16 @@ class Filler:
         layout = self.model.layout
         places = batch.inputs[self.window.name].grid.coordinates.float()[None]
 
-        def part(field, grid: LatLonGrid):
-            return replace(field, grid=grid, coordinates=places)
+        def part(item: Field, grid: LatLonGrid) -> Field:
+            return replace(item, grid=grid, coordinates=places)
 
-        inputs = {name: part(field, layout.inputs[name].grid) for name, field in batch.inputs.items()}
-        targets = {name: part(field, layout.targets[name].grid) for name, field in batch.targets.items()}
+        inputs = {name: part(item, layout.inputs[name].grid) for name, item in batch.inputs.items()}
+        targets = {name: part(item, layout.targets[name].grid) for name, item in batch.targets.items()}
         return Batch(inputs, targets, layout)
 
 
 def fill_gaps(filler: Filler, path: Path) -> list[str]:
-    """Writes what the model makes of every window. Returns a line for each month and frame without any observation."""
+    """Writes what the model makes of every window. Returns a line for each month without data or observation."""
     data, window, windows = filler.data, filler.window, filler.one
     axes, fields = {"time": data.times}, {}
     if FILLED in window.targets:
@@ -149,13 +157,21 @@ def fill_gaps(filler: Filler, path: Path) -> list[str]:
                     if MONTHLY in found:
                         name = f"{variable.label}_monthly"
                         file.write(name, windows.rows[number], rows, found[MONTHLY][:, channel].numpy())
-    return _notes(data, windows)
+    return _notes(filler, windows)
 
 
-def _notes(data: GriddedData, windows: GapWindows) -> list[str]:
-    """What the file cannot know: months without a frame."""
+def _notes(filler: Filler, windows: GapWindows) -> list[str]:
+    """What a reader of the file should know: months without a frame, and those of which no frame shows anything."""
     if windows.months is None:
         return []
     empty = np.flatnonzero((windows.months.frames < 0).all(axis=1))
-    names = [format_time(windows.months.middles(np.array([row]))[0], data.calendar)[:7] for row in empty]
-    return [f"no data in {name}: left missing" for name in names]
+    dark = {int(row) for number, each in filler.overcast.items() for row in windows.rows[number][each.numpy()]}
+    return [
+        *(f"no data in {_name(filler, windows, row)}: left missing" for row in empty),
+        *(f"nothing observed in {_name(filler, windows, row)}: all of it is the model's" for row in sorted(dark)),
+    ]
+
+
+def _name(filler: Filler, windows: GapWindows, row: int) -> str:
+    """2013-01"""
+    return format_time(windows.months.middles(np.array([row]))[0], filler.data.calendar)[:7]

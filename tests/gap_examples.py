@@ -22,8 +22,12 @@ def write_sea(
     step_hours: int = 24,
     start: str = "2001-01-01",
     skipped=(),
+    dark=(),
 ) -> Path:
-    """Waves that move slowly over a season, float32, two cells of land; `skipped`: frames that the file leaves out."""
+    """Waves that move slowly over a season, float32, two cells of land.
+
+    skipped: frames that the file leaves out. dark: those in which nothing is observed.
+    """
     import netCDF4
 
     random, steps = np.random.default_rng(0), np.setdiff1d(np.arange(days * 24 // step_hours), skipped)
@@ -32,6 +36,7 @@ def write_sea(
     wave = np.sin(np.deg2rad(longitude * 12)[None, None] + np.deg2rad(latitude * 9)[None, :, None] - time / 5)
     values = 15 + 5 * np.sin(2 * np.pi * time / 365) + wave + 0.1 * random.standard_normal((steps.size, *SHAPE))
     values[:, 0, :2] = np.nan
+    values[np.isin(steps, dark)] = np.nan
     with netCDF4.Dataset(path, "w") as file:
         for name, axis, units in (
             ("time", steps * step_hours, f"hours since {start}"),

@@ -92,6 +92,17 @@ def test_a_domain_from_patches_and_the_file_of_it(tmp_path, data):
     filler = Filler(model, data, statistics, chosen.window(), chosen.overlap)
     notes = fill_gaps(filler, tmp_path / "filled.zarr")
     assert not notes
+    filler = Filler(model, sea(tmp_path, dark=range(31, 59), skipped=range(90, 120)), statistics, chosen.window(), 2)
+    notes = fill_gaps(filler, tmp_path / "overcast.nc")
+    assert notes == [
+        "no data in 2001-04: left missing",
+        "nothing observed in 2001-02: all of it is the model's",
+    ]
+    with xr.open_dataset(tmp_path / "overcast.nc") as file:
+        cells = data.domain[0].numpy()
+        assert np.isfinite(file["sst"].values[31:59][:, cells]).all()
+        assert np.isfinite(file["sst_monthly"].values[1][cells]).all()
+        assert np.isnan(file["sst_monthly"].values[3]).all() and file["sst"].shape[0] == 336
     with xr.open_dataset(tmp_path / "filled.zarr", engine="zarr", consolidated=False) as file:
         assert file["sst"].shape == (366, *SHAPE) and file["sst_monthly"].shape == (13, *SHAPE)
         np.testing.assert_allclose(file["sst"].values, data.read(range(366))[:, 0].numpy(), rtol=1e-6)
