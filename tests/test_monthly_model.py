@@ -151,6 +151,7 @@ def test_cloudy_and_missing_months_stay_finite(options):
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     model.eval()
     assert (output(model, cloudy)[:, 1] - output(model, batch)[:, 1]).abs().max() > 1e-6  # months do mix
+    assert (output(model, cloudy) - output(model, missing)).abs().max() > 1e-6  # a cloudy day is no padded one
 
 
 @pytest.mark.parametrize("frames", (2, 3, 5))
