@@ -24,7 +24,6 @@ from evaluation.summary import SCORES_FILE, write_json
 
 if TYPE_CHECKING:
     from data.datasets.gridded import GriddedData
-    from training.tasks.autoregressive import AutoregressiveTask
 
 _TITLES = {"rmse": "RMSE of the ensemble mean", "crps": "CRPS"}
 
@@ -32,12 +31,12 @@ _TITLES = {"rmse": "RMSE of the ensemble mean", "crps": "CRPS"}
 def evaluate_ensembles(
     run: RunFolder,
     model: nn.Module,
-    task: AutoregressiveTask,
+    task,
     data: GriddedData,
     quantiser: FieldQuantiser,
     choices: Choices,
 ) -> Findings:
-    """Scores the windows of a split and writes the files of an evaluation. Raises ValueError, OSError."""
+    """Scores the windows of a split and writes the files of an evaluation; task: autoregressive. Raises ValueError, OSError."""
     choices.only("checkpoint", "split", "max_windows", "report", "predictions", task="autoregressive")
     dataset, blocks = task.dataset(data, choices.split, quantiser), task.blocks(data)
     folder = output_folder(run, choices)
