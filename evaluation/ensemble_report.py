@@ -36,7 +36,10 @@ def evaluate_ensembles(
     quantiser: FieldQuantiser,
     choices: Choices,
 ) -> Findings:
-    """Scores the windows of a split and writes the files of an evaluation; task: autoregressive. Raises ValueError, OSError."""
+    """Scores the windows of a split and writes the files of an evaluation of task=autoregressive.
+
+    Raises ValueError, OSError.
+    """
     choices.only("checkpoint", "split", "max_windows", "report", "predictions", task="autoregressive")
     dataset, blocks = task.dataset(data, choices.split, quantiser), task.blocks(data)
     folder = output_folder(run, choices)
