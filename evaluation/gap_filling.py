@@ -25,10 +25,7 @@ from evaluation.summary import REGIONS_FILE, SCORES_FILE, table, write_json
 
 def evaluate_gap_filling(run: RunFolder, model: nn.Module, task, data, normalisation, choices: Choices) -> Findings:
     """Scores the windows of a split and writes the files. Raises ValueError, OSError."""
-    choices.only(
-        "checkpoint", "split", "weights", "baselines", "regions", "max_windows", "report", "predictions",
-        task="reconstruct",
-    )  # fmt: skip
+    choices.only("checkpoint", "split", "weights", "baselines", "regions", "max_windows", task="reconstruct")
     folder = output_folder(run, choices)
     folder.mkdir(exist_ok=True)
     scores, left_out, count = score_gap_filling(model, task, data, normalisation, choices)

@@ -18,9 +18,12 @@ from evaluation.baselines import build
 from evaluation.fill_gaps import Filler, fill_gaps
 from evaluation.gap_filling import predicted, score_gap_filling
 from evaluation.run_evaluation import Choices
+from evaluation.run_folder import RunFolder
 from models.composition import build_from_config, compose
-from tests.gap_examples import SHAPE, sea
+from tests.gap_examples import SHAPE, sea, write_sea
 from training import command_line
+from training.checkpoints import read_normalisation
+from training.fill_gaps import main as fill
 from training.tasks.reconstruct import ReconstructTask
 
 TINY = ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.patch_size=4"]
@@ -132,16 +135,23 @@ def test_scores_of_every_method_are_of_the_same_hidden_cells(data):
 
 @pytest.mark.slow
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
-    given = ["task=reconstruct", "data=synthetic_daily", "model=sst_spatiotemporal", "model.depth=1"]
-    given += ["model.hidden_size=16", "task.draws=1", "trainer.max_steps=2", "trainer.batch_size=2", "tracking=none"]
-    given += ["data.split.test=[2003-01,2003-02]", "trainer.validation_batches=1", "trainer.progress=false"]
+    path = write_sea(tmp_path / "sea.nc")
+    given = ["model=sst_spatiotemporal", "data=netcdf", f"data.path={path}", *TINY, "trainer.max_steps=2"]
+    given += ["task.draws=1", "trainer.batch_size=2", "tracking=none", "trainer.progress=false"]
     monkeypatch.setattr(sys, "argv", ["train.py", *given, f"hydra.run.dir={tmp_path}"])
     command_line.run(train.train, rewrite=train.arguments.rewrite, finish=train.sweep.finish)
-    assert "RMSE of t2m" in capsys.readouterr().out
+    assert "RMSE of sst" in capsys.readouterr().out
     scores = json.loads((tmp_path / "scores.json").read_text())
     for target in ("monthly", "filled"):
-        rmse = scores[f"{target} t2m"]["rmse"]["0"]
-        assert rmse["space_time_interpolation"] < rmse["climatology"] and "ours" in rmse
+        rmse = scores[f"{target} sst"]["rmse"]["0"]
+        assert rmse["two_sided_interpolation"] < rmse["climatology"] and "ours" in rmse
+    fill([str(tmp_path), str(tmp_path / "filled.nc")])
+    assert (tmp_path / "filled.nc").is_file()
+    run = RunFolder.open(tmp_path)
+    found = run.task().evaluate(
+        run, run.model("best"), run.data(), read_normalisation(run.checkpoint("best")), Choices()
+    )
+    assert json.loads((found.folder / "scores.json").read_text()) == scores
 
 
 needs_data = pytest.mark.skipif("DATA_DIR" not in os.environ, reason="needs the files of $DATA_DIR")
