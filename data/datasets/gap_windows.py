@@ -58,7 +58,9 @@ class GapWindow:
         return 1 if self.months is None else 31 * 86_400 // data.step
 
     def layout(self, data: GriddedData) -> Layout:
-        """What batches look like, without fitting anything. Raises ValueError where a patch exceeds the domain."""
+        """What batches look like, without fitting anything. Raises ValueError where a patch exceeds the domain or the
+        data have no days of months."""
+        self.slots(data)
         grid, group = data.grid, self.per_group(data)
         frames = self.frames if self.months is None else self.months * group
         inputs = {
