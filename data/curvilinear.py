@@ -1,4 +1,4 @@
-"""`CurvilinearGrid`: rows and columns of a model whose latitudes and longitudes both vary along either (ROMS, tripolar).
+"""`CurvilinearGrid`: rows and columns of a model whose latitudes and longitudes vary along both (ROMS, tripolar).
 
 Letters: H rows, W columns.
 """

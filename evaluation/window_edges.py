@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def jump_ratio(image: Tensor, *, axis: int, edges: Tensor) -> float:
-    """Mean step (absolute) across edges over the mean of the steps on either side of them, along an axis of (..., H, W).
+    """Mean step (absolute) across edges over the mean of the steps on either side, along an axis of (..., H, W).
 
     edges: (n,) int64 indices of the cells that follow them, at least two cells from either end. Where one of the three
     steps touches NaN, none counts. 1: nothing is seen of the edges; NaN where there is nothing to compare.

@@ -149,7 +149,7 @@ class GriddedData(SeriesData):
     def describe(self) -> str:
         """What was understood of the data: grid, times, gaps, variables, splits (several lines, for people)."""
         grid, times, when = self.grid, self.times, lambda index: format_time(self.times[index], self.calendar)
-        latitude, longitude = grid.latitude, grid.longitude
+        latitude, longitude = grid.latitude.flat, grid.longitude.flat  # of a curvilinear grid: two of its corners
         lines = [
             f"data       {self.path}",
             f"grid       {grid.shape[0]} x {grid.shape[1]}, latitude {latitude[0]:g} to {latitude[-1]:g}, "

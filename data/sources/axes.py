@@ -124,7 +124,8 @@ def find_axes(dataset, name: str, path: Path) -> Axes:
         if kind not in found:
             raise ValueError(
                 f"{name!r} in {path} has no {kind} dimension (it has {sizes}); give coordinates, 1-D, or 2-D along its "
-                "last two dimensions, with units degrees_north and degrees_east, or choose another variable with data.variables"
+                "last two dimensions, with units degrees_north and degrees_east, or choose another variable with "
+                "data.variables"
             )
     if rest:
         raise ValueError(
@@ -181,7 +182,8 @@ def select_block(latitude: np.ndarray, longitude: np.ndarray, region: Sequence[f
     if min(rows.size, columns.size) < 2:
         raise ValueError(
             f"data.region={None if region is None else list(region)} holds fewer than 2 x 2 cells of {path} (latitudes "
-            f"{latitude.min():g} to {latitude.max():g}, longitudes {longitude.min():g} to {longitude.max():g}); widen it"
+            f"{latitude.min():g} to {latitude.max():g}, longitudes {longitude.min():g} to {longitude.max():g}); "
+            "widen it"
         )
     return slice(int(rows[0]), int(rows[-1]) + 1), np.arange(columns[0], columns[-1] + 1)
 

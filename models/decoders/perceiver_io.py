@@ -24,7 +24,6 @@ from models.decoders.windows import OWN_FEATURES, Windows, WindowTables
 from models.initialisation import head_, linear_, zeros_
 from models.latents import LatentLayout, Latents
 from models.patches import patches_of
-from models.positions.fourier import fourier_features, frequencies
 
 # Queries of an option -> `position` of `PlaceQueries`.
 QUERIES = {"coordinates": "fourier", "index": "index", "trainable": "table", "local": "none"}
