@@ -27,7 +27,7 @@ MOST_KEPT = 100_000_000  # cells of analysed frames in memory
 DAMPING = 0.8  # of a cycled background, a frame later
 MOST_REACH = 3  # frames before and after that an analysis reads
 SPIN_UP = 8  # frames before the first one that is wanted
-_TRIED_FRAMES, _TRIED_CELLS, _BLOCK = 20, 150, 2048
+_TRIED_FRAMES, _TRIED_CELLS, _BLOCK = 48, 80, 2048
 
 
 @dataclass(frozen=True)
