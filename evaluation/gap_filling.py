@@ -78,8 +78,9 @@ def score_gap_filling(
                 made = {OURS: ours}
                 made |= {name: _filled_by(rival, dataset, int(window), batch) for name, rival in rivals.items()}
                 for target, field in batch.targets.items():
-                    fresh = _unscored(field.times[0].tolist(), scored[target])
-                    valid = (field.presence.expand_as(field.values) & fresh[None, :, None, None, None])[0]
+                    valid = field.presence.expand_as(field.values)[0]
+                    fresh = _unscored(field.times[0].tolist(), valid.flatten(1).any(dim=1), scored[target])
+                    valid = valid & fresh[:, None, None, None]
                     truth, usual = field.physical()[0], field.physical(torch.zeros_like(field.values))[0]
                     for method, found in made.items():
                         values = (found[target], truth, usual, valid)
@@ -121,10 +122,13 @@ def _filled_by(rival, dataset: GapWindows, window: int, batch: Batch) -> dict[st
     return found
 
 
-def _unscored(times: list[int], scored: set[int]) -> Tensor:
-    """(L,) bool: times that no earlier window had; the last window of a run may overlap the one before."""
+def _unscored(times: list[int], known: Tensor, scored: set[int]) -> Tensor:
+    """(L,) bool: times that no earlier window had; the last window of a run may overlap the one before.
+
+    known: (L,) bool, whether anything is; padded days have none, and the times of the next month's first ones.
+    """
     fresh = torch.tensor([time not in scored for time in times])
-    scored.update(times)
+    scored.update(time for time, some in zip(times, known.tolist(), strict=True) if some)
     return fresh
 
 

@@ -131,6 +131,10 @@ def test_scores_of_every_method_are_of_the_same_hidden_cells(data):
         values = {name: float(found.values()["rmse"][0, 0, 0]) for name, found in scores[target].items()}
         assert values["ours"] == pytest.approx(values["two_sided_interpolation"], rel=1e-4)
         assert values["ours"] < 0.7 * values["climatology"]
+    series, days = chosen.series(data, "test", statistics)[0], data.splits["test"][11:]  # whole months
+    hidden = series.truth(days).isfinite() & series.hidden(days)
+    expected = float((hidden * data.grid.area_weights).sum())  # every day once, those after a short month as well
+    assert float(scores[FILLED]["ours"].sums[0, 0]) == pytest.approx(expected)
 
 
 @pytest.mark.slow
