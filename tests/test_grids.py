@@ -106,7 +106,9 @@ def test_impossible_axes_are_refused(latitude, longitude, message):
 
 
 def test_unknown_grid_kinds_are_refused():
-    with pytest.raises(ValueError, match="unknown grid kind 'hexagonal'; allowed: curvilinear, healpix, latlon, planar, points"):
+    with pytest.raises(
+        ValueError, match="unknown grid kind 'hexagonal'; allowed: curvilinear, healpix, latlon, planar, points"
+    ):
         Grid.from_dict({"kind": "hexagonal"})
 
 
