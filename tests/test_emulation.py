@@ -209,6 +209,7 @@ def test_settings_and_data_that_cannot_be_meant_are_refused_in_a_sentence(folder
         (dict(streams={}), "at least one stream"),
         (dict(streams={"static": {"path": "x"}}), "a stream is no prognostic or static"),
         (dict(streams={"boundary": {"file": "x"}}), "data.streams.boundary="),
+        (dict(streams={"boundary": str(folder / "forcing.nc")}), "like {path: forcing.nc}"),
         (dict(coarsening=0), "coarsening of at least 1"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -220,6 +221,30 @@ def test_settings_and_data_that_cannot_be_meant_are_refused_in_a_sentence(folder
     )
     with pytest.raises(ValueError, match=r"input 'boundary' .* has no cell in the domain of the first input"):
         small_model(task().layout(far))
+
+
+def test_a_longer_stream_is_normalised_over_the_training_period_of_the_series(folder, tmp_path):
+    import xarray as xr
+
+    with xr.open_dataset(folder / "coarse.nc") as file:
+        file.isel(time=slice(20, 60)).to_netcdf(tmp_path / "part.nc")
+    split = {"train": 0.6, "validation": 0.2, "test": 0.2}
+    data = forced(folder, path=str(tmp_path / "part.nc"), split=split)
+    stream = data.streams["boundary"]
+    assert stream.times.size > 60 and np.array_equal(stream.training_period, np.arange(20, 44))
+    assert np.array_equal(stream.times[stream.splits["test"]], data.times[data.splits["test"]])
+    with xr.open_dataset(folder / "forcing.nc") as file:
+        file.isel(time=slice(0, 30)).to_netcdf(tmp_path / "few.nc")
+    with pytest.raises(ValueError, match=r"data.streams.boundary has no frame at 2001-.* \(30 of 40 times"):
+        forced(
+            folder,
+            path=str(tmp_path / "part.nc"),
+            split=split,
+            streams={"boundary": {"path": str(tmp_path / "few.nc")}},
+        )
+    small = forced(folder, coarsening=8, streams={"boundary": {"path": str(folder / "forcing.nc")}})
+    with pytest.raises(ValueError, match=r"data.coarsening=8 needs streams of at least 16 latitudes"):
+        small.streams["boundary"].read([0])
 
 
 def one_step(data: ForcedData) -> tuple[Batch, torch.Tensor]:

@@ -16,6 +16,7 @@ from data.regridding import Regridder
 
 STREAM_OPTIONS = ("path", "variables", "levels", "region")
 RESERVED = ("prognostic", "static")
+COARSER = 4  # cells a side of what streams are compared with
 
 
 class ForcedData(GriddedData):
@@ -48,9 +49,10 @@ class ForcedData(GriddedData):
         diurnal_harmonics: int = 2,
         recommended: Mapping | None = None,
     ):
-        shared = dict(split=split, cache=cache, annual_harmonics=annual_harmonics, diurnal_harmonics=diurnal_harmonics)
+        shared = dict(cache=cache, annual_harmonics=annual_harmonics, diurnal_harmonics=diurnal_harmonics)
         super().__init__(
             path,
+            split=split,
             variables=variables,
             levels=levels,
             region=region,
@@ -68,11 +70,11 @@ class ForcedData(GriddedData):
         self.coarsening = coarsening
         self.streams: dict[str, Stream] = {}
         for name, options in streams.items():
-            unknown = [key for key in options if key not in STREAM_OPTIONS]
-            if name in RESERVED or unknown or "path" not in options:
+            known = isinstance(options, Mapping) and "path" in options and set(options) <= set(STREAM_OPTIONS)
+            if name in RESERVED or not known:
                 raise ValueError(
-                    f"data.streams.{name}={dict(options)}: a stream is no {' or '.join(RESERVED)}, has a path and may "
-                    f"have {', '.join(STREAM_OPTIONS[1:])}"
+                    f"data.streams.{name}={options}: a stream is no {' or '.join(RESERVED)}, has a path, like "
+                    f"{{path: forcing.nc}}, and may have {', '.join(STREAM_OPTIONS[1:])}"
                 )
             self.streams[name] = Stream(**options, coarsening=coarsening, **shared)
             self.streams[name].follow(name, self)
@@ -80,9 +82,9 @@ class ForcedData(GriddedData):
     @property
     def networks(self) -> dict[str, ForcedData]:
         """What an evaluation scores one by one: the streams as they are, and as a coarser source has them."""
-        if self.coarsening > 1 or not all(stream.may_be_coarser for stream in self.streams.values()):
+        if self.coarsening > 1 or not all(stream.may_be_coarser(COARSER) for stream in self.streams.values()):
             return {}
-        return {"streams as they are": self, "interpolated from coarser ones": self.with_coarser_streams(4)}
+        return {"streams as they are": self, "interpolated from coarser ones": self.with_coarser_streams(COARSER)}
 
     def with_coarser_streams(self, cells: int) -> ForcedData:
         """The same data, its streams averaged over cells x cells and interpolated back."""
@@ -101,11 +103,12 @@ class Stream(GriddedData):
     """One of the streams; `read_at` gives its frames at indices into the times of the prognostic series."""
 
     def __init__(self, path: str | Sequence[str], *, coarsening: int = 1, **options):
-        super().__init__(path, **options)
+        super().__init__(path, split={name: 1 / 3 for name in ("train", "validation", "test")}, **options)
         self.coarsening = coarsening
 
     def follow(self, name: str, data: GriddedData) -> None:
-        """Learns which of its frames belongs to each of the prognostic ones. Raises ValueError where one is missing."""
+        """Learns which of its frames belongs to each of the prognostic ones, whose splits are its own: a longer stream
+        has no other training period. Raises ValueError where a frame is missing."""
         found = np.searchsorted(self.times, data.times).clip(max=self.times.size - 1)
         missing = np.flatnonzero(self.times[found] != data.times)
         if missing.size or self.calendar != data.calendar:
@@ -115,7 +118,8 @@ class Stream(GriddedData):
                 f"prognostic series are missing, calendars {self.calendar} and {data.calendar}); give a stream with "
                 "the same times"
             )
-        self.frames = found
+        self.frames, self.training_period = found, found[data.training_period]
+        self.splits = {split: found[indices] for split, indices in data.splits.items()}
 
     def read_at(self, indices: Sequence[int]) -> Tensor:
         """(n, C, *grid.shape), physical, NaN where missing."""
@@ -128,9 +132,8 @@ class Stream(GriddedData):
         to_coarse, back = self._regridders
         return torch.where(values.isnan(), torch.nan, back(to_coarse(values)))
 
-    @property
-    def may_be_coarser(self) -> bool:
-        return isinstance(self.grid, LatLonGrid)
+    def may_be_coarser(self, cells: int) -> bool:
+        return isinstance(self.grid, LatLonGrid) and min(self.grid.shape) >= 2 * cells
 
     def coarser(self, cells: int) -> Stream:
         other = object.__new__(type(self))
@@ -141,9 +144,10 @@ class Stream(GriddedData):
     @cached_property
     def _regridders(self) -> tuple[Regridder, Regridder]:
         """To means over coarsening x coarsening cells, and back by bilinear interpolation."""
-        if not self.may_be_coarser:
+        if not self.may_be_coarser(self.coarsening):
             raise ValueError(
-                f"data.coarsening={self.coarsening} needs streams on latitudes and longitudes; use data.coarsening=1"
+                f"data.coarsening={self.coarsening} needs streams of at least {2 * self.coarsening} latitudes and "
+                f"longitudes, and {self.path} has {' x '.join(map(str, self.grid.shape))} cells; use data.coarsening=1"
             )
         latitude, longitude = (
             axis[: axis.size - axis.size % self.coarsening].reshape(-1, self.coarsening).mean(axis=1)
