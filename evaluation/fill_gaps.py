@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from data.calendars import format_time
 from data.datasets.cloudy_series import CloudySeries
+from data.datasets.forecast import standardised
 from data.datasets.gap_windows import FILLED, MONTHLY, GapWindow, GapWindows
 from data.datasets.gridded import GriddedData
 from data.field import Field
@@ -35,13 +36,15 @@ ALL = "all"
 class SeriesPart:
     """Rows and columns of a `GriddedData`, read without the rest of it. domain: (C, h, w) bool, of the part."""
 
-    static_variables, static, gaps = (), None, True
+    gaps = True
 
     def __init__(self, data: GriddedData, domain: Tensor, rows: slice, columns: slice):
         self.series, self.domain = data.series.part(rows, columns), domain
         self.splits = {ALL: np.arange(data.times.size)}
         self.variables, self.grid, self.times = self.series.variables, self.series.grid, self.series.times
         self.calendar, self.step, self.segments = self.series.calendar, self.series.step, self.series.segments
+        self.static_variables = data.static_variables
+        self.static = None if data.static is None else data.static[..., rows, columns]
 
     def read(self, indices: Sequence[int]) -> Tensor:
         return torch.from_numpy(self.series.read(np.asarray(indices)))
@@ -87,7 +90,13 @@ class Filler:
             ALL,
             replace(self.window, crop=None),
             analyses=None if self.analyst is None else [self.analyst.under(series)],
+            static=None if self._static is None else (self._static[0][..., rows, columns], *self._static[1:]),
         )
+
+    @cached_property
+    def _static(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Fields without time as the model knows them: their scale is that of the whole domain."""
+        return None if self.data.static is None else standardised(self.data.static)
 
     def bands(self, number: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
         """Rows of a window that are complete, top to bottom: {target: (L, C, rows, W)} in physical units, NaN where a

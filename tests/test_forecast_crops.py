@@ -5,9 +5,12 @@ import json
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from data.curvilinear import CurvilinearGrid
+from data.datasets.crops import crop_grid
 from data.layout import Layout
 from evaluation.stitching import Stitched
 from models import build
@@ -76,6 +79,9 @@ def test_overlapping_crops_predict_all_of_the_grid(data):
 def test_crops_that_cannot_be_are_one_sentence(data):
     with pytest.raises(ValueError, match=r"task.crop=\[5, 4\] is larger than the image of 4 x 8 cells; use a smaller"):
         tiny_task(crop=[5, 4], overlap=1).layout(data)
+    bent = CurvilinearGrid(*np.meshgrid(np.arange(4.0), np.arange(8.0), indexing="ij"))
+    with pytest.raises(ValueError, match="cuts latitudes and longitudes, and this grid is curvilinear"):
+        crop_grid(bent, (2, 2))
     for crop in ([3], [0, 4], [2, 4]):
         with pytest.raises(ValueError, match=r"task.crop=.* must be two numbers of cells above task.overlap=2"):
             tiny_task(crop=crop, overlap=2)

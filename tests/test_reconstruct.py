@@ -14,6 +14,7 @@ import torch
 import train
 from data.clouds import CloudMasks
 from data.datasets.gap_windows import BACKGROUND, FILLED, MONTHLY, GapWindows
+from data.datasets.gridded import GriddedData
 from evaluation.baselines import build
 from evaluation.fill_gaps import Filler, fill_gaps
 from evaluation.gap_filling import predicted, score_gap_filling
@@ -116,6 +117,28 @@ def test_a_domain_from_patches_and_the_file_of_it(tmp_path, data):
         _, found = predicted(model, windows, window, 0, chosen.overlap)
         expected = found[MONTHLY][0, 0].where(data.domain[0], torch.nan).numpy()
         np.testing.assert_allclose(monthly[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_domain_from_patches_reads_its_fixed_fields_as_the_model_learned_them(tmp_path, data):
+    """Depth in units of the spread over the whole domain, not over a patch."""
+    import xarray as xr
+
+    with xr.open_dataset(write_sea(tmp_path / "sea.nc", days=62)) as file:
+        depth = np.arange(float(np.prod(SHAPE))).reshape(SHAPE) ** 1.5
+        file.assign(depth=(("latitude", "longitude"), depth)).to_netcdf(tmp_path / "deep.nc")
+    split = {"train": 0.4, "validation": 0.3, "test": 0.3}
+    options = {"variables": ["sst", "depth"], "annual_harmonics": 0, "diurnal_harmonics": 0}
+    deep = GriddedData(str(tmp_path / "deep.nc"), split=split, **options)
+    chosen = task(months=None, input_frames=4, targets=[FILLED], crop=[4, 5], overlap=2)
+    statistics = chosen.fit(deep)
+    model = model_of("sst_spatiotemporal", chosen, deep)
+    filler = Filler(model, deep, statistics, chosen.window(), chosen.overlap)
+    whole = chosen.dataset(deep, "test", statistics).batch(np.array([0]), np.array([0])).inputs["static"].values
+    for top, left in ((0, 0), (3, 5)):
+        part = filler.patches[top][left].batch(np.array([0]), np.array([0])).inputs["static"].values
+        torch.testing.assert_close(part, whole[..., top : top + 4, left : left + 5])
+    bands = [found[FILLED] for _, found in filler.bands(0)]
+    assert torch.cat(bands, dim=-2)[..., deep.domain[0]].isfinite().all()
 
 
 def test_scores_of_every_method_are_of_the_same_hidden_cells(data):

@@ -30,7 +30,8 @@ def filler_of(run: RunFolder, *, checkpoint: str = "best", path: str | None = No
     analyst = task.analyst(data, normalisation) if task.reference == "analysis" else None
     model, given = run.model(checkpoint), data
     if path is not None:
-        options = {"variables": [variable.name for variable in data.variables], "region": run.config.data.get("region")}
+        names = dict.fromkeys(variable.name for variable in (*data.variables, *data.static_variables))
+        options = {"variables": list(names), **{name: run.config.data.get(name) for name in ("levels", "region")}}
         daily = bool(run.config.data.get("daily_means", False))
         given = GriddedData(path, split={"train": 0.4, "validation": 0.3, "test": 0.3}, daily_means=daily, **options)
         if given.grid != data.grid:

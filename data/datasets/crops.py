@@ -30,7 +30,12 @@ def check_crop(crop: Sequence[int] | None, overlap: int) -> None:
 
 
 def crop_grid(grid: LatLonGrid, crop: Sequence[int]) -> LatLonGrid:
-    """The crop in the middle of a grid, whose cell areas all crops share. Raises ValueError where it is larger."""
+    """The crop in the middle of a grid, whose cell areas all crops share. Raises ValueError where it is larger and on
+    other grids."""
+    if not isinstance(grid, LatLonGrid):
+        raise ValueError(
+            f"task.crop={list(crop)} cuts latitudes and longitudes, and this grid is {grid.kind}; use task.crop=null"
+        )
     if any(size > cells for size, cells in zip(crop, grid.shape, strict=True)):
         raise ValueError(
             f"task.crop={list(crop)} is larger than the image of {grid.shape[0]} x {grid.shape[1]} cells; use a "

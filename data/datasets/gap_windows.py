@@ -94,7 +94,8 @@ class GapWindows:
     series: the data under each of the clouds that samples draw from; analyses: of each of them, where the reference is
     one. stride: frames from one training window of frames in a row to the next; other windows fill every frame once.
     min_share: of a month's days that must be known for its mean to be the truth. patches: that a window of a training
-    epoch gives, where the window has a crop.
+    epoch gives, where the window has a crop. static: (values, scale, offset) of fields without time, where they are not
+    those of the data by themselves.
     Batches: inputs `daily` (or `prognostic`), (B, T, C, H, W) of anomalies, `background` (the analysis and its expected
     error) and `static`; targets `filled` (B, L, C, H, W), valid where hidden but known, and `monthly` (B, M, C, H, W).
     Raises ValueError when the split holds no window.
@@ -112,6 +113,7 @@ class GapWindows:
         stride: int = 1,
         min_share: float = 0.9,
         patches: int = 1,
+        static: tuple[Tensor, Tensor, Tensor] | None = None,
     ):
         self.series, self.split, self.window, self.analyses = list(series), split, window, analyses
         self.data, self.normalisation = series[0].data, series[0].normalisation
@@ -129,7 +131,9 @@ class GapWindows:
         group = window.per_group(self.data)
         self.group = torch.arange(self.frames.shape[1]) // group
         self.filled_slots = slice(None) if window.all_frames else slice(-1, None)
-        self._static = None if self.data.static is None else standardised(self.data.static)
+        self._static = static
+        if static is None and self.data.static is not None:
+            self._static = standardised(self.data.static)
 
     def _windows(self, stride: int) -> tuple[np.ndarray, np.ndarray]:
         """(rows of months (n, M), or (n, 0)), (frames (n, T), -1 where there is none)."""
