@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data.batch import Batch
+from data.datasets.emulation import frames_in_a_row
 from data.datasets.forced_data import ForcedData
 from data.field import Field
 from data.forced_normalisation import ForcedNormalisation
@@ -214,6 +215,20 @@ def test_settings_and_data_that_cannot_be_meant_are_refused_in_a_sentence(folder
     ):
         with pytest.raises(ValueError, match=words):
             forced(folder, **changes)
+    for changes, words in (
+        (
+            dict(score_steps=(1, 30)),
+            r"task.score_steps=\[1, 30\] and task.input_frames=1 need 31 frames in a row, and the t",
+        ),
+        (
+            dict(rollout_steps=80),
+            "task.rollout_steps=80 and task.input_frames=1 need 81 frames in a row, and the train",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            task(**changes).layout(forced(folder))
+    broken = forced(folder, split={**SPLIT, "test": [["2002-01", "2002-01"], ["2002-03", "2002-03"]]})
+    assert frames_in_a_row(broken, "test") < 8 < frames_in_a_row(forced(folder), "test") == 18
     far = forced(
         folder,
         region=[-60, -20, 0, 120],

@@ -136,3 +136,10 @@ def emulation_layout(data: ForcedData, *, input_frames: int, lead_steps: Sequenc
             inputs[f"{name}_static"] = InputLayout(stream.static_variables, stream.grid, 1, data.step)
     target = replace(forecasts.targets["forecast"], feeds="prognostic")
     return Layout(inputs, {"forecast": target})
+
+
+def frames_in_a_row(data: ForcedData, split: str) -> int:
+    """The most frames of a split that follow each other without a gap."""
+    indices = data.splits[split]
+    apart = (np.diff(indices) != 1) | (np.diff(data.segments[indices]) != 0)
+    return int(np.diff(np.flatnonzero(np.concatenate([[True], apart, [True]]))).max())

@@ -101,14 +101,24 @@ class EmulateTask(GriddedTask):
     # Data
 
     def layout(self, data: ForcedData) -> Layout:
-        """What the model reads and predicts. Raises ValueError where the data has no streams or weights do not fit."""
+        """What the model reads and predicts. Raises ValueError where the data has no streams, splits are shorter than
+        rollouts or weights do not fit."""
         if not hasattr(data, "streams"):
             raise ValueError(
                 "task=emulate needs a series and streams that force it; use data=two_resolution_ocean, data=forced, or "
                 "task=forecast"
             )
         self.check_variable_weights(data.variables)
-        from data.datasets.emulation import emulation_layout
+        from data.datasets.emulation import emulation_layout, frames_in_a_row
+
+        for split, name, steps in (("train", "rollout", (self.rollout_steps,)), ("test", "score", self.score_steps)):
+            there, needed = frames_in_a_row(data, split), self.input_frames + max(steps)
+            if there < needed:
+                raise ValueError(
+                    f"task.{name}_steps={steps[0] if name == 'rollout' else list(steps)} and task.input_frames="
+                    f"{self.input_frames} need {needed} frames in a row, and the {split} split has {there}; shorten "
+                    f"task.{name}_steps or widen data.split.{split}"
+                )
 
         return emulation_layout(
             data, input_frames=self.input_frames, lead_steps=self.lead_steps, stream_frames=self.stream_frames
@@ -153,12 +163,14 @@ class EmulateTask(GriddedTask):
 
     def evaluate(self, run: RunFolder, model: nn.Module, data, normalisation, choices: Choices) -> Findings:
         """Scores rollouts at score_steps, and one that is as long as the split. Raises ValueError, OSError."""
+        from data.datasets.emulation import frames_in_a_row
         from evaluation.long_rollout import long_rollout
         from evaluation.run_evaluation import evaluate_windows, output_folder
 
         scored, longest = copy(self), copy(self)
         scored.lead_steps = self.score_steps
-        longest.lead_steps = tuple(range(1, data.splits[choices.split].size - self.input_frames + 1))
+        steps = max(1, frames_in_a_row(data, choices.split) - self.input_frames)
+        longest.lead_steps = tuple(range(1, steps + 1))
         rollout = long_rollout(model, longest.dataset(data, choices.split, normalisation))
         findings = evaluate_windows(run, model, scored, data, normalisation, choices, sections=rollout.section())
         rollout.write(output_folder(run, choices))
