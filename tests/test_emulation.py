@@ -186,7 +186,7 @@ def test_training_lowers_the_loss_weighted_by_layers_and_an_evaluation_tells_how
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
 
     run = SimpleNamespace(path=tmp_path, checkpoint=lambda name: tmp_path)
