@@ -146,7 +146,7 @@ class Filler:
 
 
 def fill_gaps(filler: Filler, path: Path) -> list[str]:
-    """Writes what the model makes of every window. Returns a line for each month without data or observation."""
+    """Writes what the model makes of every window. Returns lines on what is missing or was never seen."""
     data, window, windows = filler.data, filler.window, filler.one
     axes, fields = {"time": data.times}, {}
     if FILLED in window.targets:
@@ -170,13 +170,22 @@ def fill_gaps(filler: Filler, path: Path) -> list[str]:
 
 
 def _notes(filler: Filler, windows: GapWindows) -> list[str]:
-    """What a reader of the file should know: months without a frame, and those of which no frame shows anything."""
-    if windows.months is None:
-        return []
-    empty = np.flatnonzero((windows.months.frames < 0).all(axis=1))
+    """What a reader of the file should know: months and frames that no window holds, and months of which no frame shows
+    anything."""
+    months, length = windows.months, windows.window.months
+    if months is None:
+        left = np.setdiff1d(np.arange(windows.data.times.size), windows.frames[:, windows.filled_slots])
+        if not left.size:
+            return []
+        first = format_time(windows.data.times[left[0]], filler.data.calendar)
+        wanted = f"{windows.window.frames} frames in a row"
+        return [f"{left.size} frames, the first at {first}, belong to no {wanted} that the model reads: left missing"]
+    empty = (months.frames < 0).all(axis=1)
+    short = np.setdiff1d(np.flatnonzero(~empty), windows.rows)
     dark = {int(row) for number, each in filler.overcast.items() for row in windows.rows[number][each.numpy()]}
     return [
-        *(f"no data in {_name(filler, windows, row)}: left missing" for row in empty),
+        *(f"no data in {_name(filler, windows, row)}: left missing" for row in np.flatnonzero(empty)),
+        *(f"{_name(filler, windows, row)} belongs to no {length} months in a row: left missing" for row in short),
         *(f"nothing observed in {_name(filler, windows, row)}: all of it is the model's" for row in sorted(dark)),
     ]
 

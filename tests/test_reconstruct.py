@@ -16,7 +16,7 @@ from data.clouds import CloudMasks
 from data.datasets.gap_windows import BACKGROUND, FILLED, MONTHLY, GapWindows
 from data.datasets.gridded import GriddedData
 from evaluation.baselines import build
-from evaluation.fill_gaps import Filler, fill_gaps
+from evaluation.fill_gaps import Filler, _notes, fill_gaps
 from evaluation.gap_filling import predicted, score_gap_filling
 from evaluation.run_evaluation import Choices
 from evaluation.run_folder import RunFolder
@@ -102,6 +102,13 @@ def test_a_domain_from_patches_and_the_file_of_it(tmp_path, data):
         "no data in 2001-04: left missing",
         "nothing observed in 2001-02: all of it is the model's",
     ]
+    (tmp_path / "lone").mkdir()
+    lone = sea(tmp_path / "lone", days=120, skipped=range(59, 90))
+    filler = Filler(model, lone, statistics, replace(chosen.window(), months=2), 2)
+    assert _notes(filler, filler.one) == [
+        "no data in 2001-03: left missing",
+        "2001-04 belongs to no 2 months in a row: left missing",
+    ]
     with xr.open_dataset(tmp_path / "overcast.nc") as file:
         cells = data.domain[0].numpy()
         assert np.isfinite(file["sst"].values[31:59][:, cells]).all()
@@ -137,6 +144,9 @@ def test_a_domain_from_patches_reads_its_fixed_fields_as_the_model_learned_them(
     for top, left in ((0, 0), (3, 5)):
         part = filler.patches[top][left].batch(np.array([0]), np.array([0])).inputs["static"].values
         torch.testing.assert_close(part, whole[..., top : top + 4, left : left + 5])
+    last = Filler(model, deep, statistics, replace(chosen.window(), all_frames=False), 2)
+    (note,) = _notes(last, last.one)
+    assert note.startswith("3 frames, the first at 2001-01-01 00:00, belong to no 4 frames in a row")
     bands = [found[FILLED] for _, found in filler.bands(0)]
     assert torch.cat(bands, dim=-2)[..., deep.domain[0]].isfinite().all()
 
