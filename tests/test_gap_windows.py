@@ -201,6 +201,10 @@ def test_data_that_suit_no_months_or_hide_nothing(year, tmp_path):
     statistics = task().fit(year)
     with pytest.raises(ValueError, match="nothing is hidden and these data have no gaps"):
         task(clouds=None).dataset(year, "train", statistics)
+    with pytest.raises(
+        ValueError, match=r"validation split .* holds no 5 whole months in a row; .* or lower task\.months"
+    ):
+        task(months=5).layout(year)  # before anything is trained
     times = np.arange(12) * 5 * 86_400
     with pytest.raises(ValueError, match=r"these data have one of 432000 seconds; use task\.months=null"):
         MonthSlots.of(times, 432_000, "noleap")

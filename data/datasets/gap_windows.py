@@ -80,6 +80,39 @@ class GapWindow:
         layout = Layout(inputs, targets)
         return layout if self.crop is None else crop_layout(layout, self.crop)
 
+    def positions(self, data: GriddedData, split: str, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Windows of a split: (rows of months (n, M), or (n, 0)), (frames (n, T), -1 where there is none). stride: of
+        training windows of frames in a row. Raises ValueError where there is no window."""
+        months = self.slots(data)
+        found = self._in_a_row(data, split, stride) if months is None else self._whole_months(data, split, months)
+        if not len(found[1]):
+            wanted = f"{self.frames} frames in a row" if months is None else f"{self.months} whole months in a row"
+            raise ValueError(
+                f"the {split} split ({data.splits[split].size} of {data.times.size} time steps) holds no {wanted}; "
+                f"widen data.split.{split} or lower task.{'input_frames' if months is None else 'months'}"
+            )
+        return found
+
+    def _in_a_row(self, data: GriddedData, split: str, stride: int) -> tuple[np.ndarray, np.ndarray]:
+        inside = np.isin(np.arange(data.times.size), data.splits[split])
+        frames = np.arange(data.times.size - self.frames + 1)[:, None] + np.arange(self.frames)
+        whole = data.segments[frames[:, 0]] == data.segments[frames[:, -1]]
+        used = frames if split == "train" or self.all_frames else frames[:, -1:]
+        frames = frames[whole & inside[used].all(axis=1)]
+        filled = self.frames if self.all_frames else 1
+        frames = frames[::stride] if split == "train" else frames[_covering(frames[:, 0], filled)]
+        return np.zeros((len(frames), 0), np.int64), frames
+
+    def _whole_months(self, data: GriddedData, split: str, months: MonthSlots) -> tuple[np.ndarray, np.ndarray]:
+        present = months.frames
+        usable = np.append(np.isin(np.arange(data.times.size), data.splits[split]), True)  # -1: no frame
+        known = (present >= 0).any(axis=1) & usable[present].all(axis=1)
+        rows = np.arange(len(present) - self.months + 1)[:, None] + np.arange(self.months)
+        rows = rows[known[rows].all(axis=1)]
+        if split != "train":  # every month once, the last window back from the end of a run of months
+            rows = rows[_covering(rows[:, 0], self.months)]
+        return rows, present[rows].reshape(len(rows), self.months * present.shape[1])
+
 
 def background_variables(variables: Sequence[Variable]) -> tuple[Variable, ...]:
     return (
@@ -121,41 +154,13 @@ class GapWindows:
         self.layout = window.layout(self.data)
         self._whole_layout = replace(window, crop=None).layout(self.data)
         self.months = window.slots(self.data)
-        self.rows, self.frames = self._windows(stride)
-        if not len(self.frames):
-            wanted = f"{window.frames} frames in a row" if window.months is None else f"{window.months} whole months"
-            raise ValueError(
-                f"the {split} split ({self.data.splits[split].size} of {self.data.times.size} time steps) holds no "
-                f"{wanted}; widen data.split or shorten the windows of the task"
-            )
+        self.rows, self.frames = window.positions(self.data, split, stride)
         group = window.per_group(self.data)
         self.group = torch.arange(self.frames.shape[1]) // group
         self.filled_slots = slice(None) if window.all_frames else slice(-1, None)
         self._static = static
         if static is None and self.data.static is not None:
             self._static = standardised(self.data.static)
-
-    def _windows(self, stride: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of months (n, M), or (n, 0)), (frames (n, T), -1 where there is none)."""
-        data, window = self.data, self.window
-        inside = np.zeros(data.times.size + 1, dtype=bool)
-        inside[data.splits[self.split]] = True
-        if window.months is None:
-            first = np.arange(0, data.times.size - window.frames + 1)
-            frames = first[:, None] + np.arange(window.frames)
-            whole = data.segments[frames[:, 0]] == data.segments[frames[:, -1]]
-            used = frames if self.split == "train" or window.all_frames else frames[:, -1:]
-            frames = frames[whole & inside[used].all(axis=1)]
-            filled = window.frames if window.all_frames else 1
-            frames = frames[::stride] if self.split == "train" else frames[_covering(frames[:, 0], filled)]
-            return np.zeros((len(frames), 0), np.int64), frames
-        present = self.months.frames
-        known = (present >= 0).any(axis=1) & (inside | (np.arange(inside.size) == data.times.size))[present].all(axis=1)
-        rows = np.arange(len(present) - window.months + 1)[:, None] + np.arange(window.months)
-        rows = rows[known[rows].all(axis=1)]
-        if self.split != "train":  # every month once, the last window back from the end of a run of months
-            rows = rows[_covering(rows[:, 0], window.months)]
-        return rows, present[rows].reshape(len(rows), -1)
 
     def __len__(self) -> int:
         return len(self.frames) * len(self.series) * self.patches

@@ -108,10 +108,14 @@ class ReconstructTask(GriddedTask):
         return GapWindow(self.months, self.input_frames, self.targets, self.all_frames, self.crop, self.reference)
 
     def layout(self, data: GriddedData) -> Layout:
-        """What the model reads and predicts. Raises ValueError where data and task do not fit."""
+        """What the model reads and predicts. Raises ValueError where data and task do not fit, and where a split holds
+        no window."""
         check_series("reconstruct", data)
         self.check_variable_weights(data.variables)
-        return self.window().layout(data)
+        window = self.window()
+        for split in data.splits:
+            window.positions(data, split)
+        return window.layout(data)
 
     def fit(self, data: GriddedData) -> Normalisation:
         """Scale and climatology of the training range."""
