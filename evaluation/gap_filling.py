@@ -161,7 +161,7 @@ def gap_table(content: dict, names: list[str]) -> str:
             for target in (FILLED, MONTHLY)
             if f"{target} {name}" in content
         }
-        largest = max(value for by_method in columns.values() for value in by_method.values())
+        largest = max((value for by_method in columns.values() for value in by_method.values()), default=0.0)
         decimals = int(np.clip(3 - np.floor(np.log10(largest)), 0, 9)) if largest else 3
         tables.append(table(f"RMSE of {name}", columns, decimals=decimals))
     return "\n\n".join(tables)

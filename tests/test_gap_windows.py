@@ -199,7 +199,7 @@ def test_settings_that_make_no_sense(options, sentence):
 
 def test_data_that_suit_no_months_or_hide_nothing(year, tmp_path):
     statistics = task().fit(year)
-    with pytest.raises(ValueError, match="nothing is hidden and these data have no gaps"):
+    with pytest.raises(ValueError, match="nothing is hidden, and the truth under the data's own gaps is not known"):
         task(clouds=None).dataset(year, "train", statistics)
     with pytest.raises(
         ValueError, match=r"validation split .* holds no 5 whole months in a row; .* or lower task\.months"

@@ -139,12 +139,13 @@ class ReconstructTask(GriddedTask):
         return [under(split, draw, training) for draw in draws]
 
     def dataset(self, data: GriddedData, split: str, normalisation: Normalisation) -> GapWindows:
-        from data.datasets.gap_windows import GapWindows
+        from data.datasets.gap_windows import FILLED, GapWindows
 
         series = self.series(data, split, normalisation)
-        if series[0].clouds is None and not data.gaps:
+        if series[0].clouds is None and (FILLED in self.targets or not data.gaps):
             raise ValueError(
-                "nothing is hidden and these data have no gaps: there is nothing to learn; give clouds, like "
+                f"nothing is hidden, and the truth under the data's own gaps is not known: task.targets="
+                f"{list(self.targets)} has nothing to learn from; give clouds, like "
                 "task.clouds.path=catalogue:alboranSST_small.nc"
             )
         analyses = None
