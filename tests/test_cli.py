@@ -41,7 +41,7 @@ def command(tmp_path, monkeypatch, capsys):
 
 WRONG = [
     (["model.encoder.context_=4"], "did you mean model.encoder.context?"),
-    (["model/encoder=nope"], "there is no model/encoder=nope; choose one of grid_patch, "),
+    (["model/encoder=nope"], "there is no model/encoder=nope; choose one of cross_resolution, grid_patch, "),
     (["model.encoder=perceiver"], "use model/encoder=perceiver"),
     (["encoder=perceiver"], "model/encoder=<option>"),
     (["model=nope"], "there is no model=nope; choose one of "),

@@ -253,6 +253,8 @@ REFUSED = {
     "patches of stations": (["model/encoder=grid_patch", "model/processor=latent_transformer"], tiny_layout(STATIONS)),
     "patches of two grids": (["model/encoder=grid_patch"], tiny_layout(boundary=COARSE)),
     "observations unread": (["model/encoder=grid_patch"], observed_layout(GLOBAL, analysis=False)),
+    "days of two grids": (["model/encoder=monthly_video"], tiny_layout(boundary=COARSE)),
+    "days written to stations": (["model/decoder=monthly_conv"], tiny_layout(target_grid=STATIONS)),
     "frames of stations": (["model=video_dit"], tiny_layout(STATIONS, target_grid=GLOBAL)),
     "frames of two grids": (["model=video_dit"], tiny_layout(boundary=COARSE)),
     "patches written to stations": (["model=video_dit"], tiny_layout(target_grid=STATIONS)),

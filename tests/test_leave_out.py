@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,7 +218,7 @@ def test_statistics_survive_a_checkpoint(statistics):
 
 def test_other_data_and_references_are_refused(data, statistics):
     with pytest.raises(ValueError, match="data=wc13"):
-        LeaveOutTask(reference="background", head="deterministic", loss="mse").layout(object())
+        LeaveOutTask(reference="background", head="deterministic", loss="mse").layout(SimpleNamespace(task="forecast"))
     with pytest.raises(ValueError, match="interpolation, background"):
         InnovationDataset(data, "train", statistics, reference="truth")
 

@@ -160,7 +160,7 @@ def test_one_model_is_scored_under_every_network(data, task, tmp_path):
 def test_other_data_are_refused(task):
     from data.datasets.simulated_network import SimulatedNetwork
 
-    with pytest.raises(ValueError, match="use data=osse_metar"):
+    with pytest.raises(ValueError, match="like data=osse_metar; with this data use task=assimilation"):
         task.layout(SimulatedNetwork(**_options()))
 
 
