@@ -19,8 +19,8 @@ from data.grids import EARTH_RADIUS_KM, LatLonGrid
 from data.sources.location import cache_folder
 
 STEP_HOURS = 6
-_VERSION = 1  # part of the file name: change it when the recipe changes
 OCEAN = ("ocean", "ocean_fine", "ocean_forcing")  # of data/sources/synthetic_ocean.py, written together
+_VERSIONS = {"weather": 1, **dict.fromkeys(OCEAN, 2)}  # part of file names: change one when its recipe changes
 _EPOCH = np.datetime64("2001-01-01T00", "s")
 _FRAMES = 3 * 365 * 24 // STEP_HOURS  # 2001 to 2003
 _DECAY_DAYS = 6.0
@@ -36,7 +36,7 @@ def materialise(name: str) -> Path:
         )
     from filelock import FileLock
 
-    paths = {each: cache_folder("synthetic") / f"{each}_v{_VERSION}.nc" for each in names}
+    paths = {each: cache_folder("synthetic") / f"{each}_v{_VERSIONS[each]}.nc" for each in names}
     if not paths[name].exists():
         with FileLock(f"{paths[names[0]]}.lock"):
             if not paths[name].exists():
