@@ -213,7 +213,7 @@ def _fit_moments(
     if empty:
         raise ValueError(
             f"no two frames of the training period are {empty[0]} steps apart without a gap; shorten "
-            "task.lead_times or widen data.split.train"
+            "task.lead_times (of task=emulate task.rollout_steps or task.score_steps), or widen data.split.train"
         )
     scale = (total[0] / total[1]).sqrt().clamp_min(1e-30)
     aa, ab, bb, changes = (pairs[row] / pairs[4] / scale**2 for row in range(4))
