@@ -92,8 +92,8 @@ class ForecastDataset:
                 f"the {self.split} split ({self.data.splits[self.split].size} of {size} time steps) holds no window: "
                 f"{self.input_frames} input frames and lead times up to {longest} steps need "
                 f"{length} steps without a gap; "
-                "shorten task.input_frames or task.lead_times (of task=emulate task.rollout_steps or task.score_steps), "
-                "or widen data.split"
+                "shorten task.input_frames or task.lead_times (of task=emulate task.rollout_steps or "
+                "task.score_steps), or widen data.split"
             )
         return bases
 
