@@ -20,7 +20,7 @@ class GapFile:
     """Use as a context manager and call `write`. The file appears under its name only when it is complete.
 
     path: ending in .nc or .zarr. fields: {name: (dimension of its first axis, units)}. axes: {dimension: (n,) int64
-    seconds since 1970-01-01 of `calendar`}. Raises ValueError for another ending, OSError where it cannot be written.
+    seconds since 1970-01-01 of `calendar`}. Raises ValueError for another ending and where there is no such folder, OSError where it cannot be written.
     """
 
     def __init__(
@@ -34,6 +34,8 @@ class GapFile:
     ):
         if path.suffix not in (".nc", ".zarr"):
             raise ValueError(f"{path} must end in .nc or .zarr, like {path.name}.nc")
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}; make it, or choose another")
         self.path, self._beside = path, path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
         create = _netcdf if path.suffix == ".nc" else _zarr
         places = {"latitude": (grid.latitude, "degrees_north"), "longitude": (grid.longitude, "degrees_east")}

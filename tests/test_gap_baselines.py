@@ -145,3 +145,5 @@ def test_files_are_written_in_pieces_and_appear_when_complete(tmp_path, series, 
     assert [path.name for path in tmp_path.iterdir()] == [name]
     with pytest.raises(ValueError, match=r"must end in \.nc or \.zarr"):
         GapFile(tmp_path / "filled.txt", **settings)
+    with pytest.raises(ValueError, match="there is no folder"):
+        GapFile(tmp_path / "nowhere" / "filled.nc", **settings)
