@@ -20,7 +20,8 @@ class GapFile:
     """Use as a context manager and call `write`. The file appears under its name only when it is complete.
 
     path: ending in .nc or .zarr. fields: {name: (dimension of its first axis, units)}. axes: {dimension: (n,) int64
-    seconds since 1970-01-01 of `calendar`}. Raises ValueError for another ending and where there is no such folder, OSError where it cannot be written.
+    seconds since 1970-01-01 of `calendar`}. Raises ValueError for another ending and where there is no such folder,
+    OSError where it cannot be written.
     """
 
     def __init__(
