@@ -172,7 +172,8 @@ def exercise(given: list[str], layout: Layout, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} gets no gradient"
         assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
-        if not name.endswith(("attention.key.bias", "score_out.bias", "window_bias.2.bias")):  # shift all logits of a row alike
+        # Three kinds of biases shift all logits of a row alike.
+        if not name.endswith(("attention.key.bias", "score_out.bias", "window_bias.2.bias")):
             assert parameter.grad.any(), f"the gradient of {name} is zero"
 
     stored = {
