@@ -36,7 +36,7 @@ def chosen_path(path: str, kernel: str, tensor: Tensor, *, suits: bool = True) -
     if not able:
         raise ValueError(
             f"path triton of {kernel} does not serve this call on {tensor.dtype} {tensor.device.type} tensors; it "
-            "needs CUDA tensors of 16 or 32 bits and Triton; use path auto"
+            "needs Triton and CUDA tensors, floating-point ones of 16 or 32 bits; use path auto"
         )
     return path
 

@@ -6,7 +6,7 @@ import torch
 
 from kernels import segments
 from kernels.segments import ITEM, PIECE, Occupied, WorkList, most_pieces
-from kernels.sort_and_pack import digits, sort_and_pack
+from kernels.sort_and_pack import COUNTS, INTERPRETED, LEAST_COUNTS, _sorted, shared_out, sort_and_pack
 from tests.interpreter import interpreted, needs_triton, run_interpreted
 from tests.waiting import NoDataDependence
 
@@ -42,6 +42,34 @@ def test_every_path_sorts_alike_and_puts_rows_of_no_cell_last(rows, cells, path)
     assert torch.equal(offsets, counts.cumsum(0) - counts)
 
 
+@interpreted
+def test_so_many_cells_that_a_cell_and_a_place_need_more_than_32_bits():
+    cells = 2**25  # times the 64 rows of a tile
+    cell = torch.randint(cells - 3, cells + 1, (300,), generator=torch.Generator().manual_seed(0))
+    order, offsets = sort_and_pack(cell, cells, path="triton")
+    assert torch.equal(order, torch.sort(cell, stable=True).indices)
+    assert not offsets[: cells - 2].any()
+    assert offsets[cells - 2 :].tolist() == [int((cell < number).sum()) for number in range(cells - 2, cells + 1)]
+
+
+@interpreted
+def test_no_place_depends_on_how_rows_are_shared_out():
+    """Tiles of one size and another, one segment and many, crowded cells and rare ones."""
+    random = torch.Generator().manual_seed(1)
+    cell = torch.cat([torch.full((150,), 7), torch.randint(0, 21, (100,), generator=random), torch.full((50,), 3)])
+    expected = sort_and_pack(cell, 20, path="reference")
+    for tile in (16, 64):
+        for number in (1, 2, 1000):
+            found = _sorted(cell, 20, {"TILE": tile, "SEGMENTS": number, "num_warps": 4})
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@interpreted
+def test_sorting_does_not_wait_for_the_device():
+    with NoDataDependence():
+        _sorted(torch.arange(300) % 7, 9, INTERPRETED)
+
+
 @pytest.mark.parametrize("path", ["vectorised", pytest.param("triton", marks=interpreted)])
 def test_strides_and_small_types_of_cells_do_not_matter(path):
     cell = torch.tensor([4, 9, 0, 9, 4, 9, 1, 9] * 20)[::2]
@@ -61,11 +89,16 @@ def test_the_operators_describe_themselves_truly():
     torch.library.opcheck(torch.ops.hydrasphere.work_list.default, (torch.tensor([0, 3, 3]), 3))
 
 
-@pytest.mark.parametrize("highest", [0, 1, 511, 512, 98_304, 2**31])
-def test_digits_cover_every_bit_once(highest):
-    widths = digits(highest)
-    assert sum(widths) == max(highest.bit_length(), 1) and widths == sorted(widths, reverse=True)
-    assert len(widths) == -(-sum(widths) // 9) and widths[0] - 1 <= widths[-1] <= widths[0] <= 9
+@pytest.mark.parametrize("rows", [1, 2048, 2049, 10**6, 31 * 10**6, 2**31 + 1])
+@pytest.mark.parametrize("cells", [1, 64, 98_304, 6_291_456])
+def test_segments_are_whole_tiles_that_cover_every_row_within_their_memory(rows, cells):
+    config = {"TILE": 2048, "SEGMENTS": 264}
+    segments, length = shared_out(rows, cells, config)
+    assert length % 2048 == 0 and (segments - 1) * length < rows <= segments * length
+    assert 1 <= segments <= 264
+    assert segments == 1 or segments * (cells + 1) <= max(COUNTS * rows, LEAST_COUNTS)
+    if cells == 98_304 and rows >= 10**6:  # as many as may be
+        assert segments >= 0.8 * min(264, -(-rows // 2048), max(COUNTS * rows, LEAST_COUNTS) // cells)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,17 @@ from torch import Tensor
 from kernels.dispatch import chosen_path
 from kernels.tuning import Config, Tuning
 
-MOST_BITS = 9  # of a digit: 512 bins
 TUNING = Tuning(
     "sort_and_pack",
-    [{"TILE": tile, "num_warps": warps} for tile, warps in ((2048, 8), (1024, 4), (4096, 8), (2048, 4))],
+    [
+        {"TILE": tile, "SEGMENTS": segments, "num_warps": warps}
+        for tile, segments, warps in ((2048, 264, 8), (1024, 264, 4), (1024, 528, 4), (2048, 132, 16))
+    ],
     [Path(__file__), Path(__file__).with_name("device_code.py")],
 )
-SEARCHED = 256  # cells of a program that finds where they begin
-INTERPRETED = {"TILE": 64, "num_warps": 4}  # a small tile, so that small tests have several
+INTERPRETED = {"TILE": 64, "SEGMENTS": 3, "num_warps": 4}  # small, so that small tests have several of each
+COUNTS = 4  # of a row, at most: fewer segments where there are more cells
+LEAST_COUNTS = 2**22  # which any number of rows may have
 
 
 def sort_and_pack(cell: Tensor, num_cells: int, *, path: str = "auto") -> tuple[Tensor, Tensor]:
@@ -64,57 +67,47 @@ def _(cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(cell, dtype=torch.int64), cell.new_empty(num_cells + 1, dtype=torch.int64)
 
 
-def digits(highest: int) -> list[int]:
-    """Bits of the digits of numbers 0 .. highest, lowest first: as few as may be, of about equal width."""
-    bits = max(highest.bit_length(), 1)
-    passes = -(-bits // MOST_BITS)
-    return [bits // passes + (index < bits % passes) for index in range(passes)]
-
-
 @torch.library.custom_op("hydrasphere::counting_sort", mutates_args=())
 def _counting_sort(cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
     """Order and offsets of `sort_and_pack`."""
-    from kernels.sort_and_pack import device_code
-
-    count, offsets = len(cell), cell.new_zeros(num_cells + 1, dtype=torch.int64)
+    count = len(cell)
     if count == 0:
-        return torch.empty_like(cell, dtype=torch.int64), offsets
-    cell, widths = cell.contiguous(), digits(num_cells)
-
-    def run(config: Config) -> Tensor:
-        key, row = cell, None  # rows are still in their order
-        for index, bits in enumerate(widths):
-            left = sum(widths[index + 1 :])
-            keys = cell.new_empty(count, dtype=_integer(left)) if left else None
-            rows = cell.new_empty(count, dtype=_integer(count.bit_length()) if left else torch.int64)
-            _pass(key, row, rows, keys, bits, config)
-            key, row = keys, rows
-        return row
-
+        return torch.empty_like(cell, dtype=torch.int64), cell.new_zeros(num_cells + 1, dtype=torch.int64)
+    cell = cell.contiguous()
     with torch.cuda.device_of(cell):
         config = INTERPRETED
         if cell.device.type == "cuda":
-            config = TUNING.config((num_cells.bit_length(), cell.dtype), cell.device, run)
-        order = run(config)
-        blocks = -(-(num_cells + 1) // SEARCHED)
-        device_code.count_lower[(blocks,)](cell, order, offsets, count, num_cells, count.bit_length(), BLOCK=SEARCHED)
+            key = (num_cells.bit_length(), count.bit_length(), cell.dtype)
+            config = TUNING.config(key, cell.device, lambda config: _sorted(cell, num_cells, config))
+        return _sorted(cell, num_cells, config)
+
+
+def _sorted(cell: Tensor, num_cells: int, config: Config) -> tuple[Tensor, Tensor]:
+    import triton.language as tl
+
+    from kernels.sort_and_pack import device_code
+
+    count, options = len(cell), {name: config[name] for name in ("TILE", "num_warps")}
+    segments, length = shared_out(count, num_cells, config)
+    counts = cell.new_zeros(1 + (num_cells + 1) * segments, dtype=torch.int32)
+    tiles = -(-count // config["TILE"])
+    device_code.count_rows[(tiles,)](cell, counts[1:], count, length, segments, **options)
+    begins = counts.cumsum(0, dtype=torch.int32 if count < 2**31 else torch.int64)
+    offsets = begins[:-1:segments].long()  # a copy: what follows counts begins up
+    order = torch.empty_like(cell, dtype=torch.int64)
+    key = tl.int32 if (num_cells + 1) * config["TILE"] <= 2**31 else tl.int64
+    device_code.place_rows[(segments,)](cell, begins, order, count, length, segments, num_cells, KEY=key, **options)
     return order, offsets
 
 
-def _integer(bits: int) -> torch.dtype:
-    return torch.int16 if bits < 16 else torch.int32 if bits < 32 else torch.int64
-
-
-def _pass(key: Tensor, row: Tensor | None, rows: Tensor, keys: Tensor | None, bits: int, config: Config) -> None:
-    """Fills keys and rows, sorted by the lowest digit of key; row: None where rows are 0 .. n - 1."""
-    from kernels.sort_and_pack import device_code
-
-    count, bins = len(key), 2**bits
-    tiles = -(-count // config["TILE"])
-    counts = key.new_empty(bins, tiles, dtype=torch.int32)
-    device_code.count_digits[(tiles,)](key, counts, count, tiles, BINS=bins, **config)
-    ends = counts.flatten().cumsum(0, dtype=torch.int32 if count < 2**31 else torch.int64)
-    device_code.scatter[(tiles,)](key, row, ends, keys, rows, count, tiles, BITS=bits, BINS=bins, **config)
+def shared_out(num_rows: int, num_cells: int, config: Config) -> tuple[int, int]:
+    """Segments and rows of each, whole tiles: as many segments as programs are wanted, as tiles are there, and as the
+    memory for their counts of cells allows."""
+    tiles = -(-num_rows // config["TILE"])
+    counts = max(COUNTS * num_rows, LEAST_COUNTS)
+    segments = max(1, min(config["SEGMENTS"], tiles, counts // (num_cells + 1)))
+    length = -(-tiles // segments) * config["TILE"]
+    return -(-num_rows // length), length
 
 
 @_counting_sort.register_fake

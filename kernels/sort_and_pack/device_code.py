@@ -1,9 +1,9 @@
-"""Triton code of a stable counting sort, least significant digit first (a digit has BINS values, a power of two).
+"""Triton code of a stable counting sort of rows by cell, in one round however many cells there are.
 
-Each pass counts the digits of every tile of rows; one prefix sum over (digit, tile) says where each tile's rows of a
-digit end; `scatter` brings them there. Rows of one digit keep their order: tiles are taken in order, and inside a tile
-the pair (digit, place) is sorted. No atomics, so the time does not depend on how crowded cells are. A pass reads the
-lowest digit of its keys and writes the others, in as few bytes as hold them; the last writes none.
+Rows are cut into segments, each of which one program brings to its places, tile by tile and so in their order; each has
+a count of its own of every cell. The sum of the counts of lower cells, and of earlier segments in the same cell, is
+where a segment's first row of a cell goes. Inside a tile the pair (cell, place) is sorted. No place depends on which
+program comes first, and crowded cells cost what any do.
 """
 
 import triton
@@ -11,61 +11,42 @@ import triton.language as tl
 
 
 @triton.jit
-def _digits(key, rows, count, BINS: tl.constexpr):
-    """Rows behind the last have the highest digit; being last in the last tile, they stay behind all others."""
-    digit = tl.load(key + rows, mask=rows < count, other=0).to(tl.int32) & (BINS - 1)
-    return tl.where(rows < count, digit, BINS - 1)
+def count_rows(cell, counts, count, length, segments, TILE: tl.constexpr):
+    """cell (n,) -> counts (cells + 1, segments) int32, zeros before; length: rows of a segment, whole tiles."""
+    first = tl.program_id(0).to(tl.int64) * TILE
+    rows = first + tl.arange(0, TILE)
+    exists = rows < count
+    number = tl.load(cell + rows, mask=exists, other=0).to(tl.int64) * segments + first // length
+    tl.atomic_add(counts + number, 1, mask=exists, sem="relaxed")
 
 
 @triton.jit
-def _counts(digit, tile, count, BINS: tl.constexpr, TILE: tl.constexpr):
-    """(BINS,), without the rows behind the last."""
-    behind = tl.maximum((tile + 1) * TILE - count, 0).to(tl.int32)
-    return tl.histogram(digit, BINS) - tl.where(tl.arange(0, BINS) == BINS - 1, behind, 0)
+def _higher(left, right):
+    return tl.maximum(left, right)
 
 
 @triton.jit
-def count_digits(key, counts, count, tiles, BINS: tl.constexpr, TILE: tl.constexpr):
-    """key (n,) -> counts (BINS, tiles) int32."""
-    tile = tl.program_id(0).to(tl.int64)
-    digit = _digits(key, tile * TILE + tl.arange(0, TILE), count, BINS)
-    here = _counts(digit, tile, count, BINS, TILE)
-    tl.store(counts + tl.arange(0, BINS).to(tl.int64) * tiles + tile, here)
-
-
-@triton.jit
-def scatter(
-    key, row, ends, key_out, row_out, count, tiles, BITS: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """key and row (n,), in the order of this digit, which leaves the keys. ends (BINS, tiles): how many rows have lower
-    digits, or this one up to this tile. row: None where rows are still 0 .. n - 1; key_out: None where none follow."""
-    tile = tl.program_id(0).to(tl.int64)
+def place_rows(cell, begins, order, count, length, segments, cells, KEY: tl.constexpr, TILE: tl.constexpr):
+    """begins (cells + 1, segments): how many rows lie in lower cells or, of this one, in earlier segments; counted up
+    here. KEY: an integer type that holds (cells + 1) TILE."""
+    segment = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, TILE)
-    digit = _digits(key, tile * TILE + place, count, BINS)
-    pair = tl.sort(digit * TILE + place)
-    source = tile * TILE + pair % TILE
-    exists = source < count
-    # Where the tile's rows of a digit begin among all rows, less where they begin among those of the tile.
-    begin = tl.load(ends + tl.arange(0, BINS).to(tl.int64) * tiles + tile)
-    begin -= tl.cumsum(_counts(digit, tile, count, BINS, TILE))
-    target = tl.gather(begin, pair // TILE, 0) + place
-    if key_out is not None:
-        rest = tl.load(key + source, mask=exists, other=0) >> BITS
-        tl.store(key_out + target, rest.to(key_out.dtype.element_ty), mask=exists)
-    number = source if row is None else tl.load(row + source, mask=exists, other=0)
-    tl.store(row_out + target, number.to(row_out.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def count_lower(cell, order, offsets, count, cells, bits, BLOCK: tl.constexpr):
-    """cell (n,) and the order that sorts it -> offsets (cells + 1,): how many rows lie in lower cells, found bit by bit
-    of n."""
-    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    found = tl.zeros([BLOCK], tl.int64)
-    for bit in range(bits):
-        probe = found + (tl.full([BLOCK], 1, tl.int64) << (bits - 1 - bit))
-        exists = (number <= cells) & (probe <= count)
-        source = tl.load(order + (probe - 1), mask=exists, other=0)
-        lower = tl.load(cell + source, mask=exists, other=0) < number
-        found = tl.where(exists & lower, probe, found)
-    tl.store(offsets + number, found, mask=number <= cells)
+    rows = segment * length + place
+    stop = tl.minimum((segment + 1) * length, count)
+    upcoming = tl.load(cell + rows, mask=rows < stop, other=cells)
+    for start in range(segment * length, stop, TILE):
+        pair = tl.sort(upcoming.to(KEY) * TILE + place)
+        rows += TILE
+        upcoming = tl.load(cell + rows, mask=rows < stop, other=cells)
+        number, source = pair // TILE, start + pair % TILE
+        # Rows behind the last, of which only the last tile has any, count as of no cell: they come behind all others.
+        exists = source < count
+        begins_run = (place == 0) | (tl.gather(number, tl.maximum(place - 1, 0), 0) != number)
+        ends_run = (place == TILE - 1) | (tl.gather(number, tl.minimum(place + 1, TILE - 1), 0) != number)
+        run = tl.associative_scan(tl.where(begins_run, place, 0), 0, _higher)
+        cursor = begins + number.to(tl.int64) * segments + segment
+        target = tl.load(cursor, mask=exists, other=0, cache_modifier=".cg") + place - run
+        tl.store(order + target, source, mask=exists)
+        tl.debug_barrier()  # all threads have read where runs go, before the next tile's places are written
+        tl.store(cursor, target + 1, mask=exists & ends_run)
+        tl.debug_barrier()
