@@ -114,6 +114,15 @@ def test_inspect_and_dry_run_print_and_leave_nothing(command, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("there", ("kept", "kept/made", "kept/made/${hydra:job.name}"))
+def test_only_folders_that_were_made_are_removed(command, tmp_path, there):
+    (tmp_path / there.replace("${hydra:job.name}", "train")).mkdir(parents=True)
+    before = sorted((tmp_path / "kept").rglob("*"))
+    code, _, err = command(f"hydra.run.dir='{tmp_path}/kept/made/${{hydra:job.name}}'", "data.inspect=true")
+    assert code == 0, err
+    assert (tmp_path / "kept").is_dir() and sorted((tmp_path / "kept").rglob("*")) == before
+
+
 def test_a_run_writes_its_files_and_resumes(command, tmp_path):
     code, out, err = command("trainer.validate_every=2", "seed=3")
     assert code == 0, err

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
@@ -21,6 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from training.cluster import Cluster, repository_importable
+from training.made_folders import remove_empty
 
 MODEL_GROUPS = ("encoder", "processor", "decoder", "attention", "size")
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -100,7 +100,7 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             fail(sentence(error))
         finally:
             if _is_first_process():  # the folder of others is its one, or where they were started
-                _remove_empty(Path(hydra.runtime.output_dir))
+                remove_empty()
 
     return guarded
 
@@ -221,12 +221,3 @@ def _submitted_job_sentence(text: str) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _remove_empty(folder: Path) -> None:
-    """Removes the folder and those above it that Hydra made for it, as long as they are empty."""
-    for level in (folder, *folder.parents[:2]):
-        try:
-            level.rmdir()
-        except OSError:
-            return
