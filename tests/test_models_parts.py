@@ -48,7 +48,6 @@ def test_a_window_that_covers_everything_equals_global_attention():
     layout = tiny_layout(GLOBAL)
     local = built(["model.decoder.scope=local", "model.decoder.window=7", "model.patch_size=2"], layout)
     torch.nn.init.zeros_(local.decoder["forecast"].window_bias[2].weight)
-    torch.nn.init.zeros_(local.decoder["forecast"].window_bias[2].bias)
     everywhere = build([*TINY, "model.decoder.scope=global", "model.patch_size=2"], layout).eval()
     shared = {k: v for k, v in local.state_dict().items() if k in everywhere.state_dict()}
     torch.nn.init.zeros_(local.decoder["forecast"].own_position.weight)

@@ -105,7 +105,8 @@ class PerceiverIODecoder(PlaceQueries):
             self._windows_options = dict(size=window, blend=blend)
             self._latents = latent_layout
             self.windows = self._windows_over(described.grid)
-            self.window_bias = nn.Sequential(nn.Linear(2, 32), nn.GELU(), nn.Linear(32, num_heads))
+            # No last bias: it would add the same to all logits of a row, which softmax does not see.
+            self.window_bias = nn.Sequential(nn.Linear(2, 32), nn.GELU(), nn.Linear(32, num_heads, bias=False))
             self.own_position = nn.Linear(OWN_FEATURES, hidden_size, bias=False)
         self.reads_coordinates = self.windows is None and queries == "coordinates"
         self.moment = Moment(hidden_size, num_norms=2, calendar=calendar) if moment else None
