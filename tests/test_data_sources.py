@@ -235,7 +235,25 @@ def test_an_extra_dimension_is_named(plain, tmp_path):
         read(save(plain.expand_dims({"number": [0, 1]}), tmp_path), variables=["t2m"])
 
 
-def test_curvilinear_and_projected_grids_are_refused(plain, tmp_path):
+@pytest.mark.parametrize(
+    ("latitude", "message"),
+    [
+        (lambda mesh: mesh * np.where(mesh > 50, np.nan, 1), "'nav_lat' is missing in 4 of 12 cells; write"),
+        (lambda mesh: 0 * mesh, "'nav_lat' is 0 everywhere; write the coordinates of all cells into the file, or"),
+    ],
+)
+def test_missing_coordinates_of_a_curvilinear_grid_are_named(plain, tmp_path, latitude, message):
+    axes = [plain[axis].values for axis in ("lat", "lon")]
+    mesh = dict(zip(("nav_lat", "nav_lon"), np.meshgrid(*axes, indexing="ij"), strict=True))
+    bent = plain.drop_vars(["lat", "lon"]).rename({"lat": "row", "lon": "column"})
+    read(save(bent.assign({key: (("row", "column"), value) for key, value in mesh.items()}), tmp_path))
+    mesh["nav_lat"] = latitude(mesh["nav_lat"])
+    path = save(bent.assign({key: (("row", "column"), value) for key, value in mesh.items()}), tmp_path, "holes.nc")
+    with pytest.raises(ValueError, match=f"'t2m' in .*holes.nc has no places: {message}"):
+        read(path, variables=["t2m"])
+
+
+def test_projected_grids_are_refused(plain, tmp_path):
     projected = plain.rename({"lat": "y", "lon": "x"})
     projected["y"].attrs, projected["x"].attrs = {"units": "km"}, {"units": "km"}
     with pytest.raises(ValueError, match="has no latitude dimension"):

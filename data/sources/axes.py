@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -79,20 +80,35 @@ def is_climatology(dataset, coordinate: str) -> bool:
     )
 
 
-def _curvilinear(dataset, name: str, dimensions: Sequence[str]) -> dict[str, tuple[str, str]]:
+def _curvilinear(dataset, name: str, dimensions: Sequence[str], path: Path) -> dict[str, tuple[str, str]]:
     """{latitude: (dimension of rows, 2-D coordinate), longitude: (of columns, ...)} of a variable whose last two
-    dimensions have such coordinates (those that it names first), or nothing."""
+    dimensions have such coordinates (those that it names first), or nothing. Raises ValueError where they hold no
+    places."""
     rows, columns = dataset[name].dims[-2:]
     if not {rows, columns} <= set(dimensions):
         return {}
     named = str(dataset[name].attrs.get("coordinates", "")).split()
     fitting = [key for key in dataset.variables if dataset[key].dims == (rows, columns) and key != name]
-    for key in sorted(fitting, key=lambda key: key not in named):
-        other = next((item for item in fitting if _kind(dataset, item) == "longitude"), None)
-        if _kind(dataset, key) == "latitude" and other is not None and np.ptp(dataset[key].values) > 0:
-            pair = next((item for item in named if item in fitting and _kind(dataset, item) == "longitude"), other)
-            return {"latitude": (rows, key), "longitude": (columns, pair)}
-    return {}
+    fitting.sort(key=lambda key: key not in named)
+    latitudes, longitudes = ([key for key in fitting if _kind(dataset, key) == kind] for kind in _DEGREES)
+    if not latitudes or not longitudes:
+        return {}
+    for latitude, longitude in product(latitudes, longitudes):
+        if not _lacking(dataset[latitude]) and not _lacking(dataset[longitude]):
+            return {"latitude": (rows, latitude), "longitude": (columns, longitude)}
+    said = [f"{key!r} {lacking}" for key in (latitudes[0], longitudes[0]) if (lacking := _lacking(dataset[key]))]
+    raise ValueError(
+        f"{name!r} in {path} has no places: {' and '.join(said)}; write the coordinates of all cells into the file, or "
+        "choose variables on other cells with data.variables"
+    )
+
+
+def _lacking(coordinate) -> str:
+    """What makes a 2-D variable no coordinate; empty where nothing does."""
+    values = coordinate.values
+    if missing := int(np.isnan(values).sum()):
+        return f"is missing in {missing} of {values.size} cells"
+    return f"is {values.flat[0]:g} everywhere" if np.ptp(values) == 0 else ""
 
 
 def find_axes(dataset, name: str, path: Path) -> Axes:
@@ -115,7 +131,7 @@ def find_axes(dataset, name: str, path: Path) -> Axes:
         else:
             unknown.append(dimension)
     if len(variable.dims) >= 2 and "latitude" not in found and "longitude" not in found:
-        found |= _curvilinear(dataset, name, unknown)
+        found |= _curvilinear(dataset, name, unknown, path)
         unknown = [dimension for dimension in unknown if dimension not in {pair[0] for pair in found.values()}]
     singletons = tuple(dimension for dimension in unknown if variable.sizes[dimension] == 1)
     rest = [dimension for dimension in unknown if dimension not in singletons]
