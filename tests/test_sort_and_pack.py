@@ -53,6 +53,17 @@ def test_so_many_cells_that_a_cell_and_a_place_need_more_than_32_bits():
 
 
 @interpreted
+@pytest.mark.parametrize("cells", [1, 40])
+def test_so_many_rows_that_their_places_need_more_than_32_bits(cells, monkeypatch):
+    """Every number of the sort that may have 64 bits has."""
+    monkeypatch.setitem(sort_and_pack.__globals__, "MOST_OF_32_BITS", 1)
+    cell = torch.randint(0, cells + 1, (300,), generator=torch.Generator().manual_seed(0))
+    found, expected = (sort_and_pack(cell, cells, path=path) for path in ("triton", "reference"))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert all(part.is_contiguous() for part in found)
+
+
+@interpreted
 def test_no_place_depends_on_how_rows_are_shared_out():
     """Tiles of one size and another, one segment and many, crowded cells and rare ones."""
     random = torch.Generator().manual_seed(1)

@@ -22,6 +22,7 @@ TUNING = Tuning(
 INTERPRETED = {"TILE": 64, "SEGMENTS": 3, "num_warps": 4}  # small, so that small tests have several of each
 COUNTS = 4  # of a row, at most: fewer segments where there are more cells
 LEAST_COUNTS = 2**22  # which any number of rows may have
+MOST_OF_32_BITS = 2**31  # rows, and numbers of a key: more need 64
 
 
 def sort_and_pack(cell: Tensor, num_cells: int, *, path: str = "auto") -> tuple[Tensor, Tensor]:
@@ -92,10 +93,10 @@ def _sorted(cell: Tensor, num_cells: int, config: Config) -> tuple[Tensor, Tenso
     counts = cell.new_zeros(1 + (num_cells + 1) * segments, dtype=torch.int32)
     tiles = -(-count // config["TILE"])
     device_code.count_rows[(tiles,)](cell, counts[1:], count, length, segments, **options)
-    begins = counts.cumsum(0, dtype=torch.int32 if count < 2**31 else torch.int64)
-    offsets = begins[:-1:segments].long()  # a copy: what follows counts begins up
+    begins = counts.cumsum(0, dtype=torch.int32 if count < MOST_OF_32_BITS else torch.int64)
+    offsets = begins[:-1:segments].to(torch.int64, copy=True)  # before what follows counts begins up
     order = torch.empty_like(cell, dtype=torch.int64)
-    key = tl.int32 if (num_cells + 1) * config["TILE"] <= 2**31 else tl.int64
+    key = tl.int32 if (num_cells + 1) * config["TILE"] <= MOST_OF_32_BITS else tl.int64
     device_code.place_rows[(segments,)](cell, begins, order, count, length, segments, num_cells, KEY=key, **options)
     return order, offsets
 
