@@ -125,6 +125,20 @@ def test_a_batch_holds_the_streams_that_force_each_step(folder):
     assert torch.equal(fine.isnan(), coarse.isnan()) and coarse[~coarse.isnan()].std() < 0.9 * fine[~fine.isnan()].std()
 
 
+def test_coarser_streams_reach_the_edges_of_sides_that_are_no_multiple(folder):
+    whole = forced(folder).streams["boundary"].grid
+    region = [*np.sort(whole.latitude)[[0, -2]], *whole.longitude[[0, -3]]]
+    streams = {"boundary": {"path": str(folder / "forcing.nc"), "region": [float(edge) for edge in region]}}
+    stream = forced(folder, streams=streams, coarsening=4).streams["boundary"]
+    assert stream.grid.shape == (11, 22)
+    assert torch.equal(stream.read([0]).isnan(), forced(folder, streams=streams).streams["boundary"].read([0]).isnan())
+    values, area = torch.randn(11, 22, dtype=torch.float64), stream.grid.area_weights
+    means = stream._regridders[0](values)
+    assert means.shape == (2, 5)
+    assert torch.allclose(means[0, 2], (values * area)[:6, 10:14].sum() / area[:6, 10:14].sum())
+    assert torch.allclose(means[1, 4], (values * area)[6:, 18:].sum() / area[6:, 18:].sum())
+
+
 def test_a_rollout_takes_each_step_from_the_prediction_before(folder):
     data, emulation = forced(folder), task()
     dataset = emulation.dataset(data, "train", emulation.fit(data))

@@ -25,7 +25,7 @@ class ForcedData(GriddedData):
     streams: {name: {path, variables, levels, region}}, as of `GriddedData`; each must have a frame at every time of the
         prognostic series. Fields without time in a stream's files become the input `<name>_static`.
     coarsening: cells a side of each stream that are averaged, and interpolated back to its grid: what a coarser source
-        would know of it. 1: as it is.
+        would know of it. 1: as it is. Where a side is no multiple of it, some coarse cells are one cell wider.
     Raises ValueError or OSError, one sentence, where the data cannot be used.
     """
 
@@ -149,8 +149,8 @@ class Stream(GriddedData):
                 f"data.coarsening={self.coarsening} needs streams of at least {2 * self.coarsening} latitudes and "
                 f"longitudes, and {self.path} has {' x '.join(map(str, self.grid.shape))} cells; use data.coarsening=1"
             )
-        latitude, longitude = (
-            axis[: axis.size - axis.size % self.coarsening].reshape(-1, self.coarsening).mean(axis=1)
+        latitude, longitude = (  # sides that are no multiple are shared out: some coarse cells are one cell wider
+            [part.mean() for part in np.array_split(axis, axis.size // self.coarsening)]
             for axis in (self.grid.latitude, self.grid.longitude)
         )
         coarse = LatLonGrid(latitude, longitude)
