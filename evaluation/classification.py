@@ -1,4 +1,5 @@
-"""Scores of class probabilities beside the climatological frequencies and what usually follows the class of now.
+"""Scores of class probabilities beside what is known without a model: frequencies, what usually follows the class of
+now, and what an index that returns to its mean makes likely.
 
 Letters: B windows, C classes.
 """
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.datasets.forecast import REFERENCES
 from data.datasets.regimes import RegimeWindows
 from evaluation.evaluation import OURS
 from evaluation.summary import format_table
@@ -22,11 +24,10 @@ def score_classes(model: nn.Module, dataset: RegimeWindows) -> dict:
     """{"class": {score: {hours: {method: value}}}} of all windows whose class is known.
 
     accuracy: share of windows whose likeliest class came. brier: mean over windows of the squared differences from what
-    came, summed over classes (Brier 1950). climatology: frequencies of the training period. persistence: how often the
-    classes followed that of the last input frame.
+    came, summed over classes (Brier 1950). Beside `ours`: every one of `RegimeStatistics.probabilities`.
     """
     statistics, device = dataset.statistics, next(model.parameters()).device
-    made: dict[str, list[Tensor]] = {OURS: [], "climatology": [], "persistence": []}
+    made: dict[str, list[Tensor]] = {name: [] for name in (OURS, *REFERENCES)}
     truth = []
     model.eval()
     for indices in np.array_split(np.arange(len(dataset)), -(-len(dataset) // _BATCH)):
@@ -34,11 +35,10 @@ def score_classes(model: nn.Module, dataset: RegimeWindows) -> dict:
         target = batch.targets[dataset.target]
         known = target.valid[:, 0, 0, 0]
         ours = model.predict(batch.to(device))[dataset.target].point.values[:, 0, :, 0].cpu()
-        now = dataset.class_now(batch)
-        climatology = statistics.frequency.expand(len(now), -1)
-        following = torch.where(now[:, None] >= 0, statistics.transition[now.clamp(min=0)], climatology)
-        for name, probabilities in ((OURS, ours), ("climatology", climatology), ("persistence", following)):
-            made[name].append(probabilities[known])
+        now = dataset.index_now(batch)
+        made[OURS].append(ours[known])
+        for name in REFERENCES:
+            made[name].append(statistics.probabilities(now, reference=name)[known])
         truth.append(target.values[:, 0, :, 0][known])
     came = torch.cat(truth)
     found = {name: _scores(torch.cat(parts), came) for name, parts in made.items()}

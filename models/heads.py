@@ -63,10 +63,7 @@ class DeterministicHead:
 
     def predict(self, output: Tensor, target: Field) -> Prediction:
         """output: (B, L, C, *grid.shape). Only the target's reference and normalisation are read, never its values."""
-        values = output.float()
-        if target.reference is not None:
-            values = target.reference.values + target.reference.scale * values
-        return Prediction(point=_plain(target, target.physical(values)))
+        return Prediction(point=_plain(target, target.physical(_corrected(output, target))))
 
 
 class CategoricalHead:
@@ -140,6 +137,14 @@ class CategoricalHead:
         return output.float().unflatten(2, (-1, self.outputs_per_variable))
 
 
+def _corrected(output: Tensor, target: Field) -> Tensor:
+    """The target's reference, corrected by an output of its shape: float32, in the target's normalised units."""
+    values = output.float()
+    if target.reference is None:
+        return values
+    return target.reference.values + target.reference.scale * values
+
+
 def _plain(target: Field, values: Tensor) -> Field:
     """Physical values in place of a target's."""
     return replace(target, values=values, scale=None, offset=None, reference=None, valid=None, transform=None)
@@ -193,7 +198,8 @@ class TokenHead:
 class ClassHead:
     """Logits of classes that exclude each other, which are the variables of the target; the loss is the cross-entropy.
 
-    The target holds 1 at the class that came and 0 elsewhere.
+    The target holds 1 at the class that came and 0 elsewhere; its reference holds logarithms of probabilities, which an
+    output of 0 leaves as they are.
     """
 
     outputs_per_variable = 1
@@ -207,19 +213,18 @@ class ClassHead:
 
         output: (B, L, C, *grid.shape). Values that are not present are never read.
         """
-        truth, presence = target.values, target.presence
+        truth, presence, logits = target.values, target.presence, _corrected(output, target)
         weight = torch.ones_like(truth) if weights is None else weights.to(truth.dtype).expand_as(truth)
         if presence is not None:
-            output, truth = torch.where(presence, output, 0.0), torch.where(presence, truth, 0.0)
+            logits, truth = torch.where(presence, logits, 0.0), torch.where(presence, truth, 0.0)
             weight = weight * presence
-        error = -output.shape[2] * truth * output.float().log_softmax(dim=2)
+        error = -logits.shape[2] * truth * logits.log_softmax(dim=2)
         places = (0, *range(3, truth.ndim))
         return (weight * error).sum(places), weight.sum(places)
 
     def predict(self, output: Tensor, target: Field) -> Prediction:
         """The point forecast is the probability of each class."""
-        plain = replace(target, values=output.float().softmax(dim=2), valid=None)
-        return Prediction(point=plain)
+        return Prediction(_plain(target, _corrected(output, target).softmax(dim=2)))
 
 
 HEADS = {"deterministic": DeterministicHead, "classes": ClassHead, "categorical": CategoricalHead, "token": TokenHead}

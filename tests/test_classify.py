@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train
+from data.datasets.forecast import REFERENCES
 from data.datasets.regimes import RegimeIndex, RegimeStatistics
 from evaluation.classification import score_classes
 from models.composition import build_from_config, compose
@@ -24,6 +25,7 @@ BOX = [0, 90, 40, 140]
 
 def task(**changes) -> ClassifyTask:
     settings = dict(input_frames=2, lead_time=12, quantiles=[0.25, 0.75], head="classes", loss="cross_entropy", box=BOX)
+    settings["reference"] = "damped_persistence"
     return ClassifyTask(**(settings | changes))
 
 
@@ -68,7 +70,7 @@ def test_labels_are_ranges_of_the_index_at_the_lead_time(data):
     assert target.values[:, 0, :, 0].argmax(1).tolist() == np.digitize(wanted, statistics.edges.numpy()).tolist()
     assert torch.equal(target.times[:, 0], torch.from_numpy(data.times[ahead]))
     now = index(normalisation.anomalies(data.read(ahead - 2), data.times[ahead - 2])).numpy()
-    assert dataset.class_now(batch).tolist() == np.digitize(now, statistics.edges.numpy()).tolist()
+    np.testing.assert_allclose(dataset.index_now(batch).numpy(), now, rtol=1e-5)
 
 
 def test_transitions_are_those_of_the_training_period(data):
@@ -84,10 +86,34 @@ def test_transitions_are_those_of_the_training_period(data):
     np.testing.assert_allclose(statistics.transition.numpy(), counts / counts.sum(1, keepdims=True), rtol=1e-4)
 
 
+def test_probabilities_given_the_index_of_now(data):
+    statistics = task().fit(data)
+    period = data.training_period
+    index = task().index(data)(statistics.normalisation.anomalies(data.read(period), data.times[period])).double()
+    now, later = index[:-2] - index.mean(), index[2:] - index.mean()
+    damping = ((now * later).sum() / (now**2).sum()).clamp(0, 1)
+    spread = (later - damping * now).pow(2).mean().sqrt()
+    given = torch.tensor([-0.4, torch.nan, 0.1, 60.0])
+    expected = index.mean() + damping * (given.nan_to_num().double() - index.mean())
+    below = torch.distributions.Normal(expected[:, None], spread).cdf(statistics.edges.double()[None])
+    likely = torch.stack([below[:, 0], below[:, 1] - below[:, 0], 1 - below[:, 1]], dim=1)
+    likely = 0.99 * likely + 0.01 * statistics.frequency
+    likely[1] = statistics.frequency
+    found = {name: statistics.probabilities(given, reference=name) for name in REFERENCES}
+    torch.testing.assert_close(found["damped_persistence"].double(), likely, rtol=1e-4, atol=1e-6)
+    following = statistics.transition[statistics.classes(given)]
+    following[1] = statistics.frequency
+    torch.testing.assert_close(found["persistence"], following)
+    torch.testing.assert_close(found["climatology"], statistics.frequency.expand(4, -1))
+    for item in found.values():
+        assert (item > 0).all()
+        torch.testing.assert_close(item.sum(1), torch.ones(4))
+
+
 def test_statistics_return_from_a_checkpoint(data):
     statistics = task().fit(data)
     again = RegimeStatistics.from_state(*statistics.state_dict())
-    for name in ("edges", "frequency", "transition"):
+    for name in ("edges", "frequency", "transition", "index_mean", "index_damping", "index_spread"):
         assert torch.equal(getattr(again, name), getattr(statistics, name))
     assert torch.equal(again.normalisation.coefficients, statistics.normalisation.coefficients)
 
@@ -102,12 +128,13 @@ def test_the_loss_is_the_cross_entropy_of_what_is_known(data):
     sums = {name: found[0] for name, found in chosen.sums({"class": logits}, batch).items()}
     loss = chosen.combine(sums, chosen.total_weights([batch]), batch.layout)["loss"]
     kept = [0, 2]
-    wanted = torch.nn.functional.cross_entropy(logits[kept, 0, :, 0], target.values[kept, 0, :, 0].argmax(1))
+    corrected = logits + target.reference.values
+    wanted = torch.nn.functional.cross_entropy(corrected[kept, 0, :, 0], target.values[kept, 0, :, 0].argmax(1))
     torch.testing.assert_close(loss, wanted)
     loss.backward()
     assert (logits.grad[1] == 0).all() and logits.grad[kept].isfinite().all()
     point = ClassHead().predict(logits.detach(), target).point
-    torch.testing.assert_close(point.values, logits.detach().softmax(dim=2))
+    torch.testing.assert_close(point.values, corrected.detach().softmax(dim=2))
 
 
 def test_scores_of_perfect_and_of_constant_probabilities(data):
@@ -127,14 +154,15 @@ def test_scores_of_perfect_and_of_constant_probabilities(data):
 
     perfect, blind = (score_classes(Known(sharpness), dataset)["class"] for sharpness in (100.0, 0.0))
     assert perfect["accuracy"]["12"]["ours"] == 1.0 and perfect["brier"]["12"]["ours"] < 1e-6
-    assert blind["brier"]["12"]["ours"] == pytest.approx(2 / 3, abs=1e-6)
     batch = dataset.__getitems__(np.arange(len(dataset)))
     truth = batch.targets["class"].values[:, 0, :, 0]
     climatology = (dataset.statistics.frequency - truth).square().sum(1).mean().item()
     assert blind["brier"]["12"]["climatology"] == pytest.approx(climatology, rel=1e-4)
-    following = dataset.statistics.transition[dataset.class_now(batch)]
-    accuracy = (following.argmax(1) == truth.argmax(1)).double().mean().item()
-    assert blind["accuracy"]["12"]["persistence"] == pytest.approx(accuracy)
+    for name in REFERENCES:
+        likely = dataset.statistics.probabilities(dataset.index_now(batch), reference=name)
+        accuracy = (likely.argmax(1) == truth.argmax(1)).double().mean().item()
+        assert blind["accuracy"]["12"][name] == pytest.approx(accuracy)
+    assert blind["brier"]["12"]["ours"] == pytest.approx(blind["brier"]["12"]["damped_persistence"])
 
 
 @pytest.mark.parametrize("decoder", ("pooled", "perceiver_io"))
@@ -153,7 +181,10 @@ def test_a_model_learns_the_regimes_of_some_windows(data, decoder):
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    assert losses[0].item() == pytest.approx(np.log(2)) and losses[-1] < 0.5 * losses[0]
+    target = batch.targets["class"]
+    reference = (-target.values * target.reference.values).sum(2).mean()  # what an untrained model leaves as it is
+    torch.testing.assert_close(losses[0], reference)
+    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize(
@@ -164,6 +195,7 @@ def test_a_model_learns_the_regimes_of_some_windows(data, decoder):
         (dict(box=[50, 35, 0, 10]), r"must be \[south,north,west,east\]"),
         (dict(head="deterministic"), "task.head=deterministic does not suit this task; use classes"),
         (dict(input_frames=0), "must be at least 1"),
+        (dict(reference="ridge"), "task.reference=ridge is unknown; use one of climatology, persistence"),
     ),
 )
 def test_settings_that_make_no_sense(options, sentence):
@@ -185,4 +217,4 @@ def test_classification_from_the_command_line(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "ACCURACY of class" in printed and "BRIER of class" in printed
     scores = json.loads((tmp_path / "scores.json").read_text())["class"]
-    assert set(scores["brier"]["24"]) == {"ours", "climatology", "persistence"}
+    assert set(scores["brier"]["24"]) == {"ours", "climatology", "persistence", "damped_persistence"}

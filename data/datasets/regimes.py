@@ -16,10 +16,13 @@ from data.batch import Batch
 from data.datasets.cache import time_blocks
 from data.datasets.forecast import ForecastDataset, forecast_layout
 from data.datasets.gridded import GriddedData
-from data.field import Field
+from data.field import Field, Reference
 from data.grids import Points
 from data.layout import Layout, TargetLayout, Variable
 from data.normalisation import Normalisation
+
+_DOUBT = 0.01  # share of the frequencies in what else is sure: tails are less certain than a normal distribution's
+_OWN = ("edges", "frequency", "transition", "index_mean", "index_damping", "index_spread")
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,17 @@ class RegimeIndex:
 @dataclass(frozen=True)
 class RegimeStatistics:
     """Fitted on the training period. edges: (C - 1,) of the index between classes. frequency: (C,) of each class.
-    transition: (C, C), how often each class follows a class after the lead time."""
+    transition: (C, C), how often each class follows a class after the lead time. index_mean: (). index_damping: (),
+    the share of a departure from the mean that is left after the lead time. index_spread: (), the standard deviation of
+    what else the index does until then."""
 
     normalisation: Normalisation
     edges: Tensor
     frequency: Tensor
     transition: Tensor
+    index_mean: Tensor
+    index_damping: Tensor
+    index_spread: Tensor
 
     @staticmethod
     def fit(data: GriddedData, index: RegimeIndex, *, quantiles: Sequence[float], lead_step: int) -> RegimeStatistics:
@@ -88,22 +96,50 @@ class RegimeStatistics:
         counts = torch.bincount(classes[start[pairs]] * number + classes[end[pairs]], minlength=number**2)
         # One more of each class, as often as it is at all: a class that was never left has no certain end.
         counts = counts.view(number, number) + frequency
-        return RegimeStatistics(normalisation, edges, frequency, counts / counts.sum(dim=1, keepdim=True))
+        mean = known.double().mean()
+        now, later = found[start[pairs]].double() - mean, found[end[pairs]].double() - mean
+        damping = ((now * later).sum() / now.square().sum().clamp_min(1e-30)).clamp(0, 1)
+        spread = (later - damping * now).square().mean().sqrt().clamp_min(1e-6)
+        return RegimeStatistics(
+            normalisation,
+            edges,
+            frequency,
+            counts / counts.sum(dim=1, keepdim=True),
+            *(item.float() for item in (mean, damping, spread)),
+        )
 
     def classes(self, index: Tensor) -> Tensor:
         """Numbers of the classes, int64; of NaN, any."""
         return torch.bucketize(index.nan_to_num(0.0).contiguous(), self.edges, right=True)
 
+    def probabilities(self, now: Tensor, *, reference: str) -> Tensor:
+        """(B, C) float32 of each class after the lead time, given the index now (B,); where that is NaN, frequencies.
+
+        reference: climatology (the frequencies), persistence (how often the classes followed that of now) or
+        damped_persistence (the index is normal about its damped departure from the mean). None of them is 0.
+        """
+        frequency = self.frequency.expand(len(now), -1)
+        if reference == "climatology":
+            return frequency
+        if reference == "persistence":
+            following = self.transition[self.classes(now)]
+        else:
+            expected = self.index_mean + self.index_damping * (now - self.index_mean)
+            below = torch.special.ndtr((self.edges - expected[:, None]).double() / self.index_spread)
+            reached = torch.nn.functional.pad(torch.nn.functional.pad(below, (1, 0)), (0, 1), value=1.0)
+            following = (1 - _DOUBT) * reached.diff(dim=1).float() + _DOUBT * frequency
+        return torch.where(now.isfinite()[:, None], following, frequency)
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, plain JSON): what a checkpoint stores."""
         tensors, description = self.normalisation.state_dict()
-        own = {"edges": self.edges, "frequency": self.frequency, "transition": self.transition}
+        own = {name: getattr(self, name) for name in _OWN}
         return {**tensors, **own}, {**description, "kind": "regimes"}
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], description: dict) -> RegimeStatistics:
         """The inverse of `state_dict`."""
-        own = {name: tensors[name] for name in ("edges", "frequency", "transition")}
+        own = {name: tensors[name] for name in _OWN}
         rest = {name: tensor for name, tensor in tensors.items() if name not in own}
         plain = {name: value for name, value in description.items() if name != "kind"}
         return RegimeStatistics(Normalisation.from_state(rest, plain), **own)
@@ -112,6 +148,7 @@ class RegimeStatistics:
 class RegimeWindows:
     """Windows of one split as `ForecastDataset` makes them, with the class after the lead time as target.
 
+    reference: what the model's logits are added to, the logarithm of these `RegimeStatistics.probabilities`.
     Batches: its inputs; target `class` (B, 1, C, 1), 1 at the class and 0 elsewhere, at one place without geography.
     Raises ValueError when the split holds no window.
     """
@@ -127,8 +164,9 @@ class RegimeWindows:
         *,
         input_frames: int,
         lead_step: int,
+        reference: str,
     ):
-        self.data, self.statistics, self.index = data, statistics, index
+        self.data, self.statistics, self.index, self.reference = data, statistics, index, reference
         self.windows = ForecastDataset(
             data,
             split,
@@ -157,23 +195,24 @@ class RegimeWindows:
         index = self.index(present)  # (B, 1)
         classes = self.statistics.classes(index)
         wanted = torch.nn.functional.one_hot(classes, len(described.variables)).float()[..., None]
+        likely = self.statistics.probabilities(self.index_now(batch), reference=self.reference)
         target = Field(
             wanted,
             described.variables,
             described.grid,
             ahead.times,
             valid=index.isfinite()[..., None, None],
+            reference=Reference(likely.log()[:, None, :, None], torch.ones(1, 1, 1, 1)),
             second_of_day=ahead.second_of_day,
             day_of_year=ahead.day_of_year,
         )
         return replace(batch, targets={self.target: target}, layout=self.layout)
 
-    def class_now(self, batch: Batch) -> Tensor:
-        """(B,) the classes at the last input frames; -1 where nothing of the box is there."""
+    def index_now(self, batch: Batch) -> Tensor:
+        """(B,) the index at the last input frames; NaN where nothing of the box is there."""
         given = batch.inputs["prognostic"]
         present = given.values if given.presence is None else given.values.where(given.presence, torch.nan)
-        index = self.index(present[:, -1])
-        return torch.where(index.isfinite(), self.statistics.classes(index), -1)
+        return self.index(present[:, -1])
 
 
 def regime_layout(data: GriddedData, *, input_frames: int, lead_step: int, classes: int) -> Layout:

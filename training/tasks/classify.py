@@ -27,7 +27,8 @@ class ClassifyTask(GriddedTask):
 
     input_frames: consecutive frames that the model sees. lead_time: hours after the last of them; None: 4 steps of the
     data. variable: None, the first. box: [south, north, west, east] in degrees; None: everywhere. quantiles: of the
-    training period's index, the edges between classes. head: classes. loss: cross_entropy.
+    training period's index, the edges between classes. reference: the probabilities that the model corrects, one of
+    `RegimeStatistics.probabilities`. head: classes. loss: cross_entropy.
     Raises ValueError where a value is not allowed.
     """
 
@@ -41,11 +42,16 @@ class ClassifyTask(GriddedTask):
         input_frames: int,
         lead_time: float | None,
         quantiles: Sequence[float],
+        reference: str,
         head: str,
         loss: str,
         variable: str | None = None,
         box: Sequence[float] | None = None,
     ):
+        from data.datasets.forecast import REFERENCES
+
+        if reference not in REFERENCES:
+            raise ValueError(f"task.reference={reference} is unknown; use one of {', '.join(REFERENCES)}")
         if input_frames < 1:
             raise ValueError(f"task.input_frames={input_frames} must be at least 1")
         if not quantiles or any(not 0 < q < 1 for q in quantiles) or any(b <= a for a, b in pairwise(quantiles)):
@@ -57,6 +63,7 @@ class ClassifyTask(GriddedTask):
         self.check_head(head)
         self.input_frames, self.lead_time = input_frames, lead_time
         self.variable, self.box, self.quantiles = variable, box, tuple(quantiles)
+        self.reference = reference
         self.head_name, self.loss_name = head, loss
         self.variable_weights: Mapping[str, float] = {}
 
@@ -101,6 +108,7 @@ class ClassifyTask(GriddedTask):
             self.index(data),
             input_frames=self.input_frames,
             lead_step=self.lead_step(data),
+            reference=self.reference,
         )
 
     def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
