@@ -80,9 +80,11 @@ class DegreePatches:
         """Which cells of a grid the patches hold; None where they hold none."""
         place = self.place(grid.coordinates)
         patch = np.floor(place).astype(np.int64)
-        patch[:, 0] -= place[:, 0] == self.rows  # the northern edge belongs to the last row
         if self.wraps:
             patch[:, 1] %= self.columns
+        last = patch == [self.rows, self.columns]
+        last &= place == patch  # the northern and the eastern edge belong to the last row and column
+        patch -= last
         inside = ((patch >= 0) & (patch < [self.rows, self.columns])).all(axis=1)
         cells = np.flatnonzero(inside)
         if not cells.size:
@@ -96,7 +98,7 @@ class DegreePatches:
         index[owner, rank] = cells
         position = np.zeros((*index.shape, 2))
         within = (place[cells] - np.floor(place[cells])) * 2 - 1
-        within[place[cells, 0] == self.rows, 0] = 1.0
+        within[last[cells]] = 1.0
         position[owner, rank] = within
         position, pattern = np.unique(np.round(position, 6), axis=0, return_inverse=True)
         return PatchCells(torch.from_numpy(index), torch.from_numpy(position), torch.from_numpy(pattern.reshape(-1)))

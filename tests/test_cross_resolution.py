@@ -66,6 +66,11 @@ def test_patches_hold_every_cell_of_their_domain_once_whatever_the_grid():
                 inside = place[cell] - torch.tensor([row, column])
                 inside[1] %= patches.columns  # around the globe
                 assert torch.allclose(found.position[pattern, slot], 2 * inside - 1, atol=2e-6)
+    edges = [10.0, 20.0, 30.0]  # of the patches: the northern and the eastern ones belong to the last
+    held = DegreePatches.over(LatLonGrid(*[np.arange(11, 30, 2)] * 2), (10, 10)).cells_of(LatLonGrid(edges, edges))
+    assert [sorted(set(cells.tolist()) - {-1}) for cells in held.index] == [[0], [1, 2], [3, 6], [4, 5, 7, 8]]
+    places = dict(zip(held.index[3].tolist(), held.position[held.pattern[3]].tolist(), strict=True))
+    assert places == {4: [-1, -1], 5: [-1, 1], 7: [1, -1], 8: [1, 1]}
     spacious = DegreePatches.over(LatLonGrid(np.linspace(89.875, -89.875, 720), np.arange(1440) * 0.25), (6, 10))
     fine, coarse = (
         spacious.cells_of(LatLonGrid(np.linspace(90 - step / 2, step / 2 - 90, round(180 / step)), axis))
