@@ -85,8 +85,8 @@ class WorkList:
     the length that suffices for any cells, and `count` says how much of it holds.
 
     items: (S, 4) int64, S = N + n // ITEM: cell, first row, number of rows, and pieces: 1 for a whole cell; of a
-    crowded cell, whose pieces follow each other, their number at the first and 0 at the others. count: (3,) int64,
-    numbers of items, of those that hold rows, and of pieces among these.
+    crowded cell, whose pieces follow each other, their number at the first and 0 at the others. count: (4,) int64,
+    numbers of items, of those that hold rows, of pieces among these, and of rows that lie in cells.
     """
 
     items: Tensor
@@ -94,7 +94,8 @@ class WorkList:
 
     @staticmethod
     def of(offsets: Tensor, num_rows: int) -> WorkList:
-        """Of cells whose rows are offsets[i] .. offsets[i + 1], offsets (N + 1,) int64 that ends with num_rows."""
+        """Of cells whose rows are offsets[i] .. offsets[i + 1], offsets (N + 1,) int64, of num_rows rows in all: those
+        of no cell come last."""
         return WorkList(*torch.ops.hydrasphere.work_list(offsets, num_rows))
 
 
@@ -110,7 +111,7 @@ def _work_list(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     ends = pieces.cumsum(0)
     size = len(counts) + num_rows // ITEM
     if len(counts) == 0:
-        return offsets.new_zeros(size, 4), offsets.new_zeros(3)
+        return offsets.new_zeros(size, 4), offsets.new_zeros(4)
     number = torch.arange(size, device=offsets.device)
     cell = torch.searchsorted(ends, number, right=True)
     holds = cell < len(counts)
@@ -123,12 +124,12 @@ def _work_list(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     first = torch.where(index == 0, pieces[cell], 0)
     items = torch.stack([cell, offsets[cell] + index * ITEM, length, first], dim=1)
     empty, cut = (counts == 0).sum(), torch.where(pieces > 1, pieces, 0).sum()
-    return items.index_select(0, order), torch.stack([ends[-1], ends[-1] - empty, cut])
+    return items.index_select(0, order), torch.stack([ends[-1], ends[-1] - empty, cut, offsets[-1]])
 
 
 @_work_list.register_fake
 def _(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    return offsets.new_empty(offsets.shape[0] - 1 + num_rows // ITEM, 4), offsets.new_empty(3)
+    return offsets.new_empty(offsets.shape[0] - 1 + num_rows // ITEM, 4), offsets.new_empty(4)
 
 
 def plan(offsets: Tensor, num_rows: int, path: str = "auto") -> Occupied | WorkList:

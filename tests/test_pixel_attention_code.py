@@ -25,7 +25,7 @@ def _arguments(kernel, precision: str, heads: int = 64, groups: int = 2, **const
     constants = {name: value for name, value in {**of_call, **constants}.items() if name in kernel.arg_names}
     number = {"bf16": "*bf16", "fp16": "*fp16"}.get(precision, "*fp32")
     types = {name: "*fp32" if name in SUMS else number for name in kernel.arg_names}
-    return {**types, "items": "*i64", "count": "*i64", "scale": "fp32"}, constants
+    return {**types, "items": "*i64", "count": "*i64", "num_tokens": "i32", "scale": "fp32"}, constants
 
 
 @pytest.mark.parametrize("name", ["attend", "attend_backward", "join", "add_pieces"])

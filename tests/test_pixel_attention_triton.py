@@ -94,6 +94,19 @@ def test_extreme_shares_of_tokens(crowded, poisoned, counts):
 
 
 @interpreted
+@pytest.mark.parametrize("counts", [[3, 0, CROWDED + 1], [0], []])
+def test_tokens_of_no_cell_come_last_and_have_no_gradient(crowded, poisoned, counts):
+    """As `sort_and_pack` leaves those outside the grid."""
+    *operands, offsets = *_operands(counts, 4, 2), _offsets(counts)
+    expected = _outcome(operands, offsets, path="triton")
+    behind = torch.full((70, 16), math.nan)
+    operands[1] = torch.cat([operands[1].detach(), behind]).requires_grad_()
+    found = _outcome(operands, offsets, path="triton")
+    expected[2] = torch.cat([expected[2], torch.zeros_like(behind)])
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@interpreted
 def test_no_cells_have_no_result_and_zero_gradients(poisoned):
     output, *gradients = _outcome(_operands([], 4, 2), _offsets([]), path="triton")
     assert output.shape == (0, 32) and [len(gradient) for gradient in gradients] == [0, 0, 16, 16, 16]

@@ -135,6 +135,7 @@ def test_work_lists_cover_every_row_once_most_rows_first(counts):
     assert sorted({item[0] for item in items}) == list(range(len(counts)))
     num_pieces = sum(pieces != 1 for *_, pieces in items)
     assert int(work.count[1]) == sum(length > 0 for _, _, length, _ in items)
+    assert int(work.count[3]) == sum(counts)
     assert int(work.count[2]) == num_pieces <= most_pieces(sum(counts)) and all(
         pieces != 1 for *_, pieces in items[:num_pieces]
     )

@@ -232,6 +232,7 @@ def attend_backward(
     piece_gradient,
     weight_gradient,
     bias_gradient,
+    num_tokens,
     scale,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -246,8 +247,8 @@ def attend_backward(
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Gradients of the tokens (each belongs to one item) and of the query; those of pieces' queries (S, H, E) are for
-    `add_pieces`. Weights: one sum a program, (programs, 2, E, C), of key and value, and (programs, E) of the bias."""
+    """Gradients of the tokens (each belongs to one item, or to no cell and has none) and of the query; those of pieces'
+    queries (S, H, E) are for `add_pieces`. Weights: one sum a program, (programs, 2, E, C), of key and value, and (programs, E) of the bias."""
     head = tl.arange(0, H)
     row, column = tl.arange(0, E), tl.arange(0, C)
     place, exists = _rows(HEADS, WIDTH, H, W, 0)
@@ -309,6 +310,11 @@ def attend_backward(
         base = tl.load(items + item * 4) * (HEADS * WIDTH)
         zeros = tl.zeros([H, W], query_gradient.dtype.element_ty)
         tl.store(query_gradient + base + place, zeros, mask=exists)
+    behind = tl.load(count + 3) + tl.program_id(0) * TILE
+    for first in range(behind, num_tokens, tl.num_programs(0) * TILE):  # tokens of no cell
+        offset, present = _token_tile(0, num_tokens - first, COLUMNS, C, TILE)
+        zeros = tl.zeros([TILE, C], token_gradient.dtype.element_ty)
+        tl.store(token_gradient + first * COLUMNS + offset, zeros, mask=present)
     program = tl.program_id(0).to(tl.int64)
     sums = weight_gradient + program * (2 * E * C) + row[:, None] * C + column[None, :]
     tl.store(sums, key_sum)

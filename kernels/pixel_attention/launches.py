@@ -201,7 +201,7 @@ def _backward(
         )
         device_code.attend_backward[(programs,)](
             *(gradient, output, logsum, query, tokens, key_weight, value_weight, bias, items, count),
-            *(query_gradient, token_gradient, piece_gradient, *sums, scale),
+            *(query_gradient, token_gradient, piece_gradient, *sums, len(tokens), scale),
             **constant,
             **_options(config),
         )
