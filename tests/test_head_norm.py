@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.library import opcheck
 
 from kernels.head_norm import head_norm
@@ -72,6 +73,25 @@ def test_the_formula_is_that_of_a_loop_over_heads():
                 size = (sum(number**2 for number in row) / 5 + 1e-6) ** 0.5
                 for d, number in enumerate(row):
                     assert part[token, head, d].item() == pytest.approx(number / size * weight[index, d].item())
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_heads_keep_their_type_under_autocast(path, weighted, monkeypatch):
+    """Also where PyTorch's norm is on the list of functions that autocast has computed in float32, as on CUDA."""
+    plain = F.rms_norm
+
+    def wide(x, shape, scale, eps):
+        return plain(x.float(), shape, None if scale is None else scale.float(), eps)
+
+    monkeypatch.setattr(F, "rms_norm", wide)
+    for dtype in (torch.bfloat16, torch.float32):
+        if path == "triton" and dtype == torch.bfloat16:  # the interpreter has none
+            continue
+        inputs = _draw((2, 5, 3, 2, 8), dtype=dtype, weighted=weighted)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = _outcome(inputs, path)
+        assert [part.dtype for part in found] == [dtype] * len(found)
 
 
 def test_values_are_not_copied():

@@ -76,7 +76,7 @@ class _HeadNorm(torch.autograd.Function):
 def _vectorised(packed: Tensor, weight: Tensor | None) -> list[Tensor]:
     scales = [None] * NORMED if weight is None else weight.to(packed.dtype)
     return [
-        F.rms_norm(part, part.shape[-1:], scale, eps=NORM_EPS)
+        F.rms_norm(part, part.shape[-1:], scale, eps=NORM_EPS).to(part.dtype)  # which autocast on CUDA makes float32
         for part, scale in zip(packed.unbind(-3)[:NORMED], scales, strict=False)
     ]
 

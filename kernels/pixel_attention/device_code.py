@@ -248,7 +248,8 @@ def attend_backward(
     TILE: tl.constexpr,
 ):
     """Gradients of the tokens (each belongs to one item, or to no cell and has none) and of the query; those of pieces'
-    queries (S, H, E) are for `add_pieces`. Weights: one sum a program, (programs, 2, E, C), of key and value, and (programs, E) of the bias."""
+    queries (S, H, E) are for `add_pieces`. Weights: one sum a program, (programs, 2, E, C), of key and value, and
+    (programs, E) of the bias."""
     head = tl.arange(0, H)
     row, column = tl.arange(0, E), tl.arange(0, C)
     place, exists = _rows(HEADS, WIDTH, H, W, 0)
