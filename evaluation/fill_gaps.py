@@ -38,7 +38,7 @@ class SeriesPart:
 
     gaps = True
 
-    def __init__(self, data: GriddedData, domain: Tensor, rows: slice, columns: slice):
+    def __init__(self, data: GriddedData, domain: Tensor, rows: slice, columns: np.ndarray):
         self.series, self.domain = data.series.part(rows, columns), domain
         self.splits = {ALL: np.arange(data.times.size)}
         self.variables, self.grid, self.times = self.series.variables, self.series.grid, self.series.times
@@ -71,8 +71,8 @@ class Filler:
         rows, columns = self.data.grid.shape
         return {
             top: {
-                left: self._windows(slice(top, top + height), slice(left, left + width))
-                for left in starts(columns, width, self.overlap)
+                left: self._windows(slice(top, top + height), np.arange(left, left + width) % columns)
+                for left in starts(columns, width, self.overlap, wraps=self.data.grid.wraps)
             }
             for top in starts(rows, height, self.overlap)
         }
@@ -81,7 +81,7 @@ class Filler:
     def one(self) -> GapWindows:
         return next(iter(next(iter(self.patches.values())).values()))
 
-    def _windows(self, rows: slice, columns: slice) -> GapWindows:
+    def _windows(self, rows: slice, columns: np.ndarray) -> GapWindows:
         coefficients = self.normalisation.coefficients[..., rows, columns]
         part = SeriesPart(self.data, coefficients[0].isfinite(), rows, columns)
         series = CloudySeries(part, replace(self.normalisation, coefficients=coefficients), None, 0)

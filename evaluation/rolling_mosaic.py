@@ -18,13 +18,14 @@ class RollingMosaic:
         self.weights, self.total = torch.zeros(height, width), None
 
     def add(self, patch: Tensor, left: int) -> None:
-        """A patch (..., height, w) of the present band."""
+        """A patch (..., height, w) of the present band; behind the last column it goes on in the first."""
         height, width = patch.shape[-2:]
+        columns = (left + torch.arange(width)) % self.weights.shape[1]
         weight = raised_cosine(height)[:, None] * raised_cosine(width)
         if self.total is None:
             self.total = patch.new_zeros(*patch.shape[:-1], self.weights.shape[1])
-        self.total[..., left : left + width] += weight * patch
-        self.weights[:, left : left + width] += weight
+        self.total[..., columns] += weight * patch
+        self.weights[:, columns] += weight
 
     def finished(self, rows: int) -> Tensor:
         """(..., rows, width): the first rows of the band, which the next band, `rows` below, does not touch."""

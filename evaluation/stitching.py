@@ -17,16 +17,24 @@ from data.datasets.crops import crop_layout, cropped
 from models.heads import Prediction
 
 
-def starts(cells: int, size: int, overlap: int) -> list[int]:
-    """First cells of patches of `size` that overlap by `overlap` or more and cover `cells`; the last one is flush."""
+def starts(cells: int, size: int, overlap: int, *, wraps: bool = False) -> list[int]:
+    """First cells of patches of `size` that overlap by `overlap` or more and cover `cells`; the last one is flush.
+
+    wraps: cells around the globe, where patches lie evenly and go on from the last cell to the first.
+    """
     if cells <= size:
         return [0]
+    if wraps:
+        number = -(-cells // (size - overlap))
+        return [place * cells // number for place in range(number)]
     return sorted({*range(0, cells - size, size - overlap), cells - size})
 
 
-def corners(shape: Sequence[int], crop: Sequence[int], overlap: int) -> list[tuple[int, int]]:
-    """First rows and columns of the patches that cover a domain, row by row."""
-    rows, columns = (starts(cells, size, overlap) for cells, size in zip(shape, crop, strict=True))
+def corners(shape: Sequence[int], crop: Sequence[int], overlap: int, *, wraps: bool = False) -> list[tuple[int, int]]:
+    """First rows and columns of the patches that cover a domain, row by row. wraps: whether columns close around the
+    globe."""
+    rows = starts(shape[0], crop[0], overlap)
+    columns = starts(shape[1], crop[1], overlap, wraps=wraps)
     return [(row, column) for row in rows for column in columns]
 
 
@@ -44,15 +52,14 @@ class Mosaic:
         self.weights = torch.zeros(self.shape)
 
     def add(self, patch: Tensor, corner: tuple[int, int]) -> None:
-        """Cells of the patch beyond the domain are left out."""
-        row, column = corner
-        patch = patch[..., : self.shape[0] - row, : self.shape[1] - column]
+        """A patch behind the last column goes on in the first."""
         height, width = patch.shape[-2:]
+        rows, columns = slice(corner[0], corner[0] + height), (corner[1] + torch.arange(width)) % self.shape[1]
         weight = raised_cosine(height)[:, None] * raised_cosine(width)
         if self.total is None:
             self.total = patch.new_zeros(*patch.shape[:-2], *self.shape)
-        self.total[..., row : row + height, column : column + width] += weight * patch
-        self.weights[row : row + height, column : column + width] += weight
+        self.total[..., rows, columns] += weight * patch
+        self.weights[rows, columns] += weight
 
     def mean(self) -> Tensor:
         return self.total / self.weights
@@ -77,7 +84,8 @@ class Stitched(nn.Module):
         """Point forecasts on the grid of the batch, on the CPU."""
         layout = crop_layout(batch.layout, self.crop)
         samples = next(iter(batch.targets.values())).values.shape[0]
-        places = corners(batch.layout.inputs[next(iter(batch.inputs))].grid.shape, self.crop, self.overlap)
+        grid = batch.layout.inputs[next(iter(batch.inputs))].grid
+        places = corners(grid.shape, self.crop, self.overlap, wraps=grid.wraps)
         tiles = [self.model.predict(cropped(batch, [place] * samples, layout)) for place in places]
         found = {}
         for name, target in batch.targets.items():

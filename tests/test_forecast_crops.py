@@ -67,12 +67,16 @@ def test_overlapping_crops_predict_all_of_the_grid(data):
     class Knows(torch.nn.Module):
         def predict(self, tile):
             target = tile.targets["forecast"]
-            south = target.coordinates[..., 0].unflatten(1, target.grid.shape)[:, None, None]
-            return {"forecast": Prediction(replace(target, values=south.expand_as(target.values), valid=None))}
+            place = target.coordinates.unflatten(1, target.grid.shape)
+            longitudes.append(place[0, 0, :, 1].tolist())
+            known = (place[..., 0] + 1000 * place[..., 1])[:, None, None]
+            return {"forecast": Prediction(replace(target, values=known.expand_as(target.values), valid=None))}
 
+    longitudes = []
     found = Stitched(Knows(), (3, 4), 1).predict(batch)["forecast"].point
-    latitude = data.grid.coordinates[:, 0].float().unflatten(0, data.grid.shape)
-    torch.testing.assert_close(found.values, latitude.expand(2, 2, 1, -1, -1))
+    latitude, longitude = data.grid.coordinates.float().unflatten(0, data.grid.shape).movedim(-1, 0)
+    torch.testing.assert_close(found.values, (latitude + 1000 * longitude).expand(2, 2, 1, -1, -1))
+    assert data.grid.wraps and any(east < west for west, *_, east in longitudes)  # across the edge of the grid
     assert found.grid == data.grid and found.coordinates is None
 
 

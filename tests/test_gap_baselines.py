@@ -100,22 +100,27 @@ def test_functions_restore_a_field_that_is_made_of_few():
     np.testing.assert_allclose(restored(known.T, gaps.T, 2), found.T, atol=1e-2)  # either way round
 
 
+@pytest.mark.parametrize("wraps", (False, True))
 @pytest.mark.parametrize("shape, crop, overlap", (((7, 10), (4, 5), 2), ((9, 5), (3, 5), 0), ((6, 13), (6, 4), 3)))
-def test_patches_that_agree_are_blended_exactly_on_any_size(shape, crop, overlap):
+def test_patches_that_agree_are_blended_exactly_on_any_size(shape, crop, overlap, wraps):
     whole = torch.randn(2, 3, *shape)
-    places = corners(shape, crop, overlap)
-    cells = np.zeros(shape)
+    places = corners(shape, crop, overlap, wraps=wraps)
+    around = torch.cat([whole, whole], dim=-1)  # twice around the globe
+    cells = np.zeros((shape[0], 2 * shape[1]))
     for top, left in places:
         cells[top : top + crop[0], left : left + crop[1]] += 1
-        assert top + crop[0] <= shape[0] and left + crop[1] <= shape[1]
+        assert top + crop[0] <= shape[0] and (wraps or left + crop[1] <= shape[1])
+    cells = cells[:, : shape[1]] + cells[:, shape[1] :]
     assert cells.min() >= 1
-    patches = torch.stack([whole[..., top : top + crop[0], left : left + crop[1]] for top, left in places])
+    if wraps and crop[1] < shape[1]:  # the date line lies in patches like any other meridian
+        assert max(left for _, left in places) + crop[1] >= shape[1] + overlap
+    patches = torch.stack([around[..., top : top + crop[0], left : left + crop[1]] for top, left in places])
     torch.testing.assert_close(blended(patches, places, shape), whole)
     mosaic, rows, tops = None, [], starts(shape[0], crop[0], overlap)
     for place, top in enumerate(tops):
         mosaic = mosaic or RollingMosaic(crop[0], shape[1])
-        for left in starts(shape[1], crop[1], overlap):
-            mosaic.add(whole[..., top : top + crop[0], left : left + crop[1]], left)
+        for left in starts(shape[1], crop[1], overlap, wraps=wraps):
+            mosaic.add(around[..., top : top + crop[0], left : left + crop[1]], left)
         rows.append(mosaic.finished(crop[0] if place + 1 == len(tops) else tops[place + 1] - top))
     torch.testing.assert_close(torch.cat(rows, dim=-2), whole)
     other = torch.randn_like(patches)

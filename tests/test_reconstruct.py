@@ -126,6 +126,27 @@ def test_a_domain_from_patches_and_the_file_of_it(tmp_path, data):
         np.testing.assert_allclose(monthly[row], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_patches_go_on_behind_the_last_column_of_a_globe(tmp_path):
+    import xarray as xr
+
+    with xr.open_dataset(write_sea(tmp_path / "sea.nc", days=62, dark=[15])) as file:
+        file.assign_coords(longitude=file.longitude * 18).to_netcdf(tmp_path / "globe.nc")
+    split = {"train": 0.4, "validation": 0.3, "test": 0.3}
+    globe = GriddedData(str(tmp_path / "globe.nc"), split=split, annual_harmonics=0, diurnal_harmonics=0)
+    chosen = task(months=None, targets=[FILLED], crop=[4, 5], overlap=2, clouds=None)
+    statistics = chosen.fit(globe)
+    model = model_of("sst_spatiotemporal", chosen, globe)
+    filler = Filler(model, globe, statistics, chosen.window(), chosen.overlap)
+    assert globe.grid.wraps and max(filler.patches[0]) + 5 > SHAPE[1]
+    windows = GapWindows([chosen.series(globe, "train", statistics)[0]], "train", chosen.window())
+    columns = windows.__getitems__(range(20)).inputs["prognostic"].coordinates[:, 0, 1].unique()
+    assert len(columns) > 6  # training patches begin at more columns than those of a region may
+    (window,), (number,) = (np.flatnonzero(item.frames[:, 3] == 15) for item in (windows, filler.one))
+    filled = torch.cat([found[FILLED] for _, found in filler.bands(number)], dim=-2)[3]
+    _, found = predicted(model, windows, window, 0, chosen.overlap)
+    torch.testing.assert_close(filled, found[FILLED][3].where(globe.domain, torch.nan), equal_nan=True)
+
+
 def test_a_domain_from_patches_reads_its_fixed_fields_as_the_model_learned_them(tmp_path, data):
     """Depth in units of the spread over the whole domain, not over a patch."""
     import xarray as xr

@@ -55,10 +55,22 @@ def crop_layout(layout: Layout, crop: Sequence[int]) -> Layout:
 
 
 def cut(values: Tensor, corners: Sequence[Corner], crop: Sequence[int]) -> Tensor:
-    """(B, ..., H, W) -> (B, ..., h, w), of each sample the part that begins at its corner."""
+    """(B, ..., H, W) -> (B, ..., h, w), of each sample the part that begins at its corner; behind the last column it
+    goes on in the first, as around the globe."""
     rows, columns = crop
-    parts = [values[sample, ..., top : top + rows, left : left + columns] for sample, (top, left) in enumerate(corners)]
+    parts = []
+    for sample, (top, left) in enumerate(corners):
+        band = values[sample, ..., top : top + rows, :]
+        beyond = max(0, left + columns - band.shape[-1])
+        part = band[..., left : left + columns]
+        parts.append(torch.cat([part, band[..., :beyond]], dim=-1) if beyond else part)
     return torch.stack(parts)
+
+
+def first_cells(grid: LatLonGrid, crop: Sequence[int]) -> tuple[int, int]:
+    """At how many rows and columns of a grid crops may begin: at every column where these close around the globe."""
+    rows, columns = (cells - size + 1 for cells, size in zip(grid.shape, crop, strict=True))
+    return rows, grid.shape[1] if grid.wraps and columns > 1 else columns
 
 
 def places(grid: LatLonGrid, corners: Sequence[Corner], crop: Sequence[int]) -> Tensor:
@@ -113,6 +125,6 @@ class CroppedForecasts:
         seeds = [(0, *indices, place) for place in range(len(indices))]
         if self.whole.split != "train":
             seeds = [(1, index) for index in indices]
-        room = np.subtract(self.data.grid.shape, self.crop) + 1
+        room = first_cells(self.data.grid, self.crop)
         corners = [tuple(np.random.default_rng(seed).integers(room).tolist()) for seed in seeds]
         return cropped(self.whole.__getitems__(indices), corners, self.layout)

@@ -17,7 +17,7 @@ from torch import Tensor
 from data.batch import Batch
 from data.calendars import clock, month_start
 from data.datasets.cloudy_series import CloudySeries
-from data.datasets.crops import Corner, crop_layout, cropped
+from data.datasets.crops import Corner, crop_layout, cropped, first_cells
 from data.datasets.forecast import standardised
 from data.datasets.gridded import GriddedData
 from data.field import Field, Reference
@@ -182,10 +182,10 @@ class GapWindows:
         """The first row and column of a patch around a cell of the sea."""
         sea = np.argwhere(self.series[0].sea)
         centre = sea[random.integers(len(sea))]
-        return tuple(
-            int(np.clip(place - size // 2, 0, cells - size))
-            for place, size, cells in zip(centre, self.window.crop, self.data.grid.shape, strict=True)
-        )
+        row, column = (place - size // 2 for place, size in zip(centre.tolist(), self.window.crop, strict=True))
+        rows, columns = first_cells(self.data.grid, self.window.crop)
+        around = columns == self.data.grid.shape[1]
+        return max(0, min(row, rows - 1)), column % columns if around else max(0, min(column, columns - 1))
 
     def batch(self, windows: np.ndarray, draws: np.ndarray, corners: Sequence[Corner] | None = None) -> Batch:
         """Samples (B,) of `frames` under the clouds `draws`. corners: first row and column of each one's patch; None:

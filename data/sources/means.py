@@ -57,6 +57,6 @@ class DailyMeans(Series):
     def read_static(self) -> np.ndarray:
         return self.original.read_static()
 
-    def part(self, rows: slice, columns: slice) -> DailyMeans:
+    def part(self, rows: slice, columns: slice | np.ndarray) -> DailyMeans:
         original = self.original.part(rows, columns)
         return replace(self, grid=original.grid, files=original.files, original=original)

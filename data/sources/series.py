@@ -85,8 +85,8 @@ class Series:
         """(S, H, W) float32: the fields without time, from the first file."""
         return self.files[0].read_static()
 
-    def part(self, rows: slice, columns: slice) -> Series:
-        """Some rows and columns of it; no others are read."""
+    def part(self, rows: slice, columns: slice | np.ndarray) -> Series:
+        """Some rows and columns of it, eastwards; no others are read."""
         grid = LatLonGrid(self.grid.latitude[rows], self.grid.longitude[columns])
         return replace(self, grid=grid, files=[file.part(rows, columns) for file in self.files])
 
@@ -115,7 +115,7 @@ class SeriesFile:
     def __getstate__(self):
         return {**self.__dict__, "_open": None}
 
-    def part(self, rows: slice, columns: slice) -> SeriesFile:
+    def part(self, rows: slice, columns: slice | np.ndarray) -> SeriesFile:
         first = self.rows.start
         return replace(
             self, rows=slice(first + rows.start, first + rows.stop), columns=self.columns[columns], _open=None
