@@ -1,6 +1,7 @@
 """One model under several networks of observations: each scored alone, one table beside the baselines.
 
-Data that can be observed by other networks have `networks`, {name: the same data observed by it}.
+Data that can be observed by other networks have `networks`, {name: the same data observed by it}; tasks whose models
+read what differs between them have `reads_networks`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ NETWORKS_FILE = "scores_by_network.json"
 
 
 def score_networks(model: nn.Module, task, data, normalisation, folder: Path, **choices) -> None:
-    """Writes `scores_by_network.json`, {network: the content of `scores.json`}, where the data have networks.
+    """Writes `scores_by_network.json`, {network: the content of `scores.json`}, where the data have networks and the
+    task reads them.
 
     choices: split, baselines, weights and max_windows of `evaluate`.
     """
-    networks = getattr(data, "networks", None)
-    if networks:
+    if task.reads_networks and (networks := getattr(data, "networks", None)):
         write_json(
             folder / NETWORKS_FILE,
             {

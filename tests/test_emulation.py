@@ -21,6 +21,7 @@ from data.sources.netcdf import open_series
 from data.sources.synthetic_ocean import _Sea, simulate, write_forcing, write_state
 from evaluation.run_evaluation import Choices
 from models import build
+from tests.tiny_run import tiny_task
 from training.tasks.emulate import EmulateTask, layer_shares
 
 SPLIT = {"train": ["2001-01", "2001-10"], "validation": ["2001-11", "2001-12"], "test": ["2002-01", "2002-03"]}
@@ -208,6 +209,20 @@ def test_training_lowers_the_loss_weighted_by_layers_and_an_evaluation_tells_how
     for text in ("persistence", "climatology", "interpolated from coarser ones", "one rollout of 17 steps"):
         assert text in found.table, found.table
     assert {"rollout.json", "scores.json", "scores_by_network.json"} <= {path.name for path in found.files}
+
+
+def test_streams_that_a_task_does_not_read_are_named_and_not_scored(folder, tmp_path):
+    data, forecast = forced(folder), tiny_task(input_frames=1, lead_times=None)
+    with pytest.warns(UserWarning, match=r"task=forecast does not read the streams .*\(boundary\); task=emulate does"):
+        layout = forecast.layout(data)
+    assert data.networks and list(layout.inputs) == ["prognostic", "static"]
+    model = build(["model/size=tiny", "model.hidden_size=16", "model.depth=1"], layout).eval()
+    run = SimpleNamespace(path=tmp_path, checkpoint=lambda name: tmp_path)
+    choices = Choices(report=False, predictions=False, max_windows=2)
+    found = forecast.evaluate(run, model, data, forecast.fit(data), choices)
+    assert "persistence" in found.table and "coarser" not in found.table
+    assert {path.name for path in found.folder.iterdir()} >= {"scores.json"}
+    assert not (found.folder / "scores_by_network.json").exists()
 
 
 def test_settings_and_data_that_cannot_be_meant_are_refused_in_a_sentence(folder):

@@ -51,6 +51,8 @@ class AssimilationTask(GriddedTask):
     Raises ValueError where a value is not allowed.
     """
 
+    reads_networks = True
+
     def __init__(
         self,
         *,

@@ -45,6 +45,7 @@ class EmulateTask(GriddedTask):
     """
 
     stacking = None
+    reads_networks = True
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ Letters: B batch, L lead times, C variables.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
 
 class GriddedTask:
     """Base of tasks whose targets are fields. A subclass sets head_name, loss_name, variable_weights, lead_weights
-    (one a lead time, or None: all 1) and, for the Huber loss, huber_delta.
+    (one a lead time, or None: all 1) and, for the Huber loss, huber_delta; and `reads_networks`, where its models read
+    what differs between the networks of data (`evaluation/networks.py`).
 
     query_fraction: share of the output places decoded in a training step, drawn anew for each; decoders that write all
     places at once ignore it. Outputs do not depend on each other, so this trades a noisier step for a cheaper one.
     """
 
     heads: tuple[str, ...] = ("deterministic",)  # what `task.head` may be
+    reads_networks = False
     head_name: str
     loss_name: str
     huber_delta: float = 1.0
@@ -128,8 +131,13 @@ class GriddedTask:
 
 
 def check_series(task: str, data) -> None:
-    """Raises ValueError where data is no series of fields."""
+    """Raises ValueError where data is no series of fields; says which streams of it the task does not read."""
     check_data(task, data, suits=hasattr(data, "gaps"), needs="a series of fields, like data=synthetic")
+    if streams := getattr(data, "streams", None):
+        warnings.warn(
+            f"task={task} does not read the streams of this data ({', '.join(streams)}); task={data.task} does",
+            stacklevel=3,
+        )
 
 
 def check_data(task: str, data, *, suits: bool, needs: str) -> None:
