@@ -81,7 +81,11 @@ def test_sorting_spills_no_registers(name, key):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "precision, heads, groups", [("bf16", 64, 2), ("fp16", 64, 2), ("tf32", 64, 2), ("bf16", 64, 4), ("bf16", 128, 2)]
+    ("precision", "heads", "groups"),
+    [
+        *((precision, 64, 2) for precision in ("bf16", "fp16", "tf32")),
+        *((precision, *sizes) for precision in ("bf16", "tf32") for sizes in ((64, 4), (128, 2))),
+    ],
 )
 @pytest.mark.parametrize("name", ["attend", "attend_backward"])
 def test_shipped_configurations_spill_no_registers(name, precision, heads, groups):

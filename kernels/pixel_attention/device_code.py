@@ -136,7 +136,8 @@ def attend(
     tokens (S, H, C) and logsums (S, H), which `join` brings together."""
     head, column = tl.arange(0, H), tl.arange(0, C)
     place, exists = _rows(HEADS, WIDTH, H, W, 0)
-    for item in range(tl.program_id(0).to(tl.int64), tl.load(count + 1), tl.num_programs(0)):
+    # Invariants hoisted out of the loop would take the registers that it needs.
+    for item in tl.range(tl.program_id(0).to(tl.int64), tl.load(count + 1), tl.num_programs(0), disable_licm=True):
         cell, start = tl.load(items + item * 4), tl.load(items + item * 4 + 1)
         length, pieces = tl.load(items + item * 4 + 2).to(tl.int32), tl.load(items + item * 4 + 3)
         rows = tl.load(query + cell * (HEADS * WIDTH) + place, mask=exists, other=0.0).to(TYPE)
@@ -257,7 +258,8 @@ def attend_backward(
     key_sum = tl.zeros([E, C], tl.float32)
     value_sum = tl.zeros([E, C], tl.float32)
     bias_sum = tl.zeros([E, 16], tl.float32)  # columns alike: the narrowest product
-    for item in range(tl.program_id(0).to(tl.int64), tl.load(count + 1), tl.num_programs(0)):
+    # Invariants hoisted out of the loop would take the registers that it needs.
+    for item in tl.range(tl.program_id(0).to(tl.int64), tl.load(count + 1), tl.num_programs(0), disable_licm=True):
         cell, start = tl.load(items + item * 4), tl.load(items + item * 4 + 1)
         length, pieces = tl.load(items + item * 4 + 2).to(tl.int32), tl.load(items + item * 4 + 3)
         base = cell * (HEADS * WIDTH)

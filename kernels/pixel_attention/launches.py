@@ -31,9 +31,9 @@ def _tuning(name: str, *choices: tuple[int, ...]) -> Tuning:
 
 # Tokens of a tile, warps, stages, programs a multiprocessor and, where compilers differ (Triton 3.6 would take 131),
 # the registers of a thread that these programs leave; for products of 16 and of 32 bits. At the sizes of HealDA v2 the
-# first of each spills no registers (exact float32, backward: 32 bytes a thread, none in the loop over tokens).
-# Wide: more than 64 heads, or keys of all heads wider than 64. 16 bits spill nothing there either (128 heads of 2
-# groups, 64 of 4); 32 bits, backward, spill 120 bytes a thread.
+# first of each spills no registers (exact float32, backward: 48 bytes a thread, none in the loop over tokens).
+# Wide: more than 64 heads, or keys of all heads wider than 64. Nothing is spilled there either with 128 heads of 2
+# groups or 64 of 4 (exact float32, backward: 800 bytes a thread).
 FORWARD = {
     "16": _tuning("forward_16", (64, 4, 3, 4, 128), (64, 4, 2, 6), (32, 4, 3, 4), (32, 4, 2, 8), (128, 8, 2, 2)),
     "16_wide": _tuning("forward_16_wide", (64, 4, 3, 2), (64, 8, 2, 1), (32, 8, 2, 1)),
