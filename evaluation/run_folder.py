@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,11 +111,7 @@ class RunFolder:
 
     def _part(self, name: str):
         """Built from classes of this project alone: the folder may come from a stranger."""
-        node = OmegaConf.to_container(self.config[name], resolve=True)
-        try:
-            return _built(node)
-        except TypeError as error:
-            raise ValueError(f"{self.path / 'config.yaml'} does not fit this version's {name} ({error})") from error
+        return _built(name, OmegaConf.to_container(self.config[name], resolve=True), self.path / "config.yaml")
 
     def model(self, checkpoint: str):
         """The model of a checkpoint, in evaluation mode, its averaged weights where it has them."""
@@ -130,9 +127,19 @@ class RunFolder:
             raise ValueError(f"{folder} is damaged or of another version ({reason}); try checkpoint=last") from error
 
 
-def _built(node: dict):
-    """The part of a node with a `_target_`, and those inside it."""
+def _built(name: str, node: dict, file: Path):
+    """The part of a node with a `_target_`, and those inside it. Raises ValueError where another version wrote it."""
     from models.checks import part_class, part_options
 
-    inner = {key: _built(item) for key, item in node.items() if isinstance(item, dict) and "_target_" in item}
-    return part_class(node)(**part_options(node) | inner)
+    part, options = part_class(node), part_options(node)
+    known = inspect.signature(part).parameters
+    strange = [key for key in options if key not in known]
+    lacking = [key for key, item in known.items() if item.default is item.empty and key not in options]
+    if strange or lacking:
+        said = [f"it sets {name}.{key}, which does not exist" for key in strange]
+        said += [f"{name}.{key} is missing" for key in lacking]
+        raise ValueError(f"{file} is of another version: {', '.join(said)}; rename or add it in that file")
+    for key, item in options.items():
+        if isinstance(item, dict) and "_target_" in item:
+            options[key] = _built(f"{name}.{key}", item, file)
+    return part(**options)

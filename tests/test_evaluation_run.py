@@ -333,6 +333,10 @@ def test_missing_and_damaged_checkpoints_are_named(trained, tmp_path):
 
 def test_a_strangers_config_runs_no_code(trained, tmp_path):
     text = (trained / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("  lead_times:", "  hours_ahead:"))
+    sentence = "config.yaml is of another version: it sets task.hours_ahead, which does not exist, task.lead_times is "
+    with pytest.raises(ValueError, match=f"{sentence}missing; rename or add it in that file"):
+        RunFolder.open(tmp_path).task()
     (tmp_path / "config.yaml").write_text(text.replace("data.datasets.gridded.GriddedData", "os.system"))
     with pytest.raises(ValueError, match=r"os\.system is outside this project"):
         RunFolder.open(tmp_path).data()
