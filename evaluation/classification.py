@@ -1,45 +1,37 @@
-"""Scores of class probabilities beside what is known without a model: frequencies, what usually follows the class of
-now, and what an index that returns to its mean makes likely.
+"""Scores of class probabilities beside those of baselines.
 
 Letters: B windows, C classes.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.datasets.forecast import REFERENCES
-from data.datasets.regimes import RegimeWindows
-from evaluation.evaluation import OURS
+from evaluation.baselines import build
+from evaluation.evaluation import NETWORK, OURS, forecasts
 from evaluation.summary import format_table
 
 SCORES = ("accuracy", "brier")
-_BATCH = 64
 
 
-@torch.inference_mode()
-def score_classes(model: nn.Module, dataset: RegimeWindows) -> dict:
-    """{"class": {score: {hours: {method: value}}}} of all windows whose class is known.
+def score_classes(model: nn.Module, task, data, statistics, *, split: str) -> dict:
+    """{"class": {score: {hours: {method: value}}}} of all windows of a split whose class is known.
 
     accuracy: share of windows whose likeliest class came. brier: mean over windows of the squared differences from what
-    came, summed over classes (Brier 1950). Beside `ours`: every one of `RegimeStatistics.probabilities`.
+    came, summed over classes (Brier 1950).
     """
-    statistics, device = dataset.statistics, next(model.parameters()).device
-    made: dict[str, list[Tensor]] = {name: [] for name in (OURS, *REFERENCES)}
+    dataset = task.dataset(data, split, statistics)
+    baselines = build(
+        list(task.baselines), data, statistics, lead_steps=dataset.lead_steps, split=split, known=task.baselines
+    )
+    made: dict[str, list[Tensor]] = {name: [] for name in (OURS, *baselines)}
     truth = []
-    model.eval()
-    for indices in np.array_split(np.arange(len(dataset)), -(-len(dataset) // _BATCH)):
-        batch = dataset.__getitems__(indices)
-        target = batch.targets[dataset.target]
-        known = target.valid[:, 0, 0, 0]
-        ours = model.predict(batch.to(device))[dataset.target].point.values[:, 0, :, 0].cpu()
-        now = dataset.index_now(batch)
-        made[OURS].append(ours[known])
-        for name in REFERENCES:
-            made[name].append(statistics.probabilities(now, reference=name)[known])
-        truth.append(target.values[:, 0, :, 0][known])
+    for window in forecasts(model, task, dataset, baselines):
+        known = window.valid[:, 0, 0, 0]
+        for name, parts in made.items():
+            parts.append(window.forecasts[NETWORK if name == OURS else name][known, 0, :, 0])
+        truth.append(window.truth[known, 0, :, 0])
     came = torch.cat(truth)
     found = {name: _scores(torch.cat(parts), came) for name, parts in made.items()}
     hours = f"{dataset.lead_hours[0]:g}"

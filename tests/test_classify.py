@@ -12,6 +12,9 @@ import torch
 import train
 from data.datasets.forecast import REFERENCES
 from data.datasets.regimes import RegimeIndex, RegimeStatistics
+from evaluation.baselines import situation
+from evaluation.baselines.regimes import RidgeIndex
+from evaluation.baselines.ridge import LocalRidge
 from evaluation.classification import score_classes
 from models.composition import build_from_config, compose
 from models.heads import ClassHead
@@ -51,6 +54,14 @@ def test_an_index_is_the_mean_over_the_box_of_what_is_there(data):
         RegimeIndex.of(data, None, [80, 85, 0, 10])
     with pytest.raises(ValueError, match=r"task.variable=slp is not in the data; use one of t2m, u10"):
         RegimeIndex.of(data, "slp", None)
+
+
+def test_a_box_has_a_middle_and_what_goes_around_the_globe_has_none(data):
+    across_the_date_line = RegimeIndex.of(data, None, [0, 90, 140, 220]).centre(data.grid)
+    latitude, longitude = across_the_date_line.coordinates[0].tolist()
+    assert longitude % 360 == pytest.approx(180) and 0 < latitude < 90
+    assert task().layout(data).targets["class"].grid == RegimeIndex.of(data, None, BOX).centre(data.grid)
+    assert not RegimeIndex.of(data, None, None).centre(data.grid).coordinates.any()
 
 
 def test_labels_are_ranges_of_the_index_at_the_lead_time(data):
@@ -116,6 +127,7 @@ def test_statistics_return_from_a_checkpoint(data):
     for name in ("edges", "frequency", "transition", "index_mean", "index_damping", "index_spread"):
         assert torch.equal(getattr(again, name), getattr(statistics, name))
     assert torch.equal(again.normalisation.coefficients, statistics.normalisation.coefficients)
+    assert again.index.channel == 0 and torch.equal(again.index.weights, statistics.index.weights)
 
 
 def test_the_loss_is_the_cross_entropy_of_what_is_known(data):
@@ -152,7 +164,10 @@ def test_scores_of_perfect_and_of_constant_probabilities(data):
                 "class": ClassHead().predict(self.sharpness * batch.targets["class"].values, batch.targets["class"])
             }
 
-    perfect, blind = (score_classes(Known(sharpness), dataset)["class"] for sharpness in (100.0, 0.0))
+    statistics = dataset.statistics
+    perfect, blind = (
+        score_classes(Known(sharpness), chosen, data, statistics, split="test")["class"] for sharpness in (100.0, 0.0)
+    )
     assert perfect["accuracy"]["12"]["ours"] == 1.0 and perfect["brier"]["12"]["ours"] < 1e-6
     batch = dataset.__getitems__(np.arange(len(dataset)))
     truth = batch.targets["class"].values[:, 0, :, 0]
@@ -163,6 +178,34 @@ def test_scores_of_perfect_and_of_constant_probabilities(data):
         accuracy = (likely.argmax(1) == truth.argmax(1)).double().mean().item()
         assert blind["accuracy"]["12"][name] == pytest.approx(accuracy)
     assert blind["brier"]["12"]["ours"] == pytest.approx(blind["brier"]["12"]["damped_persistence"])
+
+
+def test_the_ridge_forecast_of_the_field_makes_classes_likely(data):
+    chosen = task()
+    statistics = chosen.fit(data)
+    dataset = chosen.dataset(data, "test", statistics)
+    settings = dict(lead_steps=dataset.lead_steps, split="test")
+    fitted = RidgeIndex.fit(data, statistics, **settings)
+    windows = np.arange(len(dataset))
+    known, truth = chosen.situation(dataset, windows, dataset.__getitems__(windows))
+    normalisation, index = statistics.normalisation, statistics.index
+    ridge = LocalRidge.fit(data, normalisation, **settings)
+
+    def of_forecast(bases):
+        fields, ahead = situation(data, normalisation, bases, (2,))
+        away = (ridge.forecast(fields) - fields.climatology)[:, 0, 0] / normalisation.scale[0]
+        came = (ahead - fields.climatology)[:, 0] / normalisation.scale[:, None, None]
+        return (away * index.weights).sum((1, 2)).numpy() / index.weights.sum().item(), index(came).numpy()
+
+    expected, _ = of_forecast(dataset.base_indices)
+    bases = data.training_period[:-2]
+    trained, came = of_forecast(bases)
+    assert fitted.spread.item() == pytest.approx(np.sqrt(np.nanmean((came - trained) ** 2)), rel=0.1)  # of a sample
+    below = torch.distributions.Normal(torch.from_numpy(expected), fitted.spread).cdf(statistics.edges[0])
+    likely = fitted.forecast(known)[:, 0, :, 0]
+    torch.testing.assert_close(likely[:, 0], (0.99 * below + 0.01 * statistics.frequency[0]).float(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(likely.sum(1), torch.ones(len(windows)))
+    assert truth.shape == (len(windows), 1, 3, 1)
 
 
 @pytest.mark.parametrize("decoder", ("pooled", "perceiver_io"))
@@ -217,4 +260,4 @@ def test_classification_from_the_command_line(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "ACCURACY of class" in printed and "BRIER of class" in printed
     scores = json.loads((tmp_path / "scores.json").read_text())["class"]
-    assert set(scores["brier"]["24"]) == {"ours", "climatology", "persistence", "damped_persistence"}
+    assert set(scores["brier"]["24"]) == {"ours", "climatology", "persistence", "damped_persistence", "local_ridge"}

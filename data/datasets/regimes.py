@@ -8,20 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data.batch import Batch
+from data.covariances import positions
 from data.datasets.cache import time_blocks
 from data.datasets.forecast import ForecastDataset, forecast_layout
 from data.datasets.gridded import GriddedData
 from data.field import Field, Reference
-from data.grids import Points
+from data.grids import EARTH_RADIUS_KM, Grid, Points
 from data.layout import Layout, TargetLayout, Variable
 from data.normalisation import Normalisation
 
 _DOUBT = 0.01  # share of the frequencies in what else is sure: tails are less certain than a normal distribution's
+_NOWHERE = 0.05  # share of the Earth's radius: places whose mean is this close to its axis have no longitude
 _OWN = ("edges", "frequency", "transition", "index_mean", "index_damping", "index_spread")
 
 
@@ -54,6 +55,14 @@ class RegimeIndex:
             )
         return RegimeIndex(channel, weights)
 
+    def centre(self, grid: Grid) -> Points:
+        """The middle of the box, where a model asks what comes; (0, 0) where it goes around the globe."""
+        x, y, z = self.weights.double().flatten() @ positions(grid.coordinates) / self.weights.double().sum()
+        across = torch.hypot(x, y)
+        around = across < _NOWHERE * EARTH_RADIUS_KM
+        place = torch.zeros(2) if around else torch.stack([torch.atan2(z, across), torch.atan2(y, x)]).rad2deg()
+        return Points(place[None].numpy())
+
     def __call__(self, anomalies: Tensor) -> Tensor:
         """(..., C, H, W) normalised anomalies -> (...); NaN where nothing of the box is there."""
         values = anomalies[..., self.channel, :, :]
@@ -63,12 +72,13 @@ class RegimeIndex:
 
 @dataclass(frozen=True)
 class RegimeStatistics:
-    """Fitted on the training period. edges: (C - 1,) of the index between classes. frequency: (C,) of each class.
+    """Of an index, fitted on the training period. edges: (C - 1,) of it between classes. frequency: (C,) of each class.
     transition: (C, C), how often each class follows a class after the lead time. index_mean: (). index_damping: (),
     the share of a departure from the mean that is left after the lead time. index_spread: (), the standard deviation of
     what else the index does until then."""
 
     normalisation: Normalisation
+    index: RegimeIndex
     edges: Tensor
     frequency: Tensor
     transition: Tensor
@@ -102,6 +112,7 @@ class RegimeStatistics:
         spread = (later - damping * now).square().mean().sqrt().clamp_min(1e-6)
         return RegimeStatistics(
             normalisation,
+            index,
             edges,
             frequency,
             counts / counts.sum(dim=1, keepdim=True),
@@ -125,31 +136,36 @@ class RegimeStatistics:
             following = self.transition[self.classes(now)]
         else:
             expected = self.index_mean + self.index_damping * (now - self.index_mean)
-            below = torch.special.ndtr((self.edges - expected[:, None]).double() / self.index_spread)
-            reached = torch.nn.functional.pad(torch.nn.functional.pad(below, (1, 0)), (0, 1), value=1.0)
-            following = (1 - _DOUBT) * reached.diff(dim=1).float() + _DOUBT * frequency
+            following = self.about(expected, self.index_spread)
         return torch.where(now.isfinite()[:, None], following, frequency)
+
+    def about(self, expected: Tensor, spread: Tensor) -> Tensor:
+        """(B, C) float32 of each class, where the index is normal about an expected one (B,)."""
+        below = torch.special.ndtr((self.edges - expected[:, None]).double() / spread)
+        reached = torch.nn.functional.pad(torch.nn.functional.pad(below, (1, 0)), (0, 1), value=1.0)
+        return (1 - _DOUBT) * reached.diff(dim=1).float() + _DOUBT * self.frequency
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, plain JSON): what a checkpoint stores."""
         tensors, description = self.normalisation.state_dict()
-        own = {name: getattr(self, name) for name in _OWN}
-        return {**tensors, **own}, {**description, "kind": "regimes"}
+        own = {name: getattr(self, name) for name in _OWN} | {"index_weights": self.index.weights}
+        return {**tensors, **own}, {**description, "kind": "regimes", "index_channel": self.index.channel}
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], description: dict) -> RegimeStatistics:
         """The inverse of `state_dict`."""
         own = {name: tensors[name] for name in _OWN}
-        rest = {name: tensor for name, tensor in tensors.items() if name not in own}
-        plain = {name: value for name, value in description.items() if name != "kind"}
-        return RegimeStatistics(Normalisation.from_state(rest, plain), **own)
+        index = RegimeIndex(description["index_channel"], tensors["index_weights"])
+        rest = {name: tensor for name, tensor in tensors.items() if name not in (*own, "index_weights")}
+        plain = {name: value for name, value in description.items() if name not in ("kind", "index_channel")}
+        return RegimeStatistics(Normalisation.from_state(rest, plain), index, **own)
 
 
 class RegimeWindows:
     """Windows of one split as `ForecastDataset` makes them, with the class after the lead time as target.
 
     reference: what the model's logits are added to, the logarithm of these `RegimeStatistics.probabilities`.
-    Batches: its inputs; target `class` (B, 1, C, 1), 1 at the class and 0 elsewhere, at one place without geography.
+    Batches: its inputs; target `class` (B, 1, C, 1), 1 at the class and 0 elsewhere, at the middle of the box.
     Raises ValueError when the split holds no window.
     """
 
@@ -160,13 +176,12 @@ class RegimeWindows:
         data: GriddedData,
         split: str,
         statistics: RegimeStatistics,
-        index: RegimeIndex,
         *,
         input_frames: int,
         lead_step: int,
         reference: str,
     ):
-        self.data, self.statistics, self.index, self.reference = data, statistics, index, reference
+        self.data, self.statistics, self.index, self.reference = data, statistics, statistics.index, reference
         self.windows = ForecastDataset(
             data,
             split,
@@ -178,7 +193,7 @@ class RegimeWindows:
         self.lead_steps, self.lead_hours = self.windows.lead_steps, self.windows.lead_hours
         self.base_indices = self.windows.base_indices
         self.layout = regime_layout(
-            data, input_frames=input_frames, lead_step=lead_step, classes=statistics.frequency.numel()
+            data, self.index, input_frames=input_frames, lead_step=lead_step, classes=statistics.frequency.numel()
         )
 
     def __len__(self) -> int:
@@ -215,9 +230,9 @@ class RegimeWindows:
         return self.index(present[:, -1])
 
 
-def regime_layout(data: GriddedData, *, input_frames: int, lead_step: int, classes: int) -> Layout:
+def regime_layout(data: GriddedData, index: RegimeIndex, *, input_frames: int, lead_step: int, classes: int) -> Layout:
     """What the batches of `RegimeWindows` look like, without fitting anything."""
     inputs = forecast_layout(data, input_frames=input_frames, lead_steps=[lead_step]).inputs
     variables = tuple(Variable(f"class_{number}") for number in range(classes))
-    nowhere = Points(np.zeros((1, 2)))
-    return Layout(inputs, {RegimeWindows.target: TargetLayout(variables, nowhere, (lead_step * data.step,))})
+    target = TargetLayout(variables, index.centre(data.grid), (lead_step * data.step,))
+    return Layout(inputs, {RegimeWindows.target: target})

@@ -9,6 +9,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from data.batch import Batch
 from data.layout import Layout
 from training.tasks.gridded import GriddedTask, check_series
@@ -17,6 +21,7 @@ from training.tasks.lead_times import in_steps
 if TYPE_CHECKING:
     from data.datasets.gridded import GriddedData
     from data.datasets.regimes import RegimeIndex, RegimeStatistics, RegimeWindows
+    from evaluation.baselines.regimes import RegimeSituation
     from evaluation.run_evaluation import Choices, Findings
     from evaluation.run_folder import RunFolder
     from models.encode_process_decode import EncodeProcessDecode
@@ -33,7 +38,7 @@ class ClassifyTask(GriddedTask):
     """
 
     heads = ("classes",)
-    stacking = None  # probabilities are not mixed
+    stacking = None
     lead_weights = None
 
     def __init__(
@@ -86,9 +91,13 @@ class ClassifyTask(GriddedTask):
         from data.datasets.regimes import regime_layout
 
         check_series("classify", data)
-        self.index(data)
+        classes = len(self.quantiles) + 1
         return regime_layout(
-            data, input_frames=self.input_frames, lead_step=self.lead_step(data), classes=len(self.quantiles) + 1
+            data,
+            self.index(data),
+            input_frames=self.input_frames,
+            lead_step=self.lead_step(data),
+            classes=classes,
         )
 
     def fit(self, data: GriddedData) -> RegimeStatistics:
@@ -105,11 +114,31 @@ class ClassifyTask(GriddedTask):
             data,
             split,
             statistics,
-            self.index(data),
             input_frames=self.input_frames,
             lead_step=self.lead_step(data),
             reference=self.reference,
         )
+
+    # Evaluation
+
+    @property
+    def baselines(self) -> Mapping[str, type]:
+        """What probabilities are compared with."""
+        from evaluation.baselines.regimes import REGIME_BASELINES
+
+        return REGIME_BASELINES
+
+    def situation(self, dataset: RegimeWindows, positions: np.ndarray, batch: Batch) -> tuple[RegimeSituation, Tensor]:
+        """(what baselines may know, truth (B, 1, C, 1), NaN where the class is not known) of a batch."""
+        from evaluation.baselines import situation
+        from evaluation.baselines.regimes import RegimeSituation
+
+        statistics, target = dataset.statistics, batch.targets[dataset.target]
+        bases = dataset.base_indices[positions]
+        fields, _ = situation(dataset.data, statistics.normalisation, bases, dataset.lead_steps)
+        frequency = statistics.frequency[:, None].expand(len(bases), 1, -1, 1)
+        known = RegimeSituation(dataset.index_now(batch), fields, frequency)
+        return known, target.values.where(target.valid, torch.nan)
 
     def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
         return batch
@@ -133,8 +162,8 @@ class ClassifyTask(GriddedTask):
         choices.only("checkpoint", "split", task="classify")
         folder = output_folder(run, choices)
         folder.mkdir(exist_ok=True)
-        dataset = self.dataset(data, choices.split, statistics)
-        scores = score_classes(model, dataset)
+        windows = len(self.dataset(data, choices.split, statistics))
+        scores = score_classes(model, self, data, statistics, split=choices.split)
         write_json(folder / SCORES_FILE, scores)
-        heading = f"{len(dataset)} windows of the {choices.split} split, checkpoint {choices.checkpoint}"
+        heading = f"{windows} windows of the {choices.split} split, checkpoint {choices.checkpoint}"
         return Findings(folder, heading, format_scores(scores))
