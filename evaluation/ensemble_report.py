@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +15,8 @@ from data.quantisation import Blocks, FieldQuantiser
 from evaluation import plots
 from evaluation.ensembles import SCORES, EnsembleScores, format_scores, score_ensembles
 from evaluation.evaluation import OURS
-from evaluation.predictions import PredictionsFile
 from evaluation.report import picture, score_table, write_page
-from evaluation.run_evaluation import PREDICTIONS_FILE, Choices, Findings, output_folder
+from evaluation.run_evaluation import Choices, Findings, output_folder, predictions_file
 from evaluation.run_folder import RunFolder
 from evaluation.summary import SCORES_FILE, write_json
 
@@ -44,30 +42,23 @@ def evaluate_ensembles(
     dataset, blocks = task.dataset(data, choices.split, quantiser), task.blocks(data)
     folder = output_folder(run, choices)
     folder.mkdir(exist_ok=True)
-    file = nullcontext()
-    if choices.predictions:
-        file = PredictionsFile(
-            folder / PREDICTIONS_FILE,
-            variables=data.variables,
-            grid=blocks.places,
-            times=data.times,
-            lead_steps=dataset.lead_steps,
-            hours=dataset.lead_hours,
-            calendar=data.calendar,
-            attributes={
-                "title": f"ensembles of {run.path.resolve().name}: means over {task.block} x {task.block} cells",
-                "source": str(getattr(data, "path", "")),
-            },
-            members=task.members,
-        )
-    with file as predictions:
+    with predictions_file(
+        run,
+        folder,
+        data,
+        grid=blocks.places,
+        leads=dict(zip(dataset.lead_steps, dataset.lead_hours, strict=True)),
+        wanted=choices.predictions,
+        title=f"ensembles, means over {task.block} x {task.block} cells,",
+        members=task.members,
+    ) as append:
         found = score_ensembles(
             model,
             dataset,
             members=task.members,
             sampling=task.sampling,
             max_windows=choices.max_windows,
-            on_forecast=None if predictions is None else predictions.append,
+            on_forecast=append,
         )
     write_json(folder / SCORES_FILE, found.scores)
     heading = (

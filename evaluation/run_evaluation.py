@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, ListConfig
-from torch import nn
+from torch import Tensor, nn
 
+from data.grids import Grid
 from evaluation.baselines import build
 from evaluation.evaluation import NETWORK, OURS, Evaluation, evaluate, forecasts
 from evaluation.long_rollout import ROLLOUT_FILE
@@ -104,19 +105,8 @@ def evaluate_windows(
     folder.mkdir(exist_ok=True)
     dataset = task.dataset(data, choices.split, normalisation)
     stacking = Stacking.read(run.checkpoint(choices.checkpoint))
-    file = nullcontext()
-    if choices.predictions:
-        file = PredictionsFile(
-            folder / PREDICTIONS_FILE,
-            variables=data.variables,
-            grid=data.grid,
-            times=data.times,
-            lead_steps=dataset.lead_steps,
-            hours=dataset.lead_hours,
-            calendar=data.calendar,
-            attributes={"title": f"forecasts of {run.path.resolve().name}", "source": str(getattr(data, "path", ""))},
-        )
-    with file as predictions:
+    leads = dict(zip(dataset.lead_steps, dataset.lead_hours, strict=True))
+    with predictions_file(run, folder, data, grid=data.grid, leads=leads, wanted=choices.predictions) as append:
         found = evaluate(
             model,
             task,
@@ -129,7 +119,7 @@ def evaluate_windows(
             stacking=stacking,
             max_windows=choices.max_windows,
             spectra=choices.report,
-            on_forecast=None if predictions is None else predictions.append,
+            on_forecast=append,
         )
     write_scores(found, folder)
     score_networks(
@@ -168,6 +158,37 @@ def evaluate_windows(
 def output_folder(run: RunFolder, choices: Choices) -> Path:
     """The run's folder for the whole test split of the best checkpoint; a folder inside it for anything else."""
     return run.path / "_".join(["evaluation", *choices.marks]) if choices.marks else run.path
+
+
+@contextmanager
+def predictions_file(
+    run: RunFolder,
+    folder: Path,
+    data,
+    *,
+    grid: Grid,
+    leads: Mapping[int, float],
+    wanted: bool,
+    title: str = "forecasts",
+    members: int | None = None,
+) -> Iterator[Callable[[np.ndarray, Tensor], None] | None]:
+    """`append` of `predictions.nc` in a folder, or None where it is not wanted. leads: {steps of the data: hours}.
+    members: as of `PredictionsFile`."""
+    if not wanted:
+        yield None
+        return
+    with PredictionsFile(
+        folder / PREDICTIONS_FILE,
+        variables=data.variables,
+        grid=grid,
+        times=data.times,
+        lead_steps=list(leads),
+        hours=list(leads.values()),
+        calendar=data.calendar,
+        attributes={"title": f"{title} of {run.path.resolve().name}", "source": str(getattr(data, "path", ""))},
+        members=members,
+    ) as file:
+        yield file.append
 
 
 def metrics(run: RunFolder, folder: Path) -> dict[str, float]:

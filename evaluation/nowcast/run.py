@@ -8,7 +8,6 @@ Letters: L lead times, K bins, E edges, H x W pixels of the window.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +25,7 @@ from evaluation.nowcast.probability_thresholds import (
     write_probability_thresholds,
 )
 from evaluation.nowcast.scores import NowcastScores, crps_of_bins
-from evaluation.predictions import PredictionsFile
-from evaluation.run_evaluation import PREDICTIONS_FILE, Choices, Findings, output_folder
+from evaluation.run_evaluation import Choices, Findings, output_folder, predictions_file
 from evaluation.run_folder import RunFolder
 from evaluation.summary import SCORES_FILE, table, write_json
 from models.heads import CategoricalHead
@@ -126,22 +124,12 @@ def evaluate_nowcasts(run: RunFolder, model: nn.Module, task, data, normalisatio
     choices.only("checkpoint", "split", "baselines", "max_windows", "report", "predictions", task="nowcast")
     folder = output_folder(run, choices)
     folder.mkdir(exist_ok=True)
-    file = nullcontext()
-    if choices.predictions:
-        steps = task.scored_steps(data)
-        file = PredictionsFile(
-            folder / PREDICTIONS_FILE,
-            variables=data.variables,
-            grid=data.target_grid,
-            times=data.times,
-            lead_steps=steps,
-            hours=[step * data.step / 3600 for step in steps],
-            calendar=data.calendar,
-            attributes={"title": f"nowcasts of {run.path.resolve().name}", "source": str(data.path)},
-        )
-    with evaluating(model), file as predictions:
+    leads = {step: step * data.step / 3600 for step in task.scored_steps(data)}
+    file = predictions_file(
+        run, folder, data, grid=data.target_grid, leads=leads, wanted=choices.predictions, title="nowcasts"
+    )
+    with evaluating(model), file as append:
         from_where = _probability_thresholds(run.checkpoint(choices.checkpoint), model, task, data, normalisation)
-        append = None if predictions is None else predictions.append
         found = score_nowcasts(
             model, task, data, normalisation, choices, probability_thresholds=from_where, on_forecast=append
         )
