@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 from data.grids import ROWS_AND_COLUMNS, Grid
 from data.healpix import HEALPixGrid
-from data.layout import Layout
+from data.layout import InputLayout, Layout, TargetLayout
 from models.checks import part_class
 from models.decoders.grouped_reconstruction import rows_of_target
 from models.latents import LatentLayout
+
+CELLS = ROWS_AND_COLUMNS | HEALPixGrid  # what patches of cells tile
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,23 @@ def _is(model: Mapping[str, Any], place: str, name: str) -> bool:
     return part_class(model[place]).__name__ == name
 
 
-def _has_grid(layout: Layout) -> bool:
+def _has_grid(layout: Layout, kinds: UnionType) -> bool:
     described = [*layout.inputs.values(), *layout.targets.values()]
-    return any(isinstance(item.grid, ROWS_AND_COLUMNS) for item in described)
+    return any(isinstance(item.grid, kinds) for item in described)
 
 
-def _has_cells(layout: Layout) -> bool:
-    described = [*layout.inputs.values(), *layout.targets.values()]
-    return any(isinstance(item.grid, ROWS_AND_COLUMNS | HEALPixGrid) for item in described)
+def _all_on(described: Mapping[str, InputLayout | TargetLayout], kinds: UnionType) -> bool:
+    """Whether all inputs, or all targets, are on grids of these kinds."""
+    return all(isinstance(item.grid, kinds) for item in described.values())
+
+
+def _on_one_grid(layout: Layout) -> bool:
+    return len({item.grid for item in layout.inputs.values()}) <= 1
+
+
+def _in_step(layout: Layout) -> bool:
+    """Whether inputs have equally many frames; one frame stands for all."""
+    return len({item.frames for item in layout.inputs.values()} - {1}) <= 1
 
 
 def _trait(model: Mapping[str, Any], place: str, name: str) -> bool:
@@ -74,33 +86,26 @@ REFUSALS = (
     ),
     Refusal(
         lambda model, layout: (
-            _is(model, "encoder", "GridPatchEncoder")
-            and not all(isinstance(item.grid, ROWS_AND_COLUMNS) for item in layout.inputs.values())
+            _is(model, "encoder", "GridPatchEncoder") and not _all_on(layout.inputs, ROWS_AND_COLUMNS)
         ),
         "model/encoder=grid_patch cuts grids of rows and columns into patches, and an input is not on one; "
         "use model/encoder=perceiver",
     ),
     Refusal(
-        lambda model, layout: (
-            _is(model, "encoder", "GridPatchEncoder") and len({item.grid for item in layout.inputs.values()}) > 1
-        ),
+        lambda model, layout: _is(model, "encoder", "GridPatchEncoder") and not _on_one_grid(layout),
         "model/encoder=grid_patch needs all inputs on one grid; use model/encoder=cross_resolution",
     ),
     Refusal(
         lambda model, layout: (
             _is(model, "encoder", "MonthlyVideoEncoder")
-            and (
-                not all(isinstance(item.grid, ROWS_AND_COLUMNS) for item in layout.inputs.values())
-                or len({item.grid for item in layout.inputs.values()}) > 1
-            )
+            and (not _all_on(layout.inputs, ROWS_AND_COLUMNS) or not _on_one_grid(layout))
             and model["encoder"].get("geography") != "given"
         ),
         "model/encoder=monthly_video needs all inputs on one grid of rows and columns; use model/encoder=perceiver",
     ),
     Refusal(
         lambda model, layout: (
-            _is(model, "decoder", "MonthlyConvDecoder")
-            and not all(isinstance(item.grid, ROWS_AND_COLUMNS) for item in layout.targets.values())
+            _is(model, "decoder", "MonthlyConvDecoder") and not _all_on(layout.targets, ROWS_AND_COLUMNS)
         ),
         "model/decoder=monthly_conv writes grids of rows and columns, and a target is not on one; "
         "use model/decoder=perceiver_io",
@@ -112,24 +117,16 @@ REFUSALS = (
         "this encoder reads no observations, and the data has them; use model/encoder=video_patch or perceiver",
     ),
     Refusal(
-        lambda model, layout: (
-            _is(model, "encoder", "VideoPatchEncoder")
-            and not all(isinstance(item.grid, ROWS_AND_COLUMNS | HEALPixGrid) for item in layout.inputs.values())
-        ),
+        lambda model, layout: _is(model, "encoder", "VideoPatchEncoder") and not _all_on(layout.inputs, CELLS),
         "model/encoder=video_patch cuts rows and columns or HEALPix cells into patches, and an input is on neither; "
         "use model/encoder=perceiver",
     ),
     Refusal(
-        lambda model, layout: (
-            _is(model, "encoder", "VideoPatchEncoder") and len({item.grid for item in layout.inputs.values()}) > 1
-        ),
+        lambda model, layout: _is(model, "encoder", "VideoPatchEncoder") and not _on_one_grid(layout),
         "model/encoder=video_patch needs all inputs on one grid; use model/encoder=cross_resolution",
     ),
     Refusal(
-        lambda model, layout: (
-            _is(model, "decoder", "VideoPatchDecoder")
-            and not all(isinstance(item.grid, ROWS_AND_COLUMNS | HEALPixGrid) for item in layout.targets.values())
-        ),
+        lambda model, layout: _is(model, "decoder", "VideoPatchDecoder") and not _all_on(layout.targets, CELLS),
         "model/decoder=video_patch writes rows and columns or HEALPix cells, and a target is on neither; "
         "use model/decoder=perceiver_io",
     ),
@@ -138,7 +135,7 @@ REFUSALS = (
             part_class(model["encoder"]).__name__
             in ("PerceiverEncoder", "LocalPerceiverEncoder", "CrossResolutionEncoder")
             and model["encoder"].get("frames") == "each"
-            and len({item.frames for item in layout.inputs.values()} - {1}) > 1
+            and not _in_step(layout)
         ),
         "model.encoder.frames=each needs inputs of equally many frames; use model.encoder.frames=joint",
     ),
@@ -146,7 +143,7 @@ REFUSALS = (
         lambda model, layout: (
             _is(model, "encoder", "PerceiverEncoder")
             and model["encoder"].get("inputs_per_iteration") == "timestep"
-            and len({item.frames for item in layout.inputs.values()} - {1}) > 1
+            and not _in_step(layout)
         ),
         "model.encoder.inputs_per_iteration=timestep needs inputs of equally many frames; "
         "use model.encoder.inputs_per_iteration=all",
@@ -161,8 +158,7 @@ REFUSALS = (
     ),
     Refusal(
         lambda model, layout: (
-            _is(model, "decoder", "GridPatchDecoder")
-            and not all(isinstance(item.grid, ROWS_AND_COLUMNS) for item in layout.targets.values())
+            _is(model, "decoder", "GridPatchDecoder") and not _all_on(layout.targets, ROWS_AND_COLUMNS)
         ),
         "model/decoder=grid_patch writes grids of rows and columns, and a target is not on one; "
         "use model/decoder=perceiver_io",
@@ -170,7 +166,7 @@ REFUSALS = (
     Refusal(
         lambda model, layout: (
             _is(model, "processor", "SpatialTransformer")
-            and not (_has_grid(layout) or _trait(model, "encoder", "lays_rows"))
+            and not (_has_grid(layout, ROWS_AND_COLUMNS) or _trait(model, "encoder", "lays_rows"))
         ),
         "model/processor=spatial_transformer needs a grid of rows and columns, and no input or target has one; "
         "use model/processor=latent_transformer",
@@ -188,7 +184,7 @@ REFUSALS = (
         lambda model, layout: (
             _is(model, "decoder", "PerceiverIODecoder")
             and "local" in (model["decoder"].get("scope"), model["decoder"].get("queries"))
-            and not (_has_cells(layout) or _trait(model, "encoder", "lays_rows"))
+            and not (_has_grid(layout, CELLS) or _trait(model, "encoder", "lays_rows"))
         ),
         "local queries need rows and columns or a HEALPix grid, and no input or target has one; "
         "use model.decoder.scope=global",
@@ -256,7 +252,7 @@ def adapter_grid(
     if not getattr(part, "requires_grid", lambda _: False)(options):
         return None
     wanted = layout.targets[target].grid if target is not None else None
-    kinds = ROWS_AND_COLUMNS if _requires_rows(part) else ROWS_AND_COLUMNS | HEALPixGrid
+    kinds = ROWS_AND_COLUMNS if _requires_rows(part) else CELLS
     suits = isinstance(latents.grid, kinds)
     if suits and (not getattr(part, "writes_latent_grid", False) or latents.grid.find(wanted) is not None):
         return None

@@ -14,20 +14,23 @@ from models.positions.time import CalendarEmbedding, LeadTimeEmbedding
 
 
 class Moment(nn.Module):
-    """Query -> embedding (B, L, D) to add to queries, and FiLM of num_norms norms, scale and shift (B, L, D) each."""
+    """Query -> embedding (B, L, D) to add to queries, and FiLM of num_norms norms (0: none), scale and shift (B, L, D)
+    each."""
 
     def __init__(self, hidden_size: int, *, num_norms: int, calendar: str):
         super().__init__()
         self.num_norms = num_norms
         self.lead_time = LeadTimeEmbedding(hidden_size)
         self.calendar = CalendarEmbedding(hidden_size, calendar)
-        self.film = nn.Linear(hidden_size, 2 * num_norms * hidden_size)
+        self.film = nn.Linear(hidden_size, 2 * num_norms * hidden_size) if num_norms else None
         self.initialise()
 
     def initialise(self) -> None:
-        zeros_(self.film)  # every lead time starts with the plain norm
+        if self.film is not None:
+            zeros_(self.film)  # every lead time starts with the plain norm
 
     def forward(self, query: Query) -> tuple[Tensor, tuple[Tensor, ...]]:
         lead_time = self.lead_time(query.lead_time)
         calendar = self.calendar(query.second_of_day, query.day_of_year)
-        return lead_time + calendar, self.film(lead_time).chunk(2 * self.num_norms, dim=-1)
+        film = () if self.film is None else self.film(lead_time).chunk(2 * self.num_norms, dim=-1)
+        return lead_time + calendar, film

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from data.batch import Query
 from data.layout import Layout
+from models.conditioning.moment import Moment
 from models.decoders.composed_spread import composes, spread_composed, spread_in_steps
 from models.decoders.frame_queries import FrameQueries
 from models.decoders.normed_gelu import normed_gelu
 from models.initialisation import zeros_
 from models.latents import LatentLayout, Latents
 from models.patches import Patches
-from models.positions.time import CalendarEmbedding, LeadTimeEmbedding
 
 NORMS = ("batch", "group")
 
@@ -70,9 +70,7 @@ class MonthlyConvDecoder(nn.Module):
             )
         self.patches = Patches.of(latent_layout.grid, latent_layout.patch_size)
         self.held = latent_layout.held
-        self.lead_time = self.calendar = None
-        if not self.held:
-            self.lead_time, self.calendar = LeadTimeEmbedding(hidden), CalendarEmbedding(hidden, calendar)
+        self.moment = None if self.held else Moment(hidden, num_norms=0, calendar=calendar)
         self.days, self.months = None, [latent_layout.frames - 1]  # which latent frame each time reads
         if not self.held and FrameQueries.possible(layout, target):
             self.days = FrameQueries(layout, target, self.patches, self.window, hidden)
@@ -104,9 +102,8 @@ class MonthlyConvDecoder(nn.Module):
 
     def forward(self, latents: Latents, query: Query) -> Tensor:
         tokens = latents.tokens
-        if self.lead_time is not None:
-            moment = self.lead_time(query.lead_time) + self.calendar(query.second_of_day, query.day_of_year)
-            tokens = tokens[:, self.months] + moment[:, :, None]  # (B, L, N, D)
+        if self.moment is not None:
+            tokens = tokens[:, self.months] + self.moment(query)[0][:, :, None]  # (B, L, N, D)
         if self.days is not None:
             tokens = tokens + self.days(query)
         leads = tokens.shape[1]

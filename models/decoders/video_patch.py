@@ -13,10 +13,10 @@ from data.batch import Query
 from data.layout import Layout
 from kernels.modulated_norm import modulated_norm
 from models.conditioning.adaptive_norm import AdaptiveNorm
+from models.conditioning.moment import Moment
 from models.initialisation import zeros_
 from models.latents import LatentLayout, Latents
 from models.patches import patches_of
-from models.positions.time import CalendarEmbedding, LeadTimeEmbedding
 
 
 class VideoPatchDecoder(nn.Module):
@@ -44,9 +44,7 @@ class VideoPatchDecoder(nn.Module):
         self.window = latent_layout.grid.find(described.grid)
         assert self.window is not None, "the builder puts an adapter before this decoder"
         self.patches = patches_of(latent_layout.grid, latent_layout.patch_size)
-        self.lead_time = self.calendar = None
-        if not latent_layout.at_target:
-            self.lead_time, self.calendar = LeadTimeEmbedding(hidden), CalendarEmbedding(hidden, calendar)
+        self.moment = None if latent_layout.at_target else Moment(hidden, num_norms=0, calendar=calendar)
         self.norm = AdaptiveNorm(latent_layout.condition_size, hidden, parts=2)
         outputs = len(described.variables) * outputs_per_variable
         self.head = nn.ConvTranspose2d(hidden, outputs, self.patches.size, stride=self.patches.size)
@@ -63,9 +61,8 @@ class VideoPatchDecoder(nn.Module):
 
     def forward(self, latents: Latents, query: Query) -> Tensor:
         tokens = latents.tokens[:, -1:]
-        if self.lead_time is not None:
-            moment = self.lead_time(query.lead_time) + self.calendar(query.second_of_day, query.day_of_year)
-            tokens = tokens + moment[:, :, None]
+        if self.moment is not None:
+            tokens = tokens + self.moment(query)[0][:, :, None]
         batch, leads = tokens.shape[:2]
         tokens = modulated_norm(tokens, *self.norm(latents.condition, batch))
         _, rows, columns = self.patches.images
