@@ -90,13 +90,15 @@ def test_triton_takes_nothing_and_any_layout():
         assert temporal_attention(_draw(shape, dtype=torch.float32), None, **options).shape == shape
     qkv = _draw(SHAPES[2], dtype=torch.float32)
     apart = qkv.transpose(1, 2).contiguous().transpose(1, 2)
-    for ours, theirs in zip(_outcome(apart, None, **options), _outcome(qkv, None, **options), strict=True):
-        assert torch.equal(ours, theirs)
+    for tables in (None, _rotation(SHAPES[2])):
+        spread = None if tables is None else [table.T.contiguous().T for table in tables]
+        for ours, theirs in zip(_outcome(apart, spread, **options), _outcome(qkv, tables, **options), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @interpreted
 def test_every_number_is_written_and_no_other_is_read(monkeypatch):
-    """Whatever `empty` returns is NaN here, and places of NaN leave their neighbours in the tile alone."""
+    """Whatever `empty` returns is NaN here, and a place leaves its neighbours in the tile alone."""
     plain, plain_new = torch.empty_like, torch.Tensor.new_empty
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: plain(*a, **k).fill_(torch.nan))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: plain_new(*a, **k).fill_(torch.nan))

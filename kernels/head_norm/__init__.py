@@ -33,6 +33,7 @@ def head_norm(packed: Tensor, weight: Tensor | None = None, *, path: str = "auto
 
     weight: learned scale (min(s, 2), d) of the parts normalised, or None.
     """
+    assert packed.shape[-3] <= NORMED + 1, "queries, keys and values at most"
     if path == "auto" and torch.compiler.is_compiling():
         path = "reference"
     path = chosen_path(path, "head_norm", packed, suits=packed.shape[-1] <= WIDEST)

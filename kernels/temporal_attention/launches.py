@@ -32,17 +32,21 @@ TUNING = {
 
 
 def forward(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, **options) -> Tensor:
-    qkv = qkv.contiguous()
+    qkv, cos, sin = _dense(qkv, cos, sin)
     output = qkv.new_empty(*qkv.shape[:3], *qkv.shape[4:])
     _launch("forward", (qkv, cos, sin, output), qkv, **options)
     return output
 
 
 def backward(gradient: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, **options) -> Tensor:
-    gradient, qkv = gradient.contiguous(), qkv.contiguous()
+    gradient, qkv, cos, sin = _dense(gradient, qkv, cos, sin)
     towards = torch.empty_like(qkv)
     _launch("backward", (gradient, qkv, cos, sin, towards), qkv, **options)
     return towards
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def tile(frames: int, width: int) -> dict[str, int]:
