@@ -8,6 +8,7 @@ import torch
 from torch.library import opcheck
 
 from data.observations import Observations
+from kernels.dispatch import INTERPRETED
 from kernels.film_tokenizer import LAYOUTS, features, film_tokenizer, row_bytes
 from tests.interpreter import interpreted, needs_triton, run_interpreted
 
@@ -164,6 +165,27 @@ def test_triton_reads_given_features_narrow_ids_and_strided_columns():
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     appended = replace(rows, features=torch.randn(70, 37), latitude=None, time_offset=None)
     _compare(appended, _operands(37), "triton", 2e-5)
+
+
+if INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    from kernels.film_tokenizer.device_code import _ids
+
+    @triton.jit
+    def _read_ids(start, found, rows):
+        row = tl.arange(0, 8)
+        tl.store(found + row, _ids(start, tl.program_id(0).to(tl.int64) * 8, row, row < rows, -1))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64])
+def test_rows_behind_the_last_have_ids_below_zero_whatever_the_type(dtype):
+    """Or they would add to a row of a table."""
+    found = torch.zeros(8, dtype=torch.int32)
+    _read_ids[(1,)](torch.tensor([3, 100, 0, 9, 9, 9, 9, 9], dtype=dtype), found, 3)
+    assert found.tolist() == [3, 100, 0, -1, -1, -1, -1, -1]
 
 
 @interpreted

@@ -32,8 +32,8 @@ def _described(
 
 @triton.jit
 def _ids(start, first, row, exists, missing: tl.constexpr):
-    """Of tables that have fewer than 2^31 numbers."""
-    return tl.load(start + first + row, mask=exists, other=missing).to(tl.int32)
+    """Of tables that have fewer than 2^31 numbers. missing may be negative, which ids of unsigned types are not."""
+    return tl.where(exists, tl.load(start + first + row, mask=exists, other=0).to(tl.int32), missing)
 
 
 @triton.jit
