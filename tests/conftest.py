@@ -1,7 +1,9 @@
 """One thread for the suite and what it starts: tensors are tiny here, and waiting threads cost more than they give."""
 
+import importlib
 import os
 import signal
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, here and in child processes
 
@@ -20,3 +22,36 @@ def determinism_as_it_was():
     yield
     torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs a script of the repository in this process, from an empty folder; returns (exit code, stdout, stderr)."""
+    from training import command_line
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(script, *arguments):
+        module = importlib.import_module(script)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        code = 0
+        try:
+            if script == "train":
+                command_line.run(module.train, rewrite=module.arguments.rewrite, finish=module.sweep.finish)
+            else:
+                command_line.run(module.main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def eccodes():
+    """The library that reads BUFR; tests without it are skipped."""
+    try:
+        import eccodes
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"the extra bufr is not installed: {error}")
+    return eccodes

@@ -1,14 +1,11 @@
 """`python train.py model=healda_v2` and `evaluate.py` as a person uses them, at a tiny size."""
 
-import importlib
 import json
-import sys
 
 import numpy as np
 import pytest
 
 from evaluation.predictions import PredictionsFile
-from training import command_line
 from training.run_folder import last_checkpoint
 
 SMALL = [
@@ -30,27 +27,6 @@ SMALL = [
     "data.split.test=[2001-01-12,2001-01-16]",
     "tracking=none",
 ]
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs a script of the repository in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(script, *arguments):
-        module = importlib.import_module(script)
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-        code = 0
-        try:
-            if script == "train":
-                command_line.run(module.train, rewrite=module.arguments.rewrite, finish=module.sweep.finish)
-            else:
-                command_line.run(module.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def test_a_run_trains_scores_reports_and_is_evaluated_again(command, tmp_path):

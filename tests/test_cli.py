@@ -1,6 +1,5 @@
 """`train.py` as a person uses it: what it writes and prints, and one line for everything typed wrongly."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -10,31 +9,21 @@ from pathlib import Path
 import pytest
 from tiny_run import write_weather
 
-from training import command_line
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = ["debug=limit", "data=netcdf", "model/size=tiny"]
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(command, tmp_path, monkeypatch):
     """Runs train.py in this process; returns (exit code, stdout, stderr). Its output folder is `tmp_path/run`."""
-    train = importlib.import_module("train")
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.chdir(tmp_path)
     weather = write_weather(tmp_path / "weather.nc")
 
     def call(*arguments, tiny=True):
         added = [*TINY, f"data.path={weather}", f"hydra.run.dir={tmp_path / 'run'}"] if tiny else []
         typed = {item.split("=")[0] for item in arguments}
         given = [item for item in added if item.split("=")[0] not in typed]
-        monkeypatch.setattr(sys, "argv", ["train.py", *given, *arguments])
-        code = 0
-        try:
-            command_line.run(train.train, rewrite=train.arguments.rewrite, finish=train.sweep.finish)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return command("train", *given, *arguments)
 
     return call
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_run import write_weather
+from tests.tiny_run import HEALDA, write_weather
 from training import interruption
 from training.interruption import Interruption
 from training.run_folder import last_checkpoint
@@ -201,22 +201,7 @@ def test_outside_the_main_thread_nothing_changes():
     assert found == [None] and signal.getsignal(signal.SIGINT) == before
 
 
-HEALDA = [
-    "model=healda_v2",
-    "model/size=tiny",
-    "model.hidden_size=16",
-    "model.depth=1",
-    "task.frames=4",
-    "data.level=2",
-    "trainer.device=cpu",
-    "trainer.batch_size=2",
-    "trainer.max_steps=12",
-    "trainer.validate_every=4",
-    "trainer.validation_batches=1",
-    "trainer.progress=false",
-    "tracking.enabled=false",
-    "report=false",
-]
+TINY = [*HEALDA, "trainer.max_steps=12", "trainer.validate_every=4", "tracking.enabled=false"]
 
 
 @pytest.mark.slow
@@ -224,7 +209,7 @@ def test_the_whole_command_goes_on_bit_for_bit(tmp_path):
     def command(name: str, *more: str) -> subprocess.Popen:
         run = tmp_path / name
         run.mkdir(exist_ok=True)
-        return start([REPOSITORY / "train.py", *HEALDA, "+cp=2", f"hydra.run.dir={run}", *more], run)
+        return start([REPOSITORY / "train.py", *TINY, "+cp=2", f"hydra.run.dir={run}", *more], run)
 
     assert command("uninterrupted").wait(300) == 0
     expected = files(tmp_path / "uninterrupted")

@@ -1,17 +1,14 @@
 """`python train.py task=nowcast` and `evaluate.py` as a person uses them, on small synthetic showers."""
 
 import base64
-import importlib
 import io
 import json
 import re
-import sys
 
 import pytest
 import torch
 
 from tests.radar_examples import showers, write
-from training import command_line
 
 SMALL = [
     "task=nowcast",
@@ -36,27 +33,6 @@ SMALL = [
     "trainer.progress=false",
     "tracking=none",
 ]
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs a script of the repository in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(script, *arguments):
-        module = importlib.import_module(script)
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-        code = 0
-        try:
-            if script == "train":
-                command_line.run(module.train, rewrite=module.arguments.rewrite, finish=module.sweep.finish)
-            else:
-                command_line.run(module.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """`python train.py data=observations` as a person uses it, tiny, with every format that can be written here."""
 
-import importlib
 import json
 import os
 import re
 import shlex
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ import pytest
 
 from tests.example_data import dataset
 from tests.observation_files import WRITERS, Sites
-from training import command_line
 
 START = int(np.datetime64("2001-01-01", "s").astype(np.int64))
 PAGE = (Path(__file__).parents[1] / "docs/your_observations.md").read_text()
@@ -37,25 +35,13 @@ SMALL = [
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch, capsys):
+def train(command, tmp_path, monkeypatch):
     """Runs train.py in this process on fields of its own; returns (exit code, stdout, stderr)."""
     monkeypatch.setenv("HYDRASPHERE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
     fields = dataset(frames=40, latitude=np.arange(-75.0, 76, 30), longitude=np.arange(0.0, 360, 30))
     fields["orography"] = (("lat", "lon"), np.zeros((6, 12)))
     fields.to_netcdf("fields.nc")
-
-    def call(*arguments):
-        module = importlib.import_module("train")
-        monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *arguments])
-        code = 0
-        try:
-            command_line.run(module.train, rewrite=module.arguments.rewrite, finish=module.sweep.finish)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
+    return partial(command, "train", *SMALL)
 
 
 def observed(folder, name: str, days: int = 10) -> str:
@@ -110,8 +96,8 @@ def test_a_mistake_is_one_sentence(train, tmp_path):
     assert code == 1 and err.count("\n") == 1 and "did you mean t2m?" in err
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if "bufr" not in line])  # nothing here writes BUFR
-def test_the_commands_of_the_page_run(train, tmp_path, command):
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "bufr" not in line])  # nothing here writes BUFR
+def test_the_commands_of_the_page_run(train, tmp_path, line):
     import xarray as xr
 
     for name in WRITERS:
@@ -121,7 +107,7 @@ def test_the_commands_of_the_page_run(train, tmp_path, command):
     hours = ("time", np.arange(40) * 6, {"units": "hours since 2001-01-01"})
     cells = np.random.default_rng(0).normal(280, 5, (40, 48))
     xr.Dataset({"t2m": (("time", "cell"), cells)}, {"time": hours}).to_netcdf("cells.nc")
-    program, script, *arguments = shlex.split(command, comments=True)
+    program, script, *arguments = shlex.split(line, comments=True)
     assert (program, script) == ("python", "train.py")
     code, out, err = train(*arguments, f"hydra.run.dir={tmp_path / 'run'}")
     assert code == 0, err

@@ -9,26 +9,14 @@ from pathlib import Path
 import pytest
 from hydra.errors import ConfigCompositionException
 
+from tests.tiny_run import HEALDA
 from training import arguments, command_line
 from training.cluster import Cluster
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRAIN = REPOSITORY / "train.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
-TINY = [
-    "model=healda_v2",
-    "model/size=tiny",
-    "model.hidden_size=16",
-    "model.depth=1",
-    "task.frames=4",
-    "data.level=2",
-    "trainer.device=cpu",
-    "trainer.batch_size=2",
-    "trainer.max_steps=2",
-    "trainer.validation_batches=1",
-    "trainer.progress=false",
-    "report=false",
-]
+TINY = [*HEALDA, "trainer.max_steps=2"]
 
 
 def run(command: list, folder: Path) -> subprocess.CompletedProcess:

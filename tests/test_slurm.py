@@ -10,21 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_run import HEALDA
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-TINY = [
-    "model=healda_v2",
-    "model/size=tiny",
-    "model.hidden_size=16",
-    "model.depth=1",
-    "task.frames=4",
-    "data.level=2",
-    "trainer.device=cpu",
-    "trainer.batch_size=2",
-    "trainer.validation_batches=1",
-    "trainer.progress=false",
-    "tracking.enabled=false",
-    "report=false",
-]
+TINY = [*HEALDA, "tracking.enabled=false"]
 submitit = pytest.importorskip("submitit", reason="pip install -e '.[sweep]'")
 
 

@@ -17,6 +17,19 @@ from training.loop import TrainingLoop
 from training.ranks import Ranks
 from training.tasks.forecast import ForecastTask
 
+HEALDA = [  # the smallest run of observations that can be spread over ranks
+    "model=healda_v2",
+    "model/size=tiny",
+    "model.hidden_size=16",
+    "model.depth=1",
+    "task.frames=4",
+    "data.level=2",
+    "trainer.device=cpu",
+    "trainer.batch_size=2",
+    "trainer.validation_batches=1",
+    "trainer.progress=false",
+    "report=false",
+]
 SPLIT = {"train": 0.7, "validation": 0.15, "test": 0.15}
 
 
