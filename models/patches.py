@@ -149,7 +149,7 @@ class Patches:
 class HEALPixPatches:
     """Patches of a HEALPix grid: the cells of a coarser one, each a square of p x p cells in its face (p a power of 2).
 
-    Tokens are in pad-XY order (`data/healpix.py`), in which the children of a cell are a square of the fine face.
+    Tokens are in pad-XY order (`data/healpix/`), in which the children of a cell are a square of the fine face.
     Raises ValueError for other patch sizes.
     """
 

@@ -17,7 +17,6 @@ from training.metrics_log import read_metrics
 from training.tracking_store import Store, resolve_uri
 
 BUFFER = "tracking_buffer.jsonl"
-RUN_ID = "mlflow_run_id"
 FINISH_SECONDS = 180  # a store that does not answer holds the end of a run no longer than this
 
 

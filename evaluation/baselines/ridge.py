@@ -166,7 +166,7 @@ def _fit(data, normalisation, frames, lead_steps, rows, columns) -> dict[str, Te
     alphas, coefficients = [], []
     for problem in _problems(data, normalisation, frames, lead_steps, rows, columns):
         tiles = [(a, b) for a in _groups(rows) for b in _groups(columns)]
-        chosen = _choose(problem, tiles, rows, columns)
+        chosen = _choose(problem, rows, columns)
         solved = torch.zeros(len(lead_steps), rows.size, columns.size, len(LAGS) * _WIDTH**2)
         for a, b in tiles:
             tile = problem.tile(rows[a], columns[b])
@@ -177,7 +177,7 @@ def _fit(data, normalisation, frames, lead_steps, rows, columns) -> dict[str, Te
     return {"coefficients": torch.stack(coefficients, dim=1), "alphas": torch.stack(alphas, dim=1)}
 
 
-def _choose(problem: _Problem, tiles: list, rows: np.ndarray, columns: np.ndarray) -> Tensor:
+def _choose(problem: _Problem, rows: np.ndarray, columns: np.ndarray) -> Tensor:
     """(L,) the alphas with the smallest cross-validated error at single cells spread over the grid."""
     size = rows.size * columns.size
     trial = np.unique(np.linspace(0, size - 1, min(size, MAX_TRIAL_CELLS)).round().astype(int))
