@@ -25,8 +25,9 @@ from data.datasets.gridded import GriddedData
 from data.field import Field
 from data.grids import LatLonGrid
 from data.normalisation import Normalisation
-from evaluation.baselines.local_interpolation import LocalInterpolation, TwoSidedInterpolation
+from evaluation.baselines.local_interpolation import LocalInterpolation
 from evaluation.gap_file import GapFile
+from evaluation.gap_filling import filled_by
 from evaluation.rolling_mosaic import RollingMosaic
 from evaluation.stitching import starts
 
@@ -53,15 +54,17 @@ class SeriesPart:
 @dataclass
 class Filler:
     """A model and the series it is to fill. window: of the task it was trained for; overlap: cells by which patches
-    overlap; analyst: the interpolation that is its reference, or None; overcast: windows in which nothing is observed,
-    of those that were filled."""
+    overlap; analyst: the interpolation that is its reference, or None; mixed: one that is mixed into what it makes and
+    its share in each target and variable, or None; overcast: windows in which nothing is observed, of those that were
+    filled."""
 
     model: nn.Module
     data: GriddedData
     normalisation: Normalisation
     window: GapWindow
     overlap: int
-    analyst: LocalInterpolation | TwoSidedInterpolation | None = None
+    analyst: LocalInterpolation | None = None
+    mixed: tuple[LocalInterpolation, Tensor] | None = None
     overcast: dict[int, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -123,14 +126,24 @@ class Filler:
             dim=1
         )
         self.overcast[number] = self.overcast.get(number, True) & dark
-        found = {}
-        for name, prediction in self.model.predict(given.to(device)).items():
+        found, analysis = {}, self._mixed_in(windows, number, whole)
+        for place, (name, prediction) in enumerate(self.model.predict(given.to(device)).items()):
             target, values = whole.targets[name], prediction.point.values.float().cpu()
+            if analysis:
+                values = torch.lerp(values, analysis[name], self.mixed[1][place][:, None, None])
             if name == FILLED:
                 seen = target.values.isfinite()  # nothing is hidden: what is known is observed
                 values = torch.where(seen, target.physical(), values)
             found[name] = values.masked_fill(~windows.data.domain, torch.nan)[0]
         return found
+
+    def _mixed_in(self, windows: GapWindows, number: int, batch: Batch) -> dict[str, Tensor]:
+        """Targets (L, C, h, w) by the interpolation that is mixed in."""
+        if self.mixed is None:
+            return {}
+        (series,) = windows.series
+        own = windows.analyses[0] if windows.analyses and self.mixed[0] is self.analyst else self.mixed[0].under(series)
+        return filled_by(own, windows, number, batch)
 
     def _as_crop(self, batch: Batch) -> Batch:
         """The batch as the model knows samples: on the grid all patches share, with the places of this one."""

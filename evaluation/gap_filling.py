@@ -7,6 +7,9 @@ Letters: T slots of a window, L target times, C variables.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,11 +17,12 @@ from torch import Tensor, nn
 from data.batch import Batch
 from data.datasets.gap_windows import FILLED, MONTHLY, GapWindows
 from evaluation.baselines import build
-from evaluation.evaluation import OURS, evaluating
+from evaluation.evaluation import NETWORK, OURS, evaluating
 from evaluation.regions import land_fraction, regions_of
 from evaluation.run_evaluation import Choices, Findings, output_folder
 from evaluation.run_folder import RunFolder
 from evaluation.scores import SCORES, ForecastScores, cell_weights
+from evaluation.stacking import Stacking, departures, shares
 from evaluation.stitching import Stitched
 from evaluation.summary import REGIONS_FILE, SCORES_FILE, table, write_json
 
@@ -28,7 +32,8 @@ def evaluate_gap_filling(run: RunFolder, model: nn.Module, task, data, normalisa
     choices.only("checkpoint", "split", "weights", "baselines", "regions", "max_windows", task="reconstruct")
     folder = output_folder(run, choices)
     folder.mkdir(exist_ok=True)
-    scores, left_out, count = score_gap_filling(model, task, data, normalisation, choices)
+    stacking = Stacking.read(run.checkpoint(choices.checkpoint))
+    scores, left_out, count = score_gap_filling(model, task, data, normalisation, choices, stacking=stacking)
     names = [variable.label for variable in data.variables]
     regions = next(iter(next(iter(scores.values())).values())).regions
     contents = {region: _content(scores, names, place) for place, region in enumerate(regions)}
@@ -42,9 +47,10 @@ def evaluate_gap_filling(run: RunFolder, model: nn.Module, task, data, normalisa
 
 
 def score_gap_filling(
-    model: nn.Module, task, data, normalisation, choices: Choices
+    model: nn.Module, task, data, normalisation, choices: Choices, *, stacking: Stacking | None = None
 ) -> tuple[dict[str, dict[str, ForecastScores]], dict[str, str], int]:
-    """({target: {method: scores}}, {baseline left out: reason}, number of windows)."""
+    """({target: {method: scores}}, {baseline left out: reason}, number of windows). stacking: mixes an interpolation
+    into what the model makes; that alone is then scored as well."""
     dataset = task.dataset(data, choices.split, normalisation)
     windows = np.arange(len(dataset.frames))
     if choices.max_windows is not None:
@@ -57,35 +63,83 @@ def score_gap_filling(
     regions = regions_of(data.grid, land_fraction=land_fraction(data), boxes=choices.regions)
     scores: dict[str, dict[str, ForecastScores]] = {target: {} for target in task.targets}
     for draw, series in enumerate(dataset.series):
-        shared = {task.analysis: dataset.analyses[draw]} if dataset.analyses and task.analysis in asked else {}
-        rivals = build(
-            [name for name in asked if name not in shared],
-            series,
-            normalisation,
-            lead_steps=(),
-            split=choices.split,
-            known=task.baselines,
-            left_out=left_out if choices.baselines is None else None,
-        )
-        rivals = {name: each for name in asked if (each := shared.get(name, rivals.get(name))) is not None}
-        for by_method in scores.values():
-            for method in (OURS, *rivals):
-                by_method.setdefault(method, ForecastScores(cells, regions))
-        scored: dict[str, set] = {target: set() for target in task.targets}
-        with evaluating(model):
-            for window in windows:
-                batch, ours = predicted(model, dataset, int(window), draw, task.overlap)
-                made = {OURS: ours}
-                made |= {name: _filled_by(rival, dataset, int(window), batch) for name, rival in rivals.items()}
-                for target, field in batch.targets.items():
-                    valid = field.presence.expand_as(field.values)[0]
-                    fresh = _unscored(field.times[0].tolist(), valid.flatten(1).any(dim=1), scored[target])
-                    valid = valid & fresh[:, None, None, None]
-                    truth, usual = field.physical()[0], field.physical(torch.zeros_like(field.values))[0]
-                    for method, found in made.items():
-                        values = (found[target], truth, usual, valid)
-                        scores[target][method].update(*(tensor[:, None] for tensor in values))
+        absent = left_out if choices.baselines is None else None
+        rivals = _rivals(task, series, asked, split=choices.split, left_out=absent)
+        mixed = [stacking.baseline] if stacking else []
+        further = _rivals(task, series, set(mixed) - set(rivals), split=choices.split, left_out=None)
+        for filled in _fillings(model, task, dataset, windows, draw, rivals | further):
+            made = filled.made
+            if stacking:
+                share = stacking.weights[task.targets.index(filled.target)]
+                made[OURS] = torch.lerp(made[NETWORK], made[stacking.baseline], share[:, None, None])
+            else:
+                made[OURS] = made[NETWORK]
+            for method in (OURS, *([NETWORK] if stacking else []), *rivals):
+                values = (made[method], filled.truth, filled.usual, filled.valid)
+                found = scores[filled.target].setdefault(method, ForecastScores(cells, regions))
+                found.update(*(tensor[:, None] for tensor in values))
     return scores, left_out, windows.size
+
+
+def fit_gap_stacking(model: nn.Module, task, data, normalisation) -> Stacking | None:
+    """The share of `task.stacking` in each target and variable, under the clouds of the validation split alone; None
+    where these data cannot have that interpolation, which is said."""
+    dataset = task.dataset(data, "validation", normalisation)
+    totals, name, cells = dict.fromkeys(task.targets, 0.0), task.stacking, data.grid.area_weights.double()
+    for draw, series in enumerate(dataset.series):
+        left_out: dict[str, str] = {}
+        rivals = _rivals(task, series, [name], split="validation", left_out=left_out)
+        if left_out:
+            print(f"ours is the network's alone, without {name}: {left_out[name]}")
+            return None
+        for filled in _fillings(model, task, dataset, np.arange(len(dataset.frames)), draw, rivals):
+            parts = (filled.made[NETWORK], filled.made[name], filled.truth, cells * filled.valid)
+            totals[filled.target] += departures(*(part[:, None] for part in parts))
+    return Stacking(name, shares(torch.cat(list(totals.values()), dim=1)))
+
+
+def _rivals(task, series, names, *, split: str, left_out: dict[str, str] | None) -> dict:
+    """{name: fitted baseline}, of those that the data can have; interpolations keep what they analysed for the task."""
+    found = {}
+    for name in names:
+        if name in task.interpolations and series.data.grid.geographic:
+            found[name] = task.analysis_of(series, name)
+        else:
+            normalisation, known = series.normalisation, task.baselines
+            found |= build([name], series, normalisation, lead_steps=(), split=split, known=known, left_out=left_out)
+    return found
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """A target of one window, (L, C, H, W) in physical units: truth, the climatology, where truth is known and was not
+    scored yet, and what each method makes of it."""
+
+    target: str
+    truth: Tensor
+    usual: Tensor
+    valid: Tensor
+    made: dict[str, Tensor]
+
+
+def _fillings(model: nn.Module, task, dataset: GapWindows, windows, draw: int, rivals: dict) -> Iterator[_Filled]:
+    """The targets of windows under the clouds `draw`, window by window, by the network and the rivals."""
+    scored: dict[str, set] = {target: set() for target in task.targets}
+    with evaluating(model):
+        for window in windows:
+            batch, network = predicted(model, dataset, int(window), draw, task.overlap)
+            made = {NETWORK: network}
+            made |= {name: filled_by(rival, dataset, int(window), batch) for name, rival in rivals.items()}
+            for target, field in batch.targets.items():
+                valid = field.presence.expand_as(field.values)[0]
+                fresh = _unscored(field.times[0].tolist(), valid.flatten(1).any(dim=1), scored[target])
+                yield _Filled(
+                    target,
+                    field.physical()[0],
+                    field.physical(torch.zeros_like(field.values))[0],
+                    valid & fresh[:, None, None, None],
+                    {method: found[target] for method, found in made.items()},
+                )
 
 
 @torch.inference_mode()
@@ -101,7 +155,7 @@ def predicted(
     return batch, {name: prediction.point.values[0].float().cpu() for name, prediction in found.items()}
 
 
-def _filled_by(rival, dataset: GapWindows, window: int, batch: Batch) -> dict[str, Tensor]:
+def filled_by(rival, dataset: GapWindows, window: int, batch: Batch) -> dict[str, Tensor]:
     """Every target in physical units, (L, C, H, W)."""
     slots = dataset.frames[window]
     there = slots >= 0

@@ -27,7 +27,8 @@ STACKING_FILE = "stacking.json"
 
 @dataclass(frozen=True)
 class Stacking:
-    """baseline: a name of `evaluation.baselines`. weights: (L, C), the baseline's share in 0..1."""
+    """baseline: a name of `evaluation.baselines`. weights: (L, C), the baseline's share in 0..1. In gap filling L are
+    the targets, as shares belong to these."""
 
     baseline: str
     weights: Tensor
@@ -55,6 +56,20 @@ class Stacking:
             raise ValueError(f"{path} is damaged ({error}); remove it to evaluate the network alone") from error
 
 
+def departures(network: Tensor, baseline: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+    """(2, L, C): sums over samples and places of the baseline's departures from the network times what the network
+    misses, and of their squares; the share is the ratio of their totals. All (B, L, C, *grid.shape); neither forecasts
+    nor truth are read where `weights` are 0."""
+    away, error = (torch.where(weights > 0, x - network, 0.0).double() for x in (baseline, truth))
+    places = (0, *range(3, away.ndim))
+    return torch.stack([(weights * away * error).sum(places), (weights * away * away).sum(places)])
+
+
+def shares(total: Tensor) -> Tensor:
+    """(2, ...) of `departures` -> (...), in 0..1; 0 where baseline and network are the same."""
+    return (total[0] / total[1].clamp_min(1e-30)).clamp(0, 1).float()
+
+
 @torch.inference_mode()
 def fit_stacking(model: nn.Module, task, data, normalisation) -> Stacking | None:
     """The weights of `task.stacking`, from the validation split; None where the task names no baseline, or one that
@@ -77,10 +92,8 @@ def fit_stacking(model: nn.Module, task, data, normalisation) -> Stacking | None
         print(f"ours is the network's alone, without {task.stacking}: {left_out[task.stacking]}")
         return None
     weights = data.grid.area_weights.double()
-    shared, own = 0.0, 0.0
+    total = torch.zeros(2, 1, 1, dtype=torch.float64)
     for window in forecasts(model, task, dataset, fitted):
         network, baseline = window.forecasts[NETWORK], window.forecasts[task.stacking]
-        away, error = (torch.where(window.valid, x - network, 0.0).double() for x in (baseline, window.truth))
-        places = (0, *range(3, away.ndim))
-        shared, own = shared + (weights * away * error).sum(places), own + (weights * away * away).sum(places)
-    return Stacking(task.stacking, (shared / own.clamp_min(1e-30)).clamp(0, 1).float())
+        total = total + departures(network, baseline, window.truth, weights * window.valid)
+    return Stacking(task.stacking, shares(total))

@@ -16,11 +16,13 @@ from data.clouds import CloudMasks
 from data.datasets.gap_windows import BACKGROUND, FILLED, MONTHLY, GapWindows
 from data.datasets.gridded import GriddedData
 from evaluation.baselines import build
+from evaluation.evaluation import NETWORK
 from evaluation.fill_gaps import Filler, _notes, fill_gaps
-from evaluation.gap_filling import predicted, score_gap_filling
+from evaluation.gap_filling import filled_by, predicted, score_gap_filling
 from evaluation.run_evaluation import Choices
 from evaluation.run_folder import RunFolder
 from models.composition import build_from_config, compose
+from models.heads import Prediction
 from tests.gap_examples import SHAPE, sea, write_sea
 from training import command_line
 from training.checkpoints import read_normalisation
@@ -48,6 +50,13 @@ def model_of(name: str, chosen: ReconstructTask, data):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return sea(tmp_path_factory.mktemp("reconstruct"))
+
+
+@pytest.fixture(scope="module")
+def corrected(data):
+    """A task whose reference and stacking are an interpolation, tuned once for all tests."""
+    chosen = task(reference="analysis", stacking="mean_interpolation")
+    return chosen, chosen.fit(data)
 
 
 @pytest.mark.parametrize("name", ("video_dit", "perceiver_io", "sst_spatiotemporal"))
@@ -172,23 +181,81 @@ def test_a_domain_from_patches_reads_its_fixed_fields_as_the_model_learned_them(
     assert torch.cat(bands, dim=-2)[..., deep.domain[0]].isfinite().all()
 
 
-def test_scores_of_every_method_are_of_the_same_hidden_cells(data):
-    chosen = task(reference="analysis")
-    statistics = chosen.fit(data)
+def test_scores_of_every_method_are_of_the_same_hidden_cells(data, corrected):
+    chosen, statistics = corrected
     model = model_of("video_dit", chosen, data)
     for parameter in model.decoder.parameters():
         torch.nn.init.zeros_(parameter)  # nothing is corrected: ours is the analysis
-    names = ["climatology", "available_anomaly", "two_sided_interpolation"]
+    names = ["climatology", "available_anomaly", "mean_interpolation"]
     scores, left_out, count = score_gap_filling(model, chosen, data, statistics, Choices(baselines=names))
     assert count == 3 and not left_out and list(scores[FILLED]) == ["ours", *names]
     for target in (FILLED, MONTHLY):
         values = {name: float(found.values()["rmse"][0, 0, 0]) for name, found in scores[target].items()}
-        assert values["ours"] == pytest.approx(values["two_sided_interpolation"], rel=1e-4)
+        assert values["ours"] == pytest.approx(values["mean_interpolation"], rel=1e-4)
         assert values["ours"] < 0.7 * values["climatology"]
     series, days = chosen.series(data, "test", statistics)[0], data.splits["test"][11:]  # whole months
     hidden = series.truth(days).isfinite() & series.hidden(days)
     expected = float((hidden * data.grid.area_weights).sum())  # every day once, those after a short month as well
     assert float(scores[FILLED]["ours"].sums[0, 0]) == pytest.approx(expected)
+
+
+class Noisy(torch.nn.Module):
+    """Its reference, and noise; or the truth."""
+
+    def __init__(self, spread: float | None):
+        super().__init__()
+        self.spread, self.nothing = spread, torch.nn.Parameter(torch.zeros(1))
+
+    def predict(self, batch):
+        found, random = {}, torch.Generator().manual_seed(0)
+        for name, target in batch.targets.items():
+            known = target.reference.values
+            noise = 0 if self.spread is None else self.spread * torch.randn(known.shape, generator=random)
+            values = target.physical(known + noise if self.spread is not None else target.values.nan_to_num(0.0))
+            found[name] = Prediction(replace(target, values=values))
+        return found
+
+
+def test_shares_follow_from_validation_alone_and_noise_has_none(tmp_path, data, corrected):
+    chosen, statistics = corrected
+    fitted = chosen.fit_stacking(Noisy(0.3), data, statistics)
+    assert fitted.baseline == "mean_interpolation" and fitted.weights.shape == (2, 1)
+    assert (fitted.weights > 0.95).all()
+    assert not chosen.fit_stacking(Noisy(None), data, statistics).weights.any()
+    assert task().fit_stacking(Noisy(0.3), data, statistics) is None
+    choices = Choices(baselines=["mean_interpolation"])
+    scores, _, _ = score_gap_filling(Noisy(0.3), chosen, data, statistics, choices, stacking=fitted)
+    for by_method in scores.values():
+        ours, alone, best = (
+            float(by_method[name].values()["rmse"][0, 0, 0]) for name in ("ours", NETWORK, "mean_interpolation")
+        )
+        assert ours < 1.03 * best and alone > 1.2 * best
+    spoiled = sea(tmp_path)  # the same, but for what is known in the test split
+    read = spoiled.read
+    wrong = torch.from_numpy(np.isin(np.arange(spoiled.times.size), spoiled.splits["test"]))[:, None, None, None]
+    spoiled.read = lambda indices: read(indices) + 50 * wrong[torch.as_tensor(np.asarray(indices))]
+    other = chosen.fit_stacking(Noisy(0.3), spoiled, statistics)
+    assert torch.equal(other.weights, fitted.weights)
+    later = chosen.series(spoiled, "validation", statistics)[0]
+    last = spoiled.splits["validation"][-1]
+    assert not later.readable[last + 1] and later.readable[last]
+
+
+def test_a_filler_mixes_as_scores_do(data, corrected):
+    chosen, statistics = corrected
+    model = model_of("sst_spatiotemporal", chosen, data)
+    series = chosen.series(data, "test", statistics)[0]
+    share = torch.tensor([[0.25], [0.75]])
+    mixed = (chosen.analysis_of(series, "space_time_interpolation"), share)
+    analyst = chosen.analysis_of(series, chosen.analysis)
+    plain, mixing = (Filler(model, data, statistics, chosen.window(), 0, analyst, each) for each in (None, mixed))
+    (_, network), (_, found) = (next(filler.bands(1)) for filler in (plain, mixing))
+    batch = mixing.one.batch(np.array([1]), np.array([0]))
+    analysis = filled_by(mixed[0].under(mixing.one.series[0]), mixing.one, 1, batch)
+    expected = 0.75 * network[MONTHLY] + 0.25 * analysis[MONTHLY]
+    there = data.domain.expand_as(expected)
+    torch.testing.assert_close(found[MONTHLY][there], expected[there])
+    assert not torch.allclose(found[MONTHLY][there], network[MONTHLY][there])
 
 
 @pytest.mark.slow

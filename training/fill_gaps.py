@@ -13,6 +13,7 @@ from pathlib import Path
 from data.datasets.gridded import GriddedData
 from evaluation.fill_gaps import Filler, fill_gaps
 from evaluation.run_folder import RunFolder
+from evaluation.stacking import Stacking
 from training.checkpoints import read_normalisation
 from training.command_line import TRACEBACKS, fail, is_user_error, sentence
 from training.tasks.reconstruct import ReconstructTask
@@ -23,11 +24,13 @@ def filler_of(run: RunFolder, *, checkpoint: str = "best", path: str | None = No
 
     Raises ValueError where the run is of another task or the grids differ.
     """
-    task, data = run.task(), run.data()
+    task, data, folder = run.task(), run.data(), run.checkpoint(checkpoint)
     if not isinstance(task, ReconstructTask):
         raise ValueError(f"{run.path} was not trained to fill gaps; give a run of task=reconstruct")
-    normalisation = read_normalisation(run.checkpoint(checkpoint))
-    analyst = task.analyst(data, normalisation) if task.reference == "analysis" else None
+    normalisation = read_normalisation(folder)
+    (training, *_), stacking = task.series(data, "train", normalisation), Stacking.read(folder)
+    analyst = task.analysis_of(training, task.analysis) if task.reference == "analysis" else None
+    mixed = (task.analysis_of(training, stacking.baseline), stacking.weights) if stacking else None
     model, given = run.model(checkpoint), data
     if path is not None:
         names = dict.fromkeys(variable.name for variable in (*data.variables, *data.static_variables))
@@ -39,7 +42,7 @@ def filler_of(run: RunFolder, *, checkpoint: str = "best", path: str | None = No
                 f"{path} lies on a grid of {given.grid.shape[0]} x {given.grid.shape[1]} cells, the model knows "
                 f"{data.grid.shape[0]} x {data.grid.shape[1]} at other places; regrid it to those of {data.path}"
             )
-    return Filler(model, given, normalisation, task.window(), task.overlap, analyst)
+    return Filler(model, given, normalisation, task.window(), task.overlap, analyst, mixed)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -216,11 +216,11 @@ class Run:
     def _scored(self, model: nn.Module, best: Path) -> Findings:
         from evaluation.run_evaluation import Choices, metrics
         from evaluation.run_folder import RunFolder
-        from evaluation.stacking import fit_stacking
 
-        stacking = fit_stacking(model, self.task, self.data, self.normalisation)
-        if stacking is not None:
-            stacking.write(best)
+        if self.task.stacking is not None:
+            stacking = self.task.fit_stacking(model, self.data, self.normalisation)
+            if stacking is not None:
+                stacking.write(best)
         run, report = RunFolder(self.directory), self.config.report
         choices = Choices(report=report, predictions=report)
         findings = self.task.evaluate(run, model, self.data, self.normalisation, choices)

@@ -22,7 +22,7 @@ _KEPT = 64  # masks in memory
 class CloudySeries:
     """data: truth, which may have gaps of its own. clouds: what hides it, or None. draw: which of the possible clouds;
     the same number gives the same clouds. training: where what a baseline chooses is chosen, its own training period
-    where it is not given."""
+    where it is not given. readable: (N,) bool, frames that a baseline may read beyond those it is given; None: all."""
 
     def __init__(
         self,
@@ -32,10 +32,17 @@ class CloudySeries:
         draw: int,
         *,
         training: CloudySeries | None = None,
+        readable: np.ndarray | None = None,
     ):
         self.data, self.normalisation, self.clouds, self.draw = data, normalisation, clouds, draw
         self.training = training or self
+        self.readable = np.ones(data.times.size, bool) if readable is None else readable
+        self.chosen: dict[str, list] = {}  # what was chosen for a baseline under these clouds
         self._masks: dict[int, np.ndarray] = {}
+
+    def redrawn(self, more: int) -> CloudySeries:
+        """The same under further clouds."""
+        return CloudySeries(self.data, self.normalisation, self.clouds, self.draw + more, readable=self.readable)
 
     @cached_property
     def sea(self) -> np.ndarray:

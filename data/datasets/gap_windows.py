@@ -26,7 +26,8 @@ from data.months import MonthSlots
 
 FILLED, MONTHLY, BACKGROUND = "filled", "monthly", "background"
 REFERENCES = ("climatology", "available_mean", "analysis")
-ERROR = 0.5  # of the scale of anomalies: about what is wrong with a mean of available days or an analysis
+ERROR = 0.5  # of the scale of anomalies: about what is wrong with a mean of available days
+LEAST_ERROR = 0.1  # that an analysis is corrected by: it may be wrong beside what is visible as well
 
 Analysis = Callable[[np.ndarray], tuple[Tensor, Tensor]]  # frames (n,) -> (anomalies, expected errors), (n, C, H, W)
 
@@ -263,7 +264,7 @@ class GapWindows:
                 scale=spread,
                 offset=mean,
             )
-        references = self._references(visible, scene.get("analysis"), there)
+        references = self._references(visible, scene, there)
         targets = {}
         if FILLED in window.targets:
             whole = replace(given, values=truth, valid=truth.isfinite() & hidden, reference=references[FILLED])
@@ -272,8 +273,8 @@ class GapWindows:
             targets[MONTHLY] = self._monthly(truth, climatology, there, times, windows, references[MONTHLY], common)
         return Batch(inputs, {name: targets[name] for name in window.targets}, self._whole_layout)
 
-    def _references(self, visible: Tensor, analysis: Tensor | None, there: Tensor) -> dict[str, Reference]:
-        """What outputs correct, of every slot and of every month."""
+    def _references(self, visible: Tensor, scene: dict[str, Tensor], there: Tensor) -> dict[str, Reference]:
+        """What outputs correct, of every slot and of every month: an analysis by as much as it may be wrong there."""
         kind, groups = self.window.reference, int(self.group[-1]) + 1
         if kind == "climatology":
             daily = torch.zeros_like(visible)
@@ -281,12 +282,22 @@ class GapWindows:
             mean = visible.unflatten(1, (groups, -1)).nanmean(dim=2, keepdim=True).nan_to_num(0.0)
             daily = mean.expand(*mean.shape[:2], visible.shape[1] // groups, *mean.shape[3:]).flatten(1, 2)
         else:
-            daily = analysis.nan_to_num(0.0)
-        scale = torch.full((1, 1, visible.shape[2], 1, 1), 1.0 if kind == "climatology" else ERROR)
-        found = visible.where(visible.isfinite(), daily) if kind == "analysis" else daily
-        found = found.masked_fill(~there[:, :, None, None, None], torch.nan)
-        monthly = found.unflatten(1, (groups, -1)).nanmean(dim=2).nan_to_num(0.0)
-        return {FILLED: Reference(daily, scale), MONTHLY: Reference(monthly, scale)}
+            daily, error = scene["analysis"].nan_to_num(0.0), scene["error"]
+        away = ~there[:, :, None, None, None]
+
+        def by_month(values: Tensor) -> Tensor:
+            months = values.masked_fill(away, torch.nan).unflatten(1, (groups, -1))
+            return months.nanmean(dim=2).nan_to_num(0.0)
+
+        if kind == "analysis":
+            monthly, wrong = by_month(visible.where(visible.isfinite(), daily)), by_month(error)
+            scales = {FILLED: error.clamp_min(LEAST_ERROR), MONTHLY: wrong.clamp_min(LEAST_ERROR)}
+        else:
+            monthly = by_month(daily)
+            scales = dict.fromkeys(
+                (FILLED, MONTHLY), torch.full((1, 1, visible.shape[2], 1, 1), 1.0 if kind == "climatology" else ERROR)
+            )
+        return {FILLED: Reference(daily, scales[FILLED]), MONTHLY: Reference(monthly, scales[MONTHLY])}
 
     def _monthly(self, truth, climatology, there, times, windows, reference: Reference, common: dict) -> Field:
         """(B, M, C, H, W): means of months, valid where enough of their days are known. Its time is that of the month's

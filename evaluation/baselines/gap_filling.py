@@ -16,6 +16,7 @@ from data.datasets.cloudy_series import CloudySeries
 from evaluation.baselines.eof_filling import EOFFilling
 from evaluation.baselines.local_interpolation import (
     CycledInterpolation,
+    MeanInterpolation,
     OptimalInterpolation,
     SpaceTimeInterpolation,
     TwoSidedInterpolation,
@@ -97,4 +98,5 @@ GAP_BASELINES = {
     "space_time_interpolation": SpaceTimeInterpolation,
     "cycled_interpolation": CycledInterpolation,
     "two_sided_interpolation": TwoSidedInterpolation,
+    "mean_interpolation": MeanInterpolation,
 }

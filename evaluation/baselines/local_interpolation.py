@@ -23,7 +23,7 @@ from evaluation.baselines import Unsuitable
 SPACINGS = (2.0, 4.0, 7.0, 12.0, 20.0)  # lengths tried, in distances between neighbouring cells
 NOISES = (0.001, 0.01, 0.05, 0.2)
 TIMES = (0.5, 1.0, 2.0, 4.0, 8.0)  # frames
-MOST_KEPT = 100_000_000  # cells of analysed frames in memory
+MOST_KEPT = 30_000_000  # cells of analysed frames in memory
 DAMPING = 0.8  # of a cycled background, a frame later
 MOST_REACH = 3  # frames before and after that an analysis reads
 SPIN_UP = 8  # frames before the first one that is wanted
@@ -134,6 +134,8 @@ class LocalInterpolation:
             earlier = path[-1] - self.cycle
             if not 0 <= earlier < segments.size or segments[earlier] != segments[frame] or earlier in self._known:
                 break
+            if not self.series.readable[earlier]:
+                break
             path.append(earlier)
         for each in reversed(path):
             self._known[each] = self._one(each)
@@ -164,16 +166,27 @@ def sea_places(series: CloudySeries) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tuned(series: CloudySeries, *, in_time: bool) -> list[LocalCovariance]:
-    """One a variable: the scales with the least error at hidden cells of some frames of the training period."""
-    series = series.training
+    """One a variable: the scales with the least error at hidden cells of some frames of the training period, under
+    several clouds where frames are few. Found once for a training period."""
+    chosen = series.training.chosen
+    if (key := "in time" if in_time else "in space") not in chosen:
+        chosen[key] = _tuned(series.training, in_time=in_time)
+    return chosen[key]
+
+
+def _tuned(series: CloudySeries, *, in_time: bool) -> list[LocalCovariance]:
     data, (places, sea) = series.data, sea_places(series)
     spacing = _spacing(places)
     random = np.random.default_rng(0)
     period = data.training_period
     frames = period[np.linspace(0, period.size - 1, _TRIED_FRAMES + 2)[1:-1].astype(int)]
+    again = [int((frames[:number] == frame).sum()) for number, frame in enumerate(frames)]
+    clouds = [series, *(series.redrawn(more) for more in range(1, max(again) + 1))]
     found = []
     for channel in range(len(data.variables)):
-        trials = [_trial(series, int(frame), channel, sea, random) for frame in frames]
+        trials = [
+            _trial(clouds[draw], int(frame), channel, sea, random) for frame, draw in zip(frames, again, strict=True)
+        ]
 
         def error(covariance: LocalCovariance, trials=trials) -> float:
             total = 0.0
@@ -196,11 +209,11 @@ def tuned(series: CloudySeries, *, in_time: bool) -> list[LocalCovariance]:
 
 
 def _around(series: CloudySeries, frame: int, reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """(frames at most `reach` steps away, how many steps later they are)."""
+    """(frames at most `reach` steps away that may be read, how many steps later they are)."""
     data = series.data
     near = np.arange(max(0, frame - reach), min(data.times.size, frame + reach + 1))
     later = (data.times[near] - data.times[frame]) / data.step
-    kept = np.abs(later) < reach + 0.5
+    kept = (np.abs(later) < reach + 0.5) & (series.readable[near] | (near == frame))
     return near[kept], later[kept]
 
 
@@ -247,11 +260,27 @@ class SpaceTimeInterpolation(LocalInterpolation):
         return cls(series, tuned(series, in_time=True))
 
 
-class TwoSidedInterpolation:
-    """The mean of analyses cycled from before and from after: that with the mean of their backgrounds as background."""
+class _Mean:
+    """The mean of analyses that err differently, and of their expected errors."""
 
-    def __init__(self, before: LocalInterpolation, after: LocalInterpolation):
-        self.before, self.after = before, after
+    def __init__(self, *parts: LocalInterpolation | _Mean):
+        self.parts = parts
+
+    def under(self, series: CloudySeries) -> _Mean:
+        """The same of other clouds."""
+        return type(self)(*(part.under(series) for part in self.parts))
+
+    def __call__(self, frames: np.ndarray) -> tuple[Tensor, Tensor]:
+        """As of `LocalInterpolation`."""
+        values, errors = zip(*(part(frames) for part in self.parts), strict=True)
+        return sum(values) / len(values), sum(errors) / len(errors)
+
+    def filled(self, frames: np.ndarray, wanted: np.ndarray) -> Tensor:
+        return self(wanted)[0]
+
+
+class TwoSidedInterpolation(_Mean):
+    """The mean of analyses cycled from before and from after: that with the mean of their backgrounds as background."""
 
     @classmethod
     def fit(
@@ -260,14 +289,11 @@ class TwoSidedInterpolation:
         covariance = tuned(series, in_time=False)
         return cls(*(LocalInterpolation(series, covariance, cycle=cycle) for cycle in (1, -1)))
 
-    def under(self, series: CloudySeries) -> TwoSidedInterpolation:
-        """The same of other clouds."""
-        return TwoSidedInterpolation(self.before.under(series), self.after.under(series))
 
-    def __call__(self, frames: np.ndarray) -> tuple[Tensor, Tensor]:
-        """As of `LocalInterpolation`."""
-        (first, error), (second, other) = self.before(frames), self.after(frames)
-        return (first + second) / 2, (error + other) / 2
+class MeanInterpolation(_Mean):
+    """The mean of the interpolation in space and time and of the one cycled from both sides."""
 
-    def filled(self, frames: np.ndarray, wanted: np.ndarray) -> Tensor:
-        return self(wanted)[0]
+    @classmethod
+    def fit(cls, series: CloudySeries, normalisation, *, lead_steps: Sequence[int], split: str) -> MeanInterpolation:
+        parts = (SpaceTimeInterpolation, TwoSidedInterpolation)
+        return cls(*(part.fit(series, normalisation, lead_steps=lead_steps, split=split) for part in parts))

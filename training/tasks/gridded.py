@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from data.layout import Variable
     from evaluation.run_evaluation import Choices, Findings
     from evaluation.run_folder import RunFolder
+    from evaluation.stacking import Stacking
     from models.encode_process_decode import EncodeProcessDecode
     from models.heads import DeterministicHead
 
@@ -41,6 +42,7 @@ class GriddedTask:
     query_fraction: float = 1.0
     variable_weights: Mapping[str, float]
     lead_weights: Sequence[float] | None
+    stacking: str | None = None
 
     def head(self) -> DeterministicHead:
         from models.heads import build_head
@@ -122,6 +124,12 @@ class GriddedTask:
     def whole(self, model: nn.Module) -> tuple[GriddedTask, nn.Module]:
         """The task and the model that are scored, where training sees samples of another kind."""
         return self, model
+
+    def fit_stacking(self, model: nn.Module, data, normalisation) -> Stacking | None:
+        """The share of the baseline `stacking` in our forecast, from the validation split; None without one."""
+        from evaluation.stacking import fit_stacking
+
+        return fit_stacking(model, self, data, normalisation)
 
     def evaluate(self, run: RunFolder, model: nn.Module, data, normalisation, choices: Choices) -> Findings:
         """Scores the model beside the baselines and writes the files of an evaluation. Raises ValueError, OSError."""

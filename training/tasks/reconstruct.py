@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from data.batch import Batch
 from data.clouds import CloudMasks
 from data.layout import Layout
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from evaluation.baselines.local_interpolation import LocalInterpolation
     from evaluation.run_evaluation import Choices, Findings
     from evaluation.run_folder import RunFolder
+    from evaluation.stacking import Stacking
     from models.encode_process_decode import EncodeProcessDecode
 
 ANALYSES = (
@@ -28,6 +31,7 @@ ANALYSES = (
     "space_time_interpolation",
     "cycled_interpolation",
     "two_sided_interpolation",
+    "mean_interpolation",
 )
 
 
@@ -39,16 +43,18 @@ class ReconstructTask(GriddedTask):
     clouds: what hides values that are known (`data/clouds.py`), None: nothing, for prediction alone. draws: different
     clouds that training windows are seen through. stride: frames from one training window in a row to the next.
     reference: what the output is added to: climatology, available_mean (of the visible days of a month or window) or
-    analysis, an interpolation of what is visible that is an input as well; analysis: which one. min_share: of the days
-    of a month that must be known, for its mean to be learnt from. crop: rows and columns of patches that are trained
-    on, patches: of a window in an epoch; overlap: cells by which they overlap where the whole domain is predicted.
-    head: see `models/heads.py`. loss: mse, l1 or huber with huber_delta, over known cells, in units of the reference's
-    error. query_fraction: share of the places decoded in a training step. Raises ValueError where a value is not
-    allowed.
+    analysis, an interpolation of what is visible that is an input as well and is corrected in units of its expected
+    error; analysis: which one. stacking: an interpolation that is mixed into what the network makes, with a share for
+    each target and variable that is fitted under the clouds of the validation split; None: the network alone.
+    min_share: of the days of a month that must be known, for its mean to be learnt from. crop: rows and columns of
+    patches that are trained on, patches: of a window in an epoch; overlap: cells by which they overlap where the whole
+    domain is predicted. head: see `models/heads.py`. loss: mse, l1 or huber with huber_delta, over known cells, in
+    units of the reference's error. query_fraction: share of the places decoded in a training step. Raises ValueError
+    where a value is not allowed.
     """
 
     lead_weights = None
-    stacking = None  # an interpolation is mixed in as the reference
+    interpolations = ANALYSES
 
     def __init__(
         self,
@@ -62,7 +68,8 @@ class ReconstructTask(GriddedTask):
         reference: str,
         head: str,
         loss: str,
-        analysis: str = "two_sided_interpolation",
+        analysis: str = "mean_interpolation",
+        stacking: str | None = None,
         stride: int = 1,
         min_share: float = 0.9,
         crop: Sequence[int] | None = None,
@@ -83,8 +90,13 @@ class ReconstructTask(GriddedTask):
             raise ValueError(f"task.targets={list(targets)} must be [{FILLED}], [{MONTHLY}] or [{MONTHLY},{FILLED}]")
         if MONTHLY in targets and months is None:
             raise ValueError(f"task.targets={list(targets)} has means of months; use task.months=1 or more")
-        for name, value, allowed in (("reference", reference, REFERENCES), ("analysis", analysis, ANALYSES)):
+        for name, value, allowed in (
+            ("reference", reference, REFERENCES),
+            ("analysis", analysis, ANALYSES),
+            ("stacking", stacking, (None, *ANALYSES)),
+        ):
             if value not in allowed:
+                allowed = ["null" if each is None else each for each in allowed]
                 raise ValueError(f"task.{name}={value} is unknown; use one of {', '.join(allowed)}")
         if not 0 < min_share <= 1:
             raise ValueError(f"task.min_share={min_share} must be above 0 and at most 1")
@@ -93,12 +105,13 @@ class ReconstructTask(GriddedTask):
         self.check_head(head)
         self.months, self.input_frames, self.targets, self.all_frames = months, input_frames, tuple(targets), all_frames
         self.clouds, self.draws, self.stride, self.min_share = clouds, draws, stride, min_share
-        self.reference, self.analysis = reference, analysis
+        self.reference, self.analysis, self.stacking = reference, analysis, stacking
         self.crop, self.patches, self.overlap = None if crop is None else (crop[0], crop[1]), patches, overlap
         self.head_name, self.loss_name, self.huber_delta = head, loss, huber_delta
         self.query_fraction, self.variable_weights = query_fraction, dict(variable_weights or {})
-        self._analyst: LocalInterpolation | None = None
-        self._analyses: dict[int, LocalInterpolation] = {}
+        self._series: dict[str, list[CloudySeries]] = {}
+        self._of: tuple = (None, None)  # data and statistics of these series
+        self._analyses: dict[tuple[str, CloudySeries], LocalInterpolation] = {}
 
     # Data
 
@@ -124,19 +137,29 @@ class ReconstructTask(GriddedTask):
         return Normalisation.fit(_seen(data, "train"), lead_steps=(1,))
 
     def series(self, data: GriddedData, split: str, normalisation: Normalisation) -> list[CloudySeries]:
-        """The data under each of the clouds of a split: draw 0 in validation and test, further ones in training."""
+        """The data under each of the clouds of a split: draw 0 in validation and test, further ones in training. What
+        is tuned and analysed is kept with them."""
+        if not (self._of[0] is data and self._of[1] is normalisation):
+            self._of, self._series, self._analyses = (data, normalisation), {}, {}
+        if split not in self._series:
+            self._series[split] = self._under(data, split, normalisation)
+        return self._series[split]
+
+    def _under(self, data: GriddedData, split: str, normalisation: Normalisation) -> list[CloudySeries]:
         from data.datasets.cloudy_series import CloudySeries
 
-        def under(split: str, draw: int, training: CloudySeries | None = None) -> CloudySeries:
-            seen = _seen(data, split)
-            return CloudySeries(seen, normalisation, getattr(seen, "clouds", self.clouds), draw, training=training)
-
         if hasattr(data, "draws"):
-            draws, first = data.draws(split, self.draws), data.draws("train", 1)[0]
+            draws = data.draws(split, self.draws)
         else:
-            draws, first = range(1, self.draws + 1) if split == "train" else range(1), 1
-        training = under("train", first)
-        return [under(split, draw, training) for draw in draws]
+            draws = range(1, self.draws + 1) if split == "train" else range(1)
+        seen, readable = _seen(data, split), readable_in(data, split)
+        clouds = getattr(seen, "clouds", self.clouds)
+        training = None if split == "train" else self.series(data, "train", normalisation)[0]
+        found: list[CloudySeries] = []
+        for draw in draws:
+            first = training or (found[0] if found else None)
+            found.append(CloudySeries(seen, normalisation, clouds, draw, training=first, readable=readable))
+        return found
 
     def dataset(self, data: GriddedData, split: str, normalisation: Normalisation) -> GapWindows:
         from data.datasets.gap_windows import FILLED, GapWindows
@@ -149,9 +172,13 @@ class ReconstructTask(GriddedTask):
                 "task.clouds.path=catalogue:alboranSST_small.nc"
             )
         analyses = None
-        if self.reference == "analysis":  # frames that were analysed are kept
-            analyst = self.analyst(data, normalisation)
-            analyses = [self._analyses.setdefault(each.draw, analyst.under(each)) for each in series]
+        if self.reference == "analysis":
+            if not data.grid.geographic:
+                raise ValueError(
+                    f"task.reference=analysis needs latitudes and longitudes, and this grid is {data.grid.kind}; use "
+                    "task.reference=available_mean"
+                )
+            analyses = [self.analysis_of(each, self.analysis) for each in series]
         return GapWindows(
             series,
             split,
@@ -162,15 +189,15 @@ class ReconstructTask(GriddedTask):
             patches=self.patches,
         )
 
-    def analyst(self, data: GriddedData, normalisation: Normalisation) -> LocalInterpolation:
-        """The interpolation that is the reference, its scales tuned once, in training."""
-        if self._analyst is None:
-            from evaluation.baselines import build
+    def analysis_of(self, series: CloudySeries, name: str) -> LocalInterpolation:
+        """An interpolation of one of `series`, which keeps the frames that it analysed; its scales are tuned in
+        training, once. Raises `Unsuitable` on a plane."""
+        from evaluation.baselines import build
 
-            series = self.series(data, "train", normalisation)[0]
-            names = dict(lead_steps=(), known=self.baselines)
-            self._analyst = build([self.analysis], series, normalisation, **names)[self.analysis]
-        return self._analyst
+        if (name, series) not in self._analyses:
+            (found,) = build([name], series, series.normalisation, lead_steps=(), known=self.baselines).values()
+            self._analyses[name, series] = found
+        return self._analyses[name, series]
 
     # Evaluation
 
@@ -180,6 +207,12 @@ class ReconstructTask(GriddedTask):
         from evaluation.baselines.gap_filling import GAP_BASELINES
 
         return GAP_BASELINES
+
+    def fit_stacking(self, model: EncodeProcessDecode, data: GriddedData, normalisation) -> Stacking | None:
+        """The share of the interpolation `stacking` in each target, from the validation split; None without one."""
+        from evaluation.gap_filling import fit_gap_stacking
+
+        return None if self.stacking is None else fit_gap_stacking(model, self, data, normalisation)
 
     def evaluate(
         self, run: RunFolder, model: EncodeProcessDecode, data: GriddedData, normalisation, choices: Choices
@@ -194,6 +227,15 @@ class ReconstructTask(GriddedTask):
     def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
         """A training batch at a share of its places. Draws from torch's global generator."""
         return self.at_some_places(batch, model)
+
+
+def readable_in(data: GriddedData, split: str) -> np.ndarray:
+    """(N,) bool: frames that are not of a later split."""
+    later = {"train": ("validation", "test"), "validation": ("test",)}.get(split, ())
+    readable = np.ones(data.times.size, bool)
+    for name in later:
+        readable[np.setdiff1d(data.splits[name], data.splits[split])] = False
+    return readable
 
 
 def _seen(data: GriddedData, split: str) -> GriddedData:
