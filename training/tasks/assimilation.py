@@ -144,10 +144,13 @@ class AssimilationTask(GriddedTask):
     def dataset(self, data: AssimilationData, split: str, normalisation: AnalysisNormalisation) -> AssimilationDataset:
         from data.datasets.assimilation import AssimilationDataset
 
-        return AssimilationDataset(
+        return self._windows(AssimilationDataset, data, split, normalisation)
+
+    def _windows(self, kind: type[AssimilationDataset], data: AssimilationData, *given) -> AssimilationDataset:
+        """given: what the constructor of this kind takes behind the data."""
+        return kind(
             data,
-            split,
-            normalisation,
+            *given,
             frames=self.frames,
             frame_steps=self.frame_steps,
             window=self.window,
@@ -183,7 +186,7 @@ class AssimilationTask(GriddedTask):
     def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
         """A training batch without the observations that dropout leaves out, at the places that are decoded. Draws from
         torch's global generator, the same numbers whichever frames of the window the batch holds."""
-        batch = self.at_some_places(batch, model)
+        batch = super().augment(batch, model)
         observations, size = batch.observations, batch.batch_size
         device = observations.value.device
         kept = torch.ones_like(observations.value, dtype=torch.bool)

@@ -223,7 +223,7 @@ class ForecastTask(GriddedTask):
 
     def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
         """A training batch as the model sees it: noise, places to decode. Draws from torch's global generator."""
-        batch = self.at_some_places(batch, model)
+        batch = super().augment(batch, model)
         if self.input_noise == 0:
             return batch
         noisy = {

@@ -77,6 +77,10 @@ class GriddedTask:
             return batch
         return replace(batch, places=model.draw_places(self.query_fraction))
 
+    def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
+        """A training batch as the model sees it: at a share of its places. Draws from torch's global generator."""
+        return self.at_some_places(batch, model)
+
     def total_weights(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Sum of the weights of everything present in the targets of all batches, per target: (L, C)."""
         totals = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from data.batch import Batch
 from data.layout import Layout
 from training.tasks.gridded import GriddedTask, check_data
 
@@ -46,9 +45,6 @@ class LeaveOutTask(GriddedTask):
         from data.datasets.wc13_innovations import InnovationDataset
 
         return InnovationDataset(data, split, statistics, reference=self.reference)
-
-    def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
-        return batch
 
     def evaluate(
         self, run: RunFolder, model: EncodeProcessDecode, data: OceanInnovations, statistics, choices: Choices

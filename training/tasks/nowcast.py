@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from data.batch import Batch
 from data.layout import Layout
 from training.tasks.gridded import GriddedTask, check_data
 from training.tasks.lead_times import check_lead_times, in_steps
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from data.radar_normalisation import RadarNormalisation
     from evaluation.run_evaluation import Choices, Findings
     from evaluation.run_folder import RunFolder
-    from models.encode_process_decode import EncodeProcessDecode
     from models.heads import CategoricalHead, DeterministicHead
 
 LEADS = ("one", "all")
@@ -199,7 +197,3 @@ class NowcastTask(GriddedTask):
         return evaluate_nowcasts(run, model, self, data, normalisation, choices)
 
     # Training
-
-    def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
-        """A training batch at a share of its places. Draws from torch's global generator."""
-        return self.at_some_places(batch, model)

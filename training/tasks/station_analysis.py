@@ -46,19 +46,7 @@ class StationAnalysisTask(AssimilationTask):
         from data.datasets.station_windows import StationWindows
 
         backgrounds = self._backgrounds(data, 1 if split == "test" else PARTS)
-        return StationWindows(
-            data,
-            split,
-            normalisation,
-            backgrounds,
-            frames=self.frames,
-            frame_steps=self.frame_steps,
-            window=self.window,
-            stride=self.stride,
-            num_features=self.features,
-            places=self._places(data),
-            reference=self.reference,
-        )
+        return self._windows(StationWindows, data, split, normalisation, backgrounds)
 
     def _backgrounds(self, data: OSSE, parts: int) -> list[Background]:
         """Fitted once for all networks of the data."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from data.batch import Batch
 from data.layout import Layout
 from training.tasks.gridded import GriddedTask, check_data
 from training.tasks.lead_times import check_lead_times, in_steps
@@ -60,9 +59,6 @@ class StationForecastTask(GriddedTask):
         from data.datasets.solar_stations import SolarWindows
 
         return SolarWindows(data, split, statistics, input_frames=self.input_frames)
-
-    def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
-        return batch
 
     def evaluate(
         self, run: RunFolder, model: EncodeProcessDecode, data: SolarStations, statistics, choices: Choices
