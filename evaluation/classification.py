@@ -10,32 +10,48 @@ from torch import Tensor, nn
 
 from evaluation.baselines import build
 from evaluation.evaluation import NETWORK, OURS, forecasts
+from evaluation.stacking import Stacking, departures, shares
 from evaluation.summary import format_table
 
 SCORES = ("accuracy", "brier")
 
 
-def score_classes(model: nn.Module, task, data, statistics, *, split: str) -> dict:
+def score_classes(model: nn.Module, task, data, statistics, *, split: str, stacking: Stacking | None = None) -> dict:
     """{"class": {score: {hours: {method: value}}}} of all windows of a split whose class is known.
 
     accuracy: share of windows whose likeliest class came. brier: mean over windows of the squared differences from what
-    came, summed over classes (Brier 1950).
+    came, summed over classes (Brier 1950). stacking: mixes the model's probabilities with a baseline's; the model's own
+    are then scored as well.
     """
     dataset = task.dataset(data, split, statistics)
     baselines = build(
         list(task.baselines), data, statistics, lead_steps=dataset.lead_steps, split=split, known=task.baselines
     )
-    made: dict[str, list[Tensor]] = {name: [] for name in (OURS, *baselines)}
+    made: dict[str, list[Tensor]] = {name: [] for name in (OURS, *([NETWORK] if stacking else []), *baselines)}
     truth = []
     for window in forecasts(model, task, dataset, baselines):
-        known = window.valid[:, 0, 0, 0]
+        network, known = window.forecasts[NETWORK], window.valid[:, 0, 0, 0]
+        ours = stacking.mix(network, window.forecasts[stacking.baseline]) if stacking else network
         for name, parts in made.items():
-            parts.append(window.forecasts[NETWORK if name == OURS else name][known, 0, :, 0])
+            parts.append((ours if name == OURS else window.forecasts[name])[known, 0, :, 0])
         truth.append(window.truth[known, 0, :, 0])
     came = torch.cat(truth)
     found = {name: _scores(torch.cat(parts), came) for name, parts in made.items()}
     hours = f"{dataset.lead_hours[0]:g}"
     return {dataset.target: {score: {hours: {name: item[score] for name, item in found.items()}} for score in SCORES}}
+
+
+@torch.inference_mode()
+def fit_class_stacking(model: nn.Module, task, data, statistics) -> Stacking:
+    """The share of `task.stacking` in our probabilities with the lowest Brier score on the validation split: one for
+    all classes, so that they add up to 1."""
+    dataset = task.dataset(data, "validation", statistics)
+    settings = dict(lead_steps=dataset.lead_steps, split="validation", known=task.baselines)
+    fitted, total = build([task.stacking], data, statistics, **settings), 0.0
+    for window in forecasts(model, task, dataset, fitted):
+        network, baseline = window.forecasts[NETWORK], window.forecasts[task.stacking]
+        total = total + departures(network, baseline, window.truth, window.valid.double()).sum(2, keepdim=True)
+    return Stacking(task.stacking, shares(total))
 
 
 def _scores(probabilities: Tensor, came: Tensor) -> dict[str, float]:

@@ -28,7 +28,7 @@ STACKING_FILE = "stacking.json"
 @dataclass(frozen=True)
 class Stacking:
     """baseline: a name of `evaluation.baselines`. weights: (L, C), the baseline's share in 0..1. In gap filling L are
-    the targets, as shares belong to these."""
+    the targets, as shares belong to these; of classes there is one share for all, (1, 1)."""
 
     baseline: str
     weights: Tensor

@@ -180,6 +180,27 @@ def test_scores_of_perfect_and_of_constant_probabilities(data):
     assert blind["brier"]["12"]["ours"] == pytest.approx(blind["brier"]["12"]["damped_persistence"])
 
 
+def test_the_mixture_is_the_best_on_validation_and_adds_up_to_one(data):
+    chosen = task(stacking="local_ridge")
+    statistics = chosen.fit(data)
+
+    class Swaying(torch.nn.Module):
+        def predict(self, batch):
+            target = batch.targets["class"]
+            logits = 2 * torch.sin(target.times[..., None, None] * torch.tensor([1.0, 2.0, 3.0])[:, None])
+            return {"class": ClassHead().predict(logits, target)}
+
+    stacking = chosen.fit_stacking(Swaying(), data, statistics)
+    assert stacking.weights.shape == (1, 1) and 0 < stacking.weights.item() < 1
+    scores = score_classes(Swaying(), chosen, data, statistics, split="validation", stacking=stacking)
+    brier = scores["class"]["brier"]["12"]
+    assert list(brier)[:2] == ["ours", "network alone"] and brier["ours"] < min(
+        brier["network alone"], brier["local_ridge"]
+    )
+    network = torch.tensor([0.2, 0.3, 0.5]).reshape(1, 1, 3, 1)
+    torch.testing.assert_close(stacking.mix(network, network.flip(2)).sum(2), torch.ones(1, 1, 1))
+
+
 def test_the_ridge_forecast_of_the_field_makes_classes_likely(data):
     chosen = task()
     statistics = chosen.fit(data)
@@ -238,6 +259,7 @@ def test_a_model_learns_the_regimes_of_some_windows(data, decoder):
         (dict(box=[50, 35, 0, 10]), r"must be \[south,north,west,east\]"),
         (dict(head="deterministic"), "task.head=deterministic does not suit this task; use classes"),
         (dict(input_frames=0), "must be at least 1"),
+        (dict(stacking="ours"), "task.stacking=ours is unknown; use null or one of climatology, persistence"),
         (dict(reference="ridge"), "task.reference=ridge is unknown; use one of climatology, persistence"),
     ),
 )
@@ -260,4 +282,11 @@ def test_classification_from_the_command_line(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "ACCURACY of class" in printed and "BRIER of class" in printed
     scores = json.loads((tmp_path / "scores.json").read_text())["class"]
-    assert set(scores["brier"]["24"]) == {"ours", "climatology", "persistence", "damped_persistence", "local_ridge"}
+    assert set(scores["brier"]["24"]) == {
+        "ours",
+        "climatology",
+        "persistence",
+        "damped_persistence",
+        "local_ridge",
+        "network alone",
+    }

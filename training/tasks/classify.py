@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from evaluation.baselines.regimes import RegimeSituation
     from evaluation.run_evaluation import Choices, Findings
     from evaluation.run_folder import RunFolder
+    from evaluation.stacking import Stacking
     from models.encode_process_decode import EncodeProcessDecode
 
 
@@ -38,7 +39,6 @@ class ClassifyTask(GriddedTask):
     """
 
     heads = ("classes",)
-    stacking = None
     lead_weights = None
 
     def __init__(
@@ -52,6 +52,7 @@ class ClassifyTask(GriddedTask):
         loss: str,
         variable: str | None = None,
         box: Sequence[float] | None = None,
+        stacking: str | None = None,
     ):
         from data.datasets.forecast import REFERENCES
 
@@ -66,9 +67,10 @@ class ClassifyTask(GriddedTask):
         if box is not None and (len(box) != 4 or not box[0] < box[1]):
             raise ValueError(f"task.box={list(box)} must be [south,north,west,east], like task.box=[35,50,-40,0]")
         self.check_head(head)
+        self.check_stacking(stacking)
         self.input_frames, self.lead_time = input_frames, lead_time
         self.variable, self.box, self.quantiles = variable, box, tuple(quantiles)
-        self.reference = reference
+        self.reference, self.stacking = reference, stacking
         self.head_name, self.loss_name = head, loss
         self.variable_weights: Mapping[str, float] = {}
 
@@ -140,6 +142,14 @@ class ClassifyTask(GriddedTask):
         known = RegimeSituation(dataset.index_now(batch), fields, frequency)
         return known, target.values.where(target.valid, torch.nan)
 
+    def fit_stacking(self, model: EncodeProcessDecode, data: GriddedData, statistics: RegimeStatistics) -> Stacking:
+        """The share of the baseline `stacking` in our probabilities, from the validation split."""
+        from evaluation.classification import fit_class_stacking
+
+        return fit_class_stacking(model, self, data, statistics)
+
+    # Training
+
     def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
         return batch
 
@@ -157,13 +167,15 @@ class ClassifyTask(GriddedTask):
         """
         from evaluation.classification import format_scores, score_classes
         from evaluation.run_evaluation import Findings, output_folder
+        from evaluation.stacking import Stacking
         from evaluation.summary import SCORES_FILE, write_json
 
         choices.only("checkpoint", "split", task="classify")
         folder = output_folder(run, choices)
         folder.mkdir(exist_ok=True)
         windows = len(self.dataset(data, choices.split, statistics))
-        scores = score_classes(model, self, data, statistics, split=choices.split)
+        stacking = Stacking.read(run.checkpoint(choices.checkpoint))
+        scores = score_classes(model, self, data, statistics, split=choices.split, stacking=stacking)
         write_json(folder / SCORES_FILE, scores)
         heading = f"{windows} windows of the {choices.split} split, checkpoint {choices.checkpoint}"
         return Findings(folder, heading, format_scores(scores))
