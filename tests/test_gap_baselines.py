@@ -7,10 +7,19 @@ import pytest
 import torch
 
 from data.covariances import matern32
+from data.datasets.cloudy_series import CloudySeries
 from evaluation.baselines import build
 from evaluation.baselines.eof_filling import chosen_modes, restored
 from evaluation.baselines.gap_filling import GAP_BASELINES
-from evaluation.baselines.local_interpolation import DAMPING, LocalCovariance, LocalInterpolation, interpolated
+from evaluation.baselines.local_interpolation import (
+    DAMPING,
+    LocalCovariance,
+    LocalInterpolation,
+    MeanInterpolation,
+    SpaceTimeInterpolation,
+    TwoSidedInterpolation,
+    interpolated,
+)
 from evaluation.gap_file import GapFile
 from evaluation.rolling_mosaic import RollingMosaic
 from evaluation.stitching import blended, corners, starts
@@ -60,6 +69,28 @@ def test_a_cycled_analysis_starts_from_the_damped_one_before(series):
     torch.testing.assert_close(now[hidden], expected, atol=1e-5, rtol=1e-4)
     seen = visible.isfinite()
     assert torch.equal(now[seen], visible[seen]) and not cycled(np.array([21]))[1][0, 0][seen].any()
+
+
+def test_the_mean_of_interpolations_reads_no_frame_of_a_later_split(series):
+    """Scales are chosen once, under further clouds where frames are few."""
+    data, end = series.data, 40
+    readable = np.arange(data.times.size) < end
+    few = CloudySeries(data, series.normalisation, series.clouds, 1, training=series, readable=readable)
+    kinds = (TwoSidedInterpolation, SpaceTimeInterpolation, MeanInterpolation)
+    two, one, mean = (kind.fit(few, None, lead_steps=(), split="test") for kind in kinds)
+    assert mean.parts[0].covariance == one.covariance == tuple(series.chosen["in time"]) and not few.chosen
+    frames = np.array([end - 2, end - 1])
+    for each, first, second in zip(mean(frames), one(frames), two(frames), strict=True):
+        torch.testing.assert_close(each, (first + second) / 2)
+    alone = two.parts[1](frames[1:])[0]  # cycled from after: nothing after it is read
+    torch.testing.assert_close(alone, LocalInterpolation(few, two.parts[1].covariance)(frames[1:])[0])
+    read = []
+    few.truth = lambda indices, truth=few.truth: (read.extend(indices), truth(indices))[1]
+    for part in (one, two):
+        part.under(few)(frames)
+    assert max(read) == end - 1
+    hidden = [few.redrawn(more).hidden(frames) for more in (0, 1)]
+    assert torch.equal(hidden[0], few.hidden(frames)) and not torch.equal(*hidden)
 
 
 def test_every_baseline_fills_from_what_is_visible_alone_and_interpolation_is_best(series):

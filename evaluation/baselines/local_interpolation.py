@@ -129,22 +129,27 @@ class LocalInterpolation:
             return
         while len(self._known) * self.sea.sum() > MOST_KEPT:
             self._known.pop(next(iter(self._known)))
-        segments, path = self.series.data.segments, [frame]
-        while self.cycle and len(path) <= SPIN_UP:
-            earlier = path[-1] - self.cycle
-            if not 0 <= earlier < segments.size or segments[earlier] != segments[frame] or earlier in self._known:
-                break
-            if not self.series.readable[earlier]:
+        path = [frame]
+        while len(path) <= SPIN_UP:
+            earlier = self._earlier(path[-1])
+            if earlier is None or earlier in self._known:
                 break
             path.append(earlier)
         for each in reversed(path):
             self._known[each] = self._one(each)
 
+    def _earlier(self, frame: int) -> int | None:
+        """The frame whose analysis is the background, None where there is none, or none that may be read."""
+        earlier, segments = frame - self.cycle, self.series.data.segments
+        if not self.cycle or not 0 <= earlier < segments.size or segments[earlier] != segments[frame]:
+            return None
+        return earlier if self.series.readable[earlier] else None
+
     def _one(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """(C, P) anomalies and errors of one frame."""
         around, later = _around(self.series, frame, max(covariance.reach for covariance in self.covariance))
         visible = self.series.visible(around)[:, :, self.sea].numpy()
-        before = self._known.get(frame - self.cycle) if self.cycle else None
+        before = self._known.get(self._earlier(frame))
         background = np.zeros(visible.shape[1:]) if before is None else DAMPING * before[0]
         now = visible[around == frame][0]
         found, error = np.where(np.isfinite(now), now, background), np.zeros(now.shape)
