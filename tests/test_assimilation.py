@@ -18,48 +18,20 @@ from data.grids import LatLonGrid
 from data.healpix import HEALPixGrid
 from data.loading import BatchLoader
 from data.normalisation import Harmonics
-from data.observations import check
 from data.place_in_grid import NUM_FEATURES, is_coarse, place_features
 from data.sources.observations.table import Table
 from evaluation.evaluation import OURS, evaluate
 from models.composition import build_from_config, compose
 from models.heads import residual
 from models.patches import patches_of
-from training.tasks.assimilation import AssimilationTask
-
-SPLIT = {"train": ["2001-01", "2001-03"], "validation": "2001-04", "test": ["2001-05-01", "2001-05-08"]}
-HOUR = 3600
-SMALL = [
-    "model=healda_v2",
-    "model/size=tiny",
-    "model.hidden_size=16",
-    "model.depth=1",
-    "model.num_heads=2",
-    "model.num_latents=6",
-    "model.observation_heads=2",
-    "task.frames=3",
-    "data.level=2",
-    "data.stations=20",
-    "data.sondes=4",
-    "data.split.train=[2001-01-01,2001-01-20]",
-    "data.split.validation=[2001-01-21,2001-01-24]",
-    "data.split.test=[2001-01-25,2001-01-29]",
-]
-
+from tests.network_examples import HOUR, SMALL, SPLIT, composed, one_step, small_network, task_of
 
 IDS = ("batch", "frame", "channel", "platform", "type")
 
 
-def task_of(**changes) -> AssimilationTask:
-    settings = dict(
-        frames=3, window=[-3 * HOUR, 3 * HOUR], reference="climatology", head="deterministic", loss="huber", stride=2
-    )
-    return AssimilationTask(**(settings | changes))
-
-
 @pytest.fixture(scope="module")
 def network() -> SimulatedNetwork:
-    return SimulatedNetwork(split=SPLIT, level=2, stations=20, sondes=4)
+    return small_network()
 
 
 @pytest.fixture(scope="module")
@@ -286,27 +258,6 @@ def test_data_and_task_must_fit(network, normalisation):
         task_of(reference="persistence").dataset(network, "train", normalisation)
 
 
-def composed(*overrides):
-    config = compose([*SMALL, *overrides])
-    data, task = (instantiate(node, _convert_="all") for node in (config.data, config.task))
-    torch.manual_seed(0)
-    return config, data, task, build_from_config(config, task.layout(data))
-
-
-def one_step(task, model, batch) -> float:
-    """The loss after a step of gradient descent, relative to before."""
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(2):
-        sums = {name: errors for name, (errors, _) in task.sums(model(batch), batch).items()}
-        loss = task.combine(sums, task.total_weights([batch]), batch.layout)["loss"]
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(loss.item())
-    return losses[1] / losses[0]
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -380,95 +331,3 @@ def test_an_output_of_nothing_scores_as_the_climatology(network, normalisation):
     frames = dataset.windows[:, -1]
     error = network.read(frames) - normalisation.climatology(network.times[frames])
     assert content["0"]["climatology"] == pytest.approx(error.square().mean().sqrt().item(), rel=1e-4)
-
-
-# Bad input
-
-
-def awake_model():
-    """A model whose gates are open, so that observations matter without training."""
-    _, _, _, model = composed()
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def outputs(model, batch, rows=None, **columns):
-    observations = batch.observations if rows is None else batch.observations.chosen(rows)
-    with torch.no_grad():
-        return model.eval()(replace(batch, observations=replace(observations, **columns)))["analysis"]
-
-
-def test_a_window_without_observations_is_analysed_and_learnt_from():
-    _, data, task, model = composed("data.stations=0", "data.sondes=0")
-    normalisation = task.fit(data)
-    dataset = task.dataset(data, "train", normalisation)
-    silent = dataset.__getitems__([0])
-    silent = replace(silent, observations=silent.observations.chosen(torch.zeros(len(silent.observations)).bool()))
-    found = model(silent)["analysis"]
-    assert found.isfinite().all()
-    found.sum().backward()
-    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert not missing
-
-
-def test_data_without_any_observation_train():
-    _, data, task, model = composed("data.stations=0", "data.sondes=0", "data.orbiters=0")
-    dataset = task.dataset(data, "train", task.fit(data))
-    batch = dataset.__getitems__([0, 3])
-    assert len(batch.observations) == 0 and one_step(task, model, batch) < 1
-
-
-def test_all_observations_in_one_pixel(network, batch):
-    model = awake_model()
-    place = torch.full_like(batch.observations.latitude, 12.0)
-    found = outputs(model, batch, latitude=place, longitude=place)
-    assert found.isfinite().all() and not torch.equal(found, outputs(model, batch))
-
-
-def test_longitudes_of_either_convention_and_any_order_of_rows(batch):
-    model, observations = awake_model(), batch.observations
-    turned = torch.where(observations.longitude > 180, observations.longitude - 360, observations.longitude)
-    assert (turned < 0).any()
-    expected = outputs(model, batch)
-    assert not torch.allclose(outputs(model, batch, longitude=observations.longitude + 20), expected, atol=1e-2)
-    assert torch.allclose(outputs(model, batch, longitude=turned), expected, atol=1e-4)
-    assert torch.allclose(outputs(model, batch, rows=torch.randperm(len(observations))), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "sentence"),
-    [
-        ("platform", 99, "1 have platform outside 0 .. 7 .row 5: 99."),
-        ("channel", -1, "1 have channel outside 0 .. 7"),
-        ("latitude", torch.nan, "1 have latitude outside -90 .. 90 degrees"),
-        ("latitude", 91.0, "1 have latitude outside -90 .. 90 degrees"),
-        ("longitude", torch.nan, "1 have longitude that is not finite"),
-        ("value", torch.inf, "1 have value that is not finite"),
-        ("frame", 3, "1 have frame outside 0 .. 2"),
-    ],
-)
-def test_rows_that_cannot_be_read_are_counted_and_shown(batch, name, value, sentence):
-    column = getattr(batch.observations, name).clone()
-    column[5] = value
-    with pytest.raises(ValueError, match=sentence):
-        check(replace(batch.observations, **{name: column}), batch.layout.observations)
-
-
-def test_a_data_set_with_such_rows_is_refused_where_batches_are_made(network, normalisation):
-    class Broken(SimulatedNetwork):
-        def observations(self, indices, window):
-            table = super().observations(indices, window)
-            latitude = table["latitude"].copy()
-            latitude[:2] = np.nan
-            return table.with_columns(latitude=latitude)
-
-    dataset = task_of().dataset(Broken(split=SPLIT, level=2, stations=20, sondes=4), "train", normalisation)
-    with pytest.raises(ValueError, match=r"observations: of \d+ rows 2 have latitude outside"):
-        dataset[0]
-
-
-def test_observations_outside_every_window_are_left_out(network):
-    rows = network.observations([30], (-3 * HOUR, 3 * HOUR))
-    moved = rows.with_columns(time=rows["time"] + 10 * 86_400)
-    assert len(moved.to_frames(network.times[[30]], (-3 * HOUR, 3 * HOUR))) == 0
