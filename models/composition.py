@@ -207,7 +207,8 @@ def _fill(model: nn.Module, place: Path, name: str) -> None:
     except (SafetensorError, RuntimeError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"the weights {name!r} of {place} are damaged or of another model ({reason}); use another checkpoint"
+            f"the weights {name!r} of {place} are damaged or of another model or version ({reason}); use another "
+            "checkpoint, or train again"
         ) from error
 
 
