@@ -91,7 +91,7 @@ def _compare(rows, operands, path, tolerance, **options):
 @pytest.mark.parametrize("num_features", LAYOUTS)
 @pytest.mark.parametrize("missing", ((), MEASURED, SEEN))
 def test_features_in_pieces_equal_their_definition(num_features, missing):
-    for count in (0, 5, features.FEW + 1, features.PIECE + 3):
+    for count in (0, 5, features.FEW + 1, features.PIECE // (4 * features.WIDTH) + 3):
         columns = vars(_rows(count, **dict.fromkeys(missing)))
         found = features.vectorised(columns, num_features)
         assert found.dtype == torch.float32 and found.shape == (count, num_features)
@@ -99,8 +99,33 @@ def test_features_in_pieces_equal_their_definition(num_features, missing):
 
 
 @pytest.mark.parametrize("num_features", LAYOUTS)
-def test_the_vectorised_path_equals_the_reference(num_features):
+def test_the_vectorised_path_equals_the_reference(num_features, monkeypatch):
     _compare(_rows(70), _operands(num_features), "vectorised", 2e-5)
+    monkeypatch.setattr(features, "PIECE", 4 * 32 * 9)
+    _compare(_rows(70), _operands(num_features, widths=(3, 5, 0)), "vectorised", 2e-5)
+    _compare(_rows(70), _operands(num_features, dtype=torch.float64), "vectorised", 1e-6)
+
+
+def test_the_vectorised_path_in_16_bits():
+    rows, operands = _rows(300), _operands(30)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert film_tokenizer(vars(rows), *operands, path="vectorised").dtype == torch.float32
+        _compare(rows, operands, "vectorised", 2e-2)
+    _compare(rows, _operands(30, dtype=torch.bfloat16), "vectorised", 2e-2)
+
+
+def test_gradients_of_values_and_features(monkeypatch):
+    monkeypatch.setattr(features, "PIECE", 4 * 32 * 9)
+    rows, operands, found = _rows(20), _operands(37), []
+    for path in ("reference", "vectorised"):
+        value, given = (
+            rows.value.clone().requires_grad_(),
+            torch.randn(20, 37, generator=torch.Generator().manual_seed(1)),
+        )
+        given.requires_grad_()
+        tokens = film_tokenizer(vars(replace(rows, value=value, features=given)), *operands, path=path)
+        found.append(torch.autograd.grad(tokens.square().sum(), (value, given, operands[0][2])))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_narrow_ids_and_given_features_are_read():
@@ -113,9 +138,16 @@ def test_narrow_ids_and_given_features_are_read():
     assert torch.equal(film_tokenizer(vars(given), *operands, path="vectorised"), expected)
 
 
-def test_features_are_an_operator_of_any_number_of_rows():
+def test_operators_take_any_number_of_rows():
     columns = [getattr(_rows(9, scan_angle=None), name) for name in features.COLUMNS]
     opcheck(torch.ops.hydrasphere.observation_features.default, (columns, 30))
+    rows, (tables, *layers) = _rows(9), _operands(28)
+    value, given = rows.value.requires_grad_(), torch.randn(9, 28, requires_grad=True)
+    described = value, given, [rows.type, rows.channel, rows.platform], tables
+    arguments = (*described, *(part for layer in layers for part in layer), torch.float32)
+    opcheck(torch.ops.hydrasphere.film_tokens.default, arguments)
+    plain = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+    opcheck(torch.ops.hydrasphere.film_tokens_backward.default, (torch.randn(9, 16), *plain, True, True))
 
 
 @needs_triton
@@ -263,8 +295,8 @@ def test_operators_are_registered_completely():
     opcheck(torch.ops.hydrasphere.film_tokenizer_backward.default, (torch.randn(9, 16), *plain))
 
 
-@interpreted
-def test_compiled_whole_for_any_number_of_rows():
+@pytest.mark.parametrize("path", ["vectorised", pytest.param("triton", marks=interpreted)])
+def test_compiled_whole_for_any_number_of_rows(path):
     operands, compilations = _operands(28), []
 
     def backend(graph, inputs):
@@ -274,7 +306,7 @@ def test_compiled_whole_for_any_number_of_rows():
     names = ["value", "type", "channel", "platform", *features.COLUMNS]
 
     def tokens(*columns):
-        return film_tokenizer({"features": None, **dict(zip(names, columns, strict=True))}, *operands)
+        return film_tokenizer({"features": None, **dict(zip(names, columns, strict=True))}, *operands, path=path)
 
     compiled = torch.compile(tokens, fullgraph=True, dynamic=True, backend=backend)
     for count in (70, 9, 33):

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import autocast_dtype, chosen_path
-from kernels.film_tokenizer import features
+from kernels.film_tokenizer import features, vectorised  # noqa: F401 - registers an operator
+from kernels.film_tokenizer.vectorised import NORM_EPS
 
-NORM_EPS = 1e-5
 TABLES = ("type", "channel", "platform")
 LAYOUTS = (28, 30, 50)  # numbers of features that can be computed
 WIDEST = {"features": 64, "tables": 32, "hidden": 64, "tokens": 32}  # that registers hold in the backward pass
@@ -59,16 +59,19 @@ def film_tokenizer(
     suits = all(sizes[name] <= widest for name, widest in WIDEST.items()) and expand[0].dtype != torch.float64
     suits = suits and not any(part.requires_grad for part in wanted)
     path = chosen_path(path, "film_tokenizer", rows["value"], suits=suits)
+    precision = _precision(rows["value"], expand[0])
     if path == "triton":
         operands = (*tables, *expand, *norm, *project)
         columns = list(columns_read(rows, sizes["features"]).values())
-        return torch.ops.hydrasphere.film_tokenizer(columns, *operands, _precision(rows["value"], expand[0]))
+        return torch.ops.hydrasphere.film_tokenizer(columns, *operands, precision)
     if given is None:
         computed = features.reference if path == "reference" else features.vectorised
         given = computed(rows, sizes["features"])
-    embedded = [
-        F.embedding(rows[name].long(), table) for name, table in zip(TABLES, tables, strict=True) if table is not None
-    ]
+    pairs = [(rows[name], table) for name, table in zip(TABLES, tables, strict=True) if table is not None]
+    if path == "vectorised":
+        operands = (*map(list, zip(*pairs, strict=True)), *expand, *norm, *project)
+        return torch.ops.hydrasphere.film_tokens(rows["value"], given, *operands, precision)
+    embedded = [F.embedding(ids.long(), table) for ids, table in pairs]
     description = torch.cat([given, *embedded], dim=-1).to(expand[0].dtype)
     hidden = F.linear(description, *expand)
     hidden = F.silu(F.layer_norm(hidden, hidden.shape[-1:], *norm, eps=NORM_EPS))
