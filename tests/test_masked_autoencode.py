@@ -160,6 +160,7 @@ def test_pre_training_from_the_command_line_scores_and_reports(tmp_path, monkeyp
     scores = json.loads((tmp_path / "scores.json").read_text())["t2m"]["rmse"]
     assert list(scores) == ["-6", "0"]
     for methods in scores.values():
-        assert set(methods) == {"ours", "climatology", "interpolation"}
+        assert set(methods) == {"ours", "network alone", "climatology", "interpolation"}
         assert methods["interpolation"] < methods["climatology"]
+        assert methods["ours"] < methods["network alone"]  # barely trained, and mixed with an interpolation
     assert (tmp_path / "report.html").is_file() and (tmp_path / "predictions.nc").is_file()
