@@ -49,7 +49,7 @@ def pixel_attention(
         raise ValueError(f"unknown precision {precision!r} of pixel attention; allowed: {', '.join(PRECISIONS)}")
     weights = (key_weight, value_weight, value_bias)
     some = occupied if isinstance(occupied, Occupied) else None
-    suits = some is None and launches.suits(query, key_weight)
+    suits = some is None and launches.suits(query, key_weight, precision)
     path = chosen_path(path, "pixel_attention", query, suits=suits)
     if path == "triton":
         work = occupied if isinstance(occupied, WorkList) else WorkList.of(offsets, tokens.shape[0])

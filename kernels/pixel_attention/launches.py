@@ -15,7 +15,9 @@ from kernels.segments import most_pieces
 from kernels.tuning import Config, Tuning
 
 BITS = {"fp32": 32, "tf32": 32, "bf16": 16, "fp16": 16}
-WIDEST = 128  # query heads, columns of the keys of all heads (g d), and of tokens: a tile holds all of them
+# Query heads, columns of the keys of all heads (g d), and of tokens: a tile holds all of them. Without tensor cores a
+# wider one than 64 takes minutes to compile and spills kilobytes a thread.
+WIDEST, WIDEST_EXACT = 128, 64
 JOINED_ROWS, ADDED_NUMBERS = 16, 512  # of a program of the passes that bring pieces together
 ADDED_PIECES = 16  # that it reads at once
 JOINED_NUMBERS = 512  # of a head, that it reads at once: 16 pieces of 32 numbers; 16 of 128 would spill registers
@@ -53,8 +55,9 @@ def kind(precision: str, constant: dict) -> str:
     return f"{BITS[precision]}_wide" if max(constant["H"], constant["E"]) > 64 else str(BITS[precision])
 
 
-def suits(query: Tensor, key_weight: Tensor) -> bool:
-    return max(query.shape[1], *key_weight.shape) <= WIDEST
+def suits(query: Tensor, key_weight: Tensor, precision: str) -> bool:
+    widest = WIDEST_EXACT if resolved(precision, query) == "fp32" else WIDEST
+    return max(query.shape[1], *key_weight.shape) <= widest
 
 
 def resolved(precision: str, query: Tensor) -> str:
