@@ -64,6 +64,18 @@ def test_more_than_two_to_the_31_rows_are_sorted(name, key):
     assert offsets and all(offset.endswith(("xi64>", "i64")) for offset in offsets), offsets
 
 
+def test_all_threads_know_where_rows_go_before_any_counts_on():
+    """What one program after the other cannot show under the interpreter: barriers stand where they were written."""
+    from kernels.sort_and_pack import device_code
+
+    types, constants = _of_sorting(device_code.place_rows, "i32", "i64", "i32", 1024)
+    code = compiled(device_code.place_rows, types, constants, num_warps=4).asm["ptx"]
+    steps = re.findall(r"ld\.global\.cg|st\.global|bar\.sync|bra[ \t]+\$", code)
+    names = {"ld.global.cg": "read ", "st.global": "write ", "bar.sync": "wait "}
+    last_tile = "".join(names.get(step, "again ") for step in steps).split("again ")[-2]
+    assert re.search(r"(?<!read )(read )+(write )+wait (write )+wait $", last_tile), last_tile
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["count_rows", "place_rows"])
 @pytest.mark.parametrize("key", ["i32", "i64"])
