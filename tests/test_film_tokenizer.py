@@ -10,6 +10,7 @@ from torch.library import opcheck
 from data.observations import Observations
 from kernels.dispatch import INTERPRETED
 from kernels.film_tokenizer import LAYOUTS, features, film_tokenizer, row_bytes
+from kernels.pieces import CACHE
 from tests.interpreter import interpreted, needs_triton, run_interpreted
 
 START = 1_700_000_000
@@ -91,7 +92,7 @@ def _compare(rows, operands, path, tolerance, **options):
 @pytest.mark.parametrize("num_features", LAYOUTS)
 @pytest.mark.parametrize("missing", ((), MEASURED, SEEN))
 def test_features_in_pieces_equal_their_definition(num_features, missing):
-    for count in (0, 5, features.FEW + 1, features.PIECE // (4 * features.WIDTH) + 3):
+    for count in (0, 5, features.FEW + 1, CACHE // features.ROW_BYTES + 3):
         columns = vars(_rows(count, **dict.fromkeys(missing)))
         found = features.vectorised(columns, num_features)
         assert found.dtype == torch.float32 and found.shape == (count, num_features)
@@ -101,7 +102,7 @@ def test_features_in_pieces_equal_their_definition(num_features, missing):
 @pytest.mark.parametrize("num_features", LAYOUTS)
 def test_the_vectorised_path_equals_the_reference(num_features, monkeypatch):
     _compare(_rows(70), _operands(num_features), "vectorised", 2e-5)
-    monkeypatch.setattr(features, "PIECE", 4 * 32 * 9)
+    monkeypatch.setattr("kernels.pieces.CACHE", 2 * 4 * 32 * 9)
     _compare(_rows(70), _operands(num_features, widths=(3, 5, 0)), "vectorised", 2e-5)
     _compare(_rows(70), _operands(num_features, dtype=torch.float64), "vectorised", 1e-6)
 
@@ -115,7 +116,7 @@ def test_the_vectorised_path_in_16_bits():
 
 
 def test_gradients_of_values_and_features(monkeypatch):
-    monkeypatch.setattr(features, "PIECE", 4 * 32 * 9)
+    monkeypatch.setattr("kernels.pieces.CACHE", 2 * 4 * 32 * 9)
     rows, operands, found = _rows(20), _operands(37), []
     for path in ("reference", "vectorised"):
         value, given = (

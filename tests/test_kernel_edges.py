@@ -61,8 +61,10 @@ def test_norms_and_residuals_of_odd_widths(path, width):
             output = function(*leaves, path=which)
             towards = torch.linspace(-1, 1, output.numel()).view_as(output).to(dtype)
             outcomes.append([output.detach(), *torch.autograd.grad(output, leaves, towards)])
-        for expected, found in zip(*outcomes, strict=True):
-            size = max(expected.abs().max().item(), 1.0)
+        for index, (expected, found) in enumerate(zip(*outcomes, strict=True)):
+            # One number is its own mean: gradients are the rounding of what the norm's rate, 1000, multiplies.
+            cancelled = function is modulated_norm and width == 1 and index in (1, 3)
+            size = max(expected.abs().max().item(), 1000.0 if cancelled else 1.0)
             torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5 * size)
 
 

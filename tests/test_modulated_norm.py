@@ -55,6 +55,14 @@ def test_the_vectorised_path_equals_the_formula(shape):
     _compare(torch.bfloat16, shape, "vectorised", 2e-2)
 
 
+@pytest.mark.parametrize("rows", (1, 4, 25))
+def test_pieces_of_rows_and_of_samples_add_up(rows, monkeypatch):
+    monkeypatch.setattr("kernels.pieces.CACHE", rows * 4 * 24 * 8)
+    monkeypatch.setattr("kernels.modulated_norm.vectorised.FEW", 0)
+    _compare(torch.float64, (3, 2, 5, 24), "vectorised", 1e-12)
+    _compare(torch.bfloat16, (3, 2, 5, 24), "vectorised", 2e-2)
+
+
 def test_the_formula_is_that_of_a_loop_over_rows():
     x, shift, scale, gate, branch = _draw((2, 3, 5))
     normed, opened = (

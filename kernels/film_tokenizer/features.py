@@ -8,17 +8,18 @@ Letters: n rows, M features, S series.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from kernels.pieces import pieces
 
 SECONDS_PER_DAY = 86_400
 TOP = 60_000.0  # m
 SURFACE_PRESSURE = 1_100.0  # hPa
 WIDEST_SCAN = 50.0  # degrees
-PIECE = 2**20  # bytes a thread, of a table of 32 bits: a few of them stay in its cache
-WIDTH = 64  # numbers a row of which PIECE allows as many rows as are fast
+ROW_BYTES = 512  # of sines and cosines that an operation touches
 FEW = 1024  # rows for which fewer, larger operations are faster
 TURN = 2 * math.pi
 COLUMNS = (
@@ -122,14 +123,6 @@ class _Rows:
 
     def compact_angles(self) -> tuple[Tensor, Tensor, Tensor]:
         return self("scan_angle") / WIDEST_SCAN, *(torch.deg2rad(self(f"{of}_zenith")) for of in ("satellite", "solar"))
-
-
-def cuts(column: Tensor, width: int) -> Iterator[slice]:
-    """Pieces of rows that stay in the cache with a few tables of such a width; on other devices than a CPU all rows."""
-    rows = len(column)
-    piece = max(PIECE // (4 * width), 1) * torch.get_num_threads()
-    step = piece if column.device.type == "cpu" else max(rows, 1)
-    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 class _Table:
@@ -237,7 +230,7 @@ def _vectorised(columns: Sequence[Tensor | None], num_features: int) -> Tensor:
     result = named["longitude"].new_empty(len(named["longitude"]), num_features, dtype=torch.float32)
     midnight = torch.remainder(named["times"], SECONDS_PER_DAY).flatten().double().div_(SECONDS_PER_DAY)
     table = None
-    for rows in cuts(result, WIDTH):
+    for rows in pieces(len(result), ROW_BYTES, result.device):
         if table is None or len(table.days) != rows.stop - rows.start:
             table = _Table(num_features, named["longitude"][rows])
         table.fill(whole | {name: column[rows] for name, column in named.items() if name not in whole}, midnight)

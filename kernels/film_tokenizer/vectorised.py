@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.film_tokenizer.features import cuts
+from kernels.pieces import pieces
 
 NORM_EPS = 1e-5
 
@@ -38,7 +38,8 @@ class _Call:
 
     def pieces(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows, their features (rows, M), and their ids (rows, tables), counted through all tables."""
-        for rows in cuts(self.features, len(self.of_features)):
+        row_bytes = 2 * self.added.itemsize * self.added.shape[1]
+        for rows in pieces(len(self.features), row_bytes, self.features.device):
             ids = torch.stack([column[rows].long() for column in self.ids], dim=1).add_(self.starts)
             yield rows, self.features[rows].to(self.precision), ids
 

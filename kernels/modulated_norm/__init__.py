@@ -10,12 +10,12 @@ backward, gradients of shift, scale and gate are summed in a fixed order (determ
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import autocast_dtype, chosen_path
+from kernels.modulated_norm import vectorised
+from kernels.modulated_norm.vectorised import NORM_EPS, over_rows
 
-NORM_EPS = 1e-6
 WIDEST = 8192  # rows that registers of a program hold
 WIDEST_OF_BOTH = 4096  # and of `gated_norm` as one kernel; wider ones are two
 
@@ -29,13 +29,11 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, path: str = "auto
     path = chosen_path(path, "modulated_norm", x, suits=x.shape[-1] <= WIDEST)
     if path == "triton":
         return torch.ops.hydrasphere.modulated_norm(x, shift, scale, dtype)
-    if path == "reference":
-        deviation = x - x.mean(dim=-1, keepdim=True)
-        normed = deviation / (deviation.square().mean(dim=-1, keepdim=True) + NORM_EPS).sqrt()
-        return (normed * (1 + _over_rows(scale, x)) + _over_rows(shift, x)).to(dtype)
-    normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-    shift, scale = (_over_rows(part, x).to(normed.dtype) for part in (shift, scale))
-    return torch.addcmul(shift, normed, 1 + scale).to(dtype)
+    if path == "vectorised":
+        return vectorised.modulated_norm(x, shift, scale, dtype)
+    deviation = x - x.mean(dim=-1, keepdim=True)
+    normed = deviation / (deviation.square().mean(dim=-1, keepdim=True) + NORM_EPS).sqrt()
+    return (normed * (1 + over_rows(scale, x)) + over_rows(shift, x)).to(dtype)
 
 
 def gated(x: Tensor, gate: Tensor, branch: Tensor, *, path: str = "auto") -> Tensor:
@@ -43,10 +41,9 @@ def gated(x: Tensor, gate: Tensor, branch: Tensor, *, path: str = "auto") -> Ten
     path = chosen_path(path, "gated", x, suits=x.shape[-1] <= WIDEST)
     if path == "triton":
         return torch.ops.hydrasphere.gated(x, gate, branch)
-    gate = _over_rows(gate, x)
-    if path == "reference":
-        return (x + gate * branch).to(x.dtype)
-    return _VectorisedGate.apply(x, gate.to(x.dtype), branch.to(x.dtype))
+    if path == "vectorised":
+        return vectorised.gated(x, gate.to(x.dtype), branch.to(x.dtype))
+    return (x + over_rows(gate, x) * branch).to(x.dtype)
 
 
 def gated_norm(
@@ -57,25 +54,6 @@ def gated_norm(
         return torch.ops.hydrasphere.gated_norm(x, gate, branch, shift, scale, _result_dtype(x))
     stream = gated(x, gate, branch, path=path)
     return stream, modulated_norm(stream, shift, scale, path=path)
-
-
-class _VectorisedGate(torch.autograd.Function):
-    """`torch.addcmul`, whose own backward pass reads and writes more than there is to read and write."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, branch)
-        return torch.addcmul(x, gate, branch)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate, branch = ctx.saved_tensors
-        return gradient, (gradient * branch).sum_to_size(gate.shape), gradient * gate
-
-
-def _over_rows(part: Tensor, x: Tensor) -> Tensor:
-    """(B, D) -> (B, 1, ..., D)."""
-    return part.view(part.shape[0], *[1] * (x.ndim - 2), part.shape[-1])
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
