@@ -108,8 +108,7 @@ def test_shipped_configurations_spill_no_registers(name, precision, heads, group
     of_call = launches.constants(heads, 32, torch.empty(32 * groups, 32, device="meta"), precision, bias=True)
     config = of_kind[launches.kind(precision, of_call)].default((9, 0))
     types, constants = _arguments(kernel, precision, heads, groups, TILE=config["TILE"])
-    options = {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config}
-    needs = resources(kernel, types, constants, **options)
+    needs = resources(kernel, types, constants, num_warps=config["num_warps"], num_stages=config["num_stages"])
     assert needs["stack"] == 0
     # All programs that the configuration asks of a multiprocessor run at once.
     of_warp = 32 * 8 * math.ceil(needs["registers"] / 8)

@@ -260,9 +260,10 @@ def test_what_the_kernels_do_not_serve_is_refused():
 
 
 @interpreted
-@pytest.mark.parametrize("wide", [{"heads": 65, "kv_heads": 1}, {"heads": 2, "kv_heads": 1, "token": 65}])
-def test_what_is_too_wide_without_tensor_cores_is_computed_by_pytorch(wide):
-    operands, offsets = _operands([3, 0, 2], width=4, **wide), _offsets([3, 0, 2])
+@pytest.mark.parametrize("sizes", [(65, 64, 64), (64, 128, 33)])
+def test_what_is_too_wide_without_tensor_cores_is_computed_by_pytorch(sizes):
+    heads, width, token = sizes
+    operands, offsets = _operands([3, 0, 2], heads, 1, width=width, token=token), _offsets([3, 0, 2])
     with pytest.raises(ValueError, match="path triton of pixel_attention does not serve this call"):
         _outcome(operands, offsets, path="triton", precision="fp32")
     exact = [x.detach().double().requires_grad_() for x in operands]
@@ -270,7 +271,7 @@ def test_what_is_too_wide_without_tensor_cores_is_computed_by_pytorch(wide):
     for expected, found in zip(
         _outcome(exact, offsets, path="reference"), _outcome(operands, offsets, occupied=work), strict=True
     ):
-        assert (found - expected).abs().max() < 1e-5 * max(expected.abs().max().item(), 1.0)
+        assert (found - expected).abs().max() < 1e-4 * max(expected.abs().max().item(), 1.0)
     assert launches.suits(operands[0], operands[2], "tf32") and not launches.suits(operands[0], operands[2], "auto")
 
 

@@ -15,9 +15,8 @@ from kernels.segments import most_pieces
 from kernels.tuning import Config, Tuning
 
 BITS = {"fp32": 32, "tf32": 32, "bf16": 16, "fp16": 16}
-# Query heads, columns of the keys of all heads (g d), and of tokens: a tile holds all of them. Without tensor cores a
-# wider one than 64 takes minutes to compile and spills kilobytes a thread.
-WIDEST, WIDEST_EXACT = 128, 64
+WIDEST = 128  # query heads, columns of the keys of all heads (g d), and of tokens: a tile holds all of them
+MOST_EXACT = 2**18  # product of these without tensor cores: more takes minutes to compile and spills kilobytes a thread
 JOINED_ROWS, ADDED_NUMBERS = 16, 512  # of a program of the passes that bring pieces together
 ADDED_PIECES = 16  # that it reads at once
 JOINED_NUMBERS = 512  # of a head, that it reads at once: 16 pieces of 32 numbers; 16 of 128 would spill registers
@@ -27,17 +26,17 @@ _SOURCES = (Path(__file__), Path(__file__).with_name("device_code.py"))
 
 
 def _tuning(name: str, *choices: tuple[int, ...]) -> Tuning:
-    names = ("TILE", "num_warps", "num_stages", "programs", "maxnreg")
-    return Tuning(f"pixel_attention_{name}", [dict(zip(names, choice, strict=False)) for choice in choices], _SOURCES)
+    names = ("TILE", "num_warps", "num_stages", "programs")
+    return Tuning(f"pixel_attention_{name}", [dict(zip(names, choice, strict=True)) for choice in choices], _SOURCES)
 
 
-# Tokens of a tile, warps, stages, programs a multiprocessor and, where compilers differ (Triton 3.6 would take 131),
-# the registers of a thread that these programs leave; for products of 16 and of 32 bits. At the sizes of HealDA v2 the
-# first of each spills no registers (exact float32, backward: 48 bytes a thread, none in the loop over tokens).
+# Tokens of a tile, warps, stages and programs a multiprocessor, for products of 16 and of 32 bits. At the sizes of
+# HealDA v2 the first of each spills no registers (exact float32, backward: 48 bytes a thread, none in the loop over
+# tokens).
 # Wide: more than 64 heads, or keys of all heads wider than 64. Nothing is spilled there either with 128 heads of 2
 # groups or 64 of 4 (exact float32, backward: 800 bytes a thread).
 FORWARD = {
-    "16": _tuning("forward_16", (64, 4, 3, 4, 128), (64, 4, 2, 6), (32, 4, 3, 4), (32, 4, 2, 8), (128, 8, 2, 2)),
+    "16": _tuning("forward_16", (64, 4, 3, 4), (64, 4, 2, 6), (32, 4, 3, 4), (32, 4, 2, 8), (128, 8, 2, 2)),
     "16_wide": _tuning("forward_16_wide", (64, 4, 3, 2), (64, 8, 2, 1), (32, 8, 2, 1)),
     "32": _tuning("forward_32", (32, 4, 3, 4), (64, 4, 2, 3), (32, 4, 2, 2)),
     "32_wide": _tuning("forward_32_wide", (32, 8, 2, 1), (64, 8, 2, 1)),
@@ -56,8 +55,8 @@ def kind(precision: str, constant: dict) -> str:
 
 
 def suits(query: Tensor, key_weight: Tensor, precision: str) -> bool:
-    widest = WIDEST_EXACT if resolved(precision, query) == "fp32" else WIDEST
-    return max(query.shape[1], *key_weight.shape) <= widest
+    sizes = (query.shape[1], *key_weight.shape)
+    return max(sizes) <= WIDEST and (resolved(precision, query) != "fp32" or math.prod(sizes) <= MOST_EXACT)
 
 
 def resolved(precision: str, query: Tensor) -> str:
