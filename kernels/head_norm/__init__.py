@@ -76,10 +76,13 @@ class _HeadNorm(torch.autograd.Function):
 
 def _vectorised(packed: Tensor, weight: Tensor | None) -> list[Tensor]:
     scales = [None] * NORMED if weight is None else weight.to(packed.dtype)
-    return [
-        F.rms_norm(part, part.shape[-1:], scale, eps=NORM_EPS).to(part.dtype)  # which autocast on CUDA makes float32
+    normed = [
+        F.rms_norm(part, part.shape[-1:], scale, eps=NORM_EPS)
         for part, scale in zip(packed.unbind(-3)[:NORMED], scales, strict=False)
     ]
+    # Autocast on CUDA makes them float32. Asked first: a cast that does nothing has wrong gradients where PyTorch 2.11
+    # compiles.
+    return [part if part.dtype == packed.dtype else part.to(packed.dtype) for part in normed]
 
 
 def _vectorised_backward(gradients: Sequence[Tensor], packed: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
