@@ -128,8 +128,8 @@ class _Rows:
 class _Table:
     """Memory for the features (M, rows) of some rows, and for sines and cosines of multiples of angles in float64.
 
-    Of what a row does not have they are 0 from the first multiple on: the sine of a NaN takes ten times as long as that
-    of a number, and a NaN would have to be looked for in every feature. Views are made once, as pieces are small.
+    Of what a row does not have they are 0 from the first multiple on: the sine of a NaN takes several times as long as
+    that of a number, and a NaN would have to be looked for in every feature. Views are made once, as pieces are small.
     """
 
     def __init__(self, num_features: int, like: Tensor):
