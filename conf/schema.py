@@ -36,6 +36,7 @@ class Trainer:
     compile: bool = False
     device: str = "auto"
     num_threads: Optional[int] = None
+    autotune: bool = True
     validate_every: Optional[int] = None  # None: ten times over the budget
     validation_batches: Optional[int] = None  # None: the whole validation split
     checkpoint_every: Optional[int] = None  # None: whenever validated
@@ -92,6 +93,7 @@ class Evaluate:
     predictions: bool = True
     device: str = "auto"
     num_threads: Optional[int] = None
+    autotune: bool = True
     output: Optional[str] = None
     log: bool = True
     uri: Optional[str] = None

@@ -3,8 +3,9 @@
 A configuration is a dict of integers: tile sizes, `num_warps`, `num_stages`. The one for a call is, in this order, what
 this process knows; what the file of this device, kernel source and Triton version says; what measuring the candidates
 says. Only the first rank writes the file (whole, then renamed into place); other ranks read what is there and measure
-for themselves where it is not, so that no rank waits for another. HYDRASPHERE_AUTOTUNE=0 measures nothing and reads no
-file of measurements: the default shipped for the architecture (`kernels/defaults/*.json`), else the first candidate.
+for themselves where it is not, so that no rank waits for another. Switched off (`trainer.autotune=false`; without a
+configuration HYDRASPHERE_AUTOTUNE=0), nothing is measured and no file of measurements read: the default shipped for the
+architecture holds (`kernels/defaults/*.json`), else the first candidate.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ Config = dict[str, int]
 DEFAULTS = Path(__file__).parent / "defaults"
 REPETITIONS = 5  # the fastest counts: disturbances only add time
 _log = logging.getLogger(__name__)
+_switched_on = True
 
 
 class Tuning:
@@ -89,12 +91,18 @@ class Tuning:
         return text.hexdigest()[:12]
 
 
+def switch(measuring: bool) -> None:
+    """Whether this process measures configurations from here on, where HYDRASPHERE_AUTOTUNE does not forbid it."""
+    global _switched_on
+    _switched_on = measuring
+
+
 def enabled() -> bool:
-    """Whether configurations are measured: unless HYDRASPHERE_AUTOTUNE is 0."""
+    """Whether configurations are measured: unless `switch`ed off or HYDRASPHERE_AUTOTUNE is 0."""
     value = os.environ.get("HYDRASPHERE_AUTOTUNE", "1")
     if value not in ("0", "1"):
         raise ValueError(f"HYDRASPHERE_AUTOTUNE={value!r} is neither 0 nor 1; set it to 0 to measure nothing")
-    return value == "1"
+    return _switched_on and value == "1"
 
 
 def is_first_rank() -> bool:

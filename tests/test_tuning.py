@@ -108,7 +108,14 @@ def test_switched_off_nothing_is_measured_and_defaults_hold(device, monkeypatch)
     )
     assert _ask(_tuning()) == {"TILE": 32}
     assert _ask(_tuning(), key=("fp32", 64)) == {"TILE": 64}  # the first candidate
+    monkeypatch.setenv("HYDRASPHERE_AUTOTUNE", "1")
+    tuning.switch(False)
+    try:
+        assert _ask(_tuning()) == {"TILE": 32}
+    finally:
+        tuning.switch(True)
     assert len(device) == 3
+    assert _ask(_tuning()) == {"TILE": 16}  # what was measured and kept
     monkeypatch.setenv("HYDRASPHERE_AUTOTUNE", "no")
     with pytest.raises(ValueError, match="HYDRASPHERE_AUTOTUNE='no' is neither 0 nor 1"):
         _ask(_tuning())

@@ -15,6 +15,7 @@ from torch import nn
 
 from data.layout import Layout
 from data.loading import BatchLoader, SharedFrames
+from kernels import tuning
 from models.composition import build_from_config
 from training import environment
 from training.checkpoints import RunFiles, load_weights, read_normalisation
@@ -98,6 +99,7 @@ class Run:
     def __init__(self, config: DictConfig, data, task, model: nn.Module, *, job: Job, ranks: Ranks):
         complete(config, data)
         trainer = config.trainer
+        tuning.switch(trainer.autotune)
         if config.tracking.enabled:
             resolve_uri(config.tracking.uri)
         self.config, self.data, self.task, self.job, self.ranks = config, data, task, job, ranks

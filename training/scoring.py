@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from evaluation.run_evaluation import Choices, Findings, metrics
 from evaluation.run_folder import RunFolder
+from kernels import tuning
 from training.checkpoints import read_normalisation
 from training.devices import choose_device
 from training.parallel import reshard
@@ -20,6 +21,7 @@ from training.tracking_store import Store, resolve_uri
 
 def score_on_rank(ranks: Ranks, config: DictConfig, run: RunFolder) -> str | None:
     """config: of `conf/evaluate.yaml`. What a person reads, on the first rank. Raises ValueError, OSError."""
+    tuning.switch(config.autotune)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     network = run.model(config.checkpoint).to(choose_device(config.device))
