@@ -27,7 +27,7 @@ MOST_KEPT = 30_000_000  # cells of analysed frames in memory
 DAMPING = 0.8  # of a cycled background, a frame later
 MOST_REACH = 3  # frames before and after that an analysis reads
 SPIN_UP = 8  # frames before the first one that is wanted
-_TRIED_FRAMES, _TRIED_CELLS, _BLOCK = 48, 80, 2048
+_TRIED_FRAMES, _TRIED_CELLS, _BLOCK = 48, 80, 128  # targets at once: what is computed of them stays in the cache
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,17 @@ class LocalCovariance:
         return 0 if self.time == 0 else int(min(np.ceil(self.time), MOST_REACH))
 
     def __call__(self, apart: np.ndarray, later: np.ndarray | float = 0.0) -> np.ndarray:
-        """Correlations at km and frames apart."""
-        ratio = apart / self.length
-        found = np.exp(-ratio) if self.correlation == "exponential" else _matern32(ratio)
-        return found * np.exp(-np.abs(later) / self.time) if self.time else found
-
-
-def _matern32(ratio: np.ndarray) -> np.ndarray:
-    ratio = np.sqrt(3.0) * ratio
-    return (1 + ratio) * np.exp(-ratio)
+        """Correlations at km and frames apart, of the type of `apart`."""
+        smooth = self.correlation == "matern32"
+        ratio = apart * apart.dtype.type((np.sqrt(3.0) if smooth else 1.0) / self.length)
+        exponent = -ratio
+        if self.time:
+            exponent -= np.abs(later) * ratio.dtype.type(1 / self.time)
+        found = np.exp(exponent, out=exponent)
+        if smooth:
+            ratio += 1
+            found *= ratio
+        return found
 
 
 def interpolated(
@@ -84,8 +86,11 @@ def interpolated(
         where, when = (places[cell[index]] - places[targets[block], None]).astype(np.float32), later[index]
         to_target = np.linalg.norm(where, axis=-1)
         square = (where**2).sum(-1)
-        between = square[:, :, None] + square[:, None] - 2 * where @ where.transpose(0, 2, 1)
-        among = covariance(np.sqrt(np.maximum(between, 0)), when[:, :, None] - when[:, None])
+        between = where @ (-2 * where.transpose(0, 2, 1))
+        between += square[:, :, None]
+        between += square[:, None]
+        apart = np.sqrt(np.maximum(between, 0, out=between), out=between)
+        among = covariance(apart, when[:, :, None] - when[:, None])
         diagonal = np.arange(count)
         among[:, diagonal, diagonal] = 1 + covariance.noise
         towards = covariance(to_target, when)

@@ -148,11 +148,6 @@ class ClassifyTask(GriddedTask):
 
         return fit_class_stacking(model, self, data, statistics)
 
-    # Training
-
-    def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
-        return batch
-
     def evaluate(
         self,
         run: RunFolder,

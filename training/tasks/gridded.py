@@ -71,15 +71,12 @@ class GriddedTask:
         if not 0 < share <= 1:
             raise ValueError(f"task.query_fraction={share} must be above 0 and at most 1")
 
-    def at_some_places(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
-        """With the places that a training step decodes, the same on all ranks that share a window."""
+    def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
+        """A training batch as the model sees it: with the places that the step decodes, the same on all ranks that
+        share a window. Draws from torch's global generator."""
         if self.query_fraction == 1:
             return batch
         return replace(batch, places=model.draw_places(self.query_fraction))
-
-    def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
-        """A training batch as the model sees it: at a share of its places. Draws from torch's global generator."""
-        return self.at_some_places(batch, model)
 
     def total_weights(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Sum of the weights of everything present in the targets of all batches, per target: (L, C)."""

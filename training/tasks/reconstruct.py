@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.batch import Batch
 from data.clouds import CloudMasks
 from data.layout import Layout
 from training.tasks.gridded import GriddedTask, check_series
@@ -221,12 +220,6 @@ class ReconstructTask(GriddedTask):
         from evaluation.gap_filling import evaluate_gap_filling
 
         return evaluate_gap_filling(run, model, self, data, normalisation, choices)
-
-    # Training
-
-    def augment(self, batch: Batch, model: EncodeProcessDecode) -> Batch:
-        """A training batch at a share of its places. Draws from torch's global generator."""
-        return self.at_some_places(batch, model)
 
 
 def readable_in(data: GriddedData, split: str) -> np.ndarray:
