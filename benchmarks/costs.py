@@ -221,7 +221,7 @@ class Memory:
         return self.state + self.copies + low, self.state + self.copies + high
 
 
-KEPT = (17 * 2.0, 0.6 * 139.1)  # bytes a token, channel and block; see docs/scaling.md
+KEPT = (17 * 2.0, 0.6 * 127.1)  # bytes a token, channel and block; see docs/scaling.md
 STREAM = 4.0  # bytes a token and channel that a recomputed block keeps: its input, float32
 
 

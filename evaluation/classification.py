@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evaluation.baselines import build
 from evaluation.evaluation import NETWORK, OURS, forecasts
-from evaluation.stacking import Stacking, departures, shares
+from evaluation.stacking import Stacking, departures, mixed_in, shares
 from evaluation.summary import format_table
 
 SCORES = ("accuracy", "brier")
@@ -25,7 +25,13 @@ def score_classes(model: nn.Module, task, data, statistics, *, split: str, stack
     """
     dataset = task.dataset(data, split, statistics)
     baselines = build(
-        list(task.baselines), data, statistics, lead_steps=dataset.lead_steps, split=split, known=task.baselines
+        list(task.baselines),
+        data,
+        statistics,
+        lead_steps=dataset.lead_steps,
+        split=split,
+        known=task.baselines,
+        left_out={},
     )
     made: dict[str, list[Tensor]] = {name: [] for name in (OURS, *([NETWORK] if stacking else []), *baselines)}
     truth = []
@@ -42,12 +48,13 @@ def score_classes(model: nn.Module, task, data, statistics, *, split: str, stack
 
 
 @torch.inference_mode()
-def fit_class_stacking(model: nn.Module, task, data, statistics) -> Stacking:
+def fit_class_stacking(model: nn.Module, task, data, statistics) -> Stacking | None:
     """The share of `task.stacking` in our probabilities with the lowest Brier score on the validation split: one for
-    all classes, so that they add up to 1."""
+    all classes, so that they add up to 1. None where these data cannot have that baseline, which is said."""
     dataset = task.dataset(data, "validation", statistics)
-    settings = dict(lead_steps=dataset.lead_steps, split="validation", known=task.baselines)
-    fitted, total = build([task.stacking], data, statistics, **settings), 0.0
+    fitted, total = mixed_in(task, data, statistics, dataset.lead_steps), 0.0
+    if not fitted:
+        return None
     for window in forecasts(model, task, dataset, fitted):
         network, baseline = window.forecasts[NETWORK], window.forecasts[task.stacking]
         total = total + departures(network, baseline, window.truth, window.valid.double()).sum(2, keepdim=True)

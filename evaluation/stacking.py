@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,17 @@ def shares(total: Tensor) -> Tensor:
     return (total[0] / total[1].clamp_min(1e-30)).clamp(0, 1).float()
 
 
+def mixed_in(task, data, statistics, lead_steps: Sequence[int]) -> dict:
+    """{name: the fitted baseline} of `task.stacking`, which has not seen the validation split; empty where these data
+    cannot have it, which is said."""
+    left_out: dict[str, str] = {}
+    known = dict(known=task.baselines, left_out=left_out)
+    fitted = build([task.stacking], data, statistics, lead_steps=lead_steps, split="validation", **known)
+    for name, reason in left_out.items():
+        print(f"ours is the network's alone, without {name}: {reason}")
+    return fitted
+
+
 @torch.inference_mode()
 def fit_stacking(model: nn.Module, task, data, normalisation) -> Stacking | None:
     """The weights of `task.stacking`, from the validation split; None where the task names no baseline, or one that
@@ -78,18 +90,8 @@ def fit_stacking(model: nn.Module, task, data, normalisation) -> Stacking | None
         return None
     task, model = task.whole(model)
     dataset = task.dataset(data, "validation", normalisation)
-    left_out: dict[str, str] = {}
-    fitted = build(
-        [task.stacking],
-        data,
-        normalisation,
-        lead_steps=dataset.lead_steps,
-        split="validation",
-        known=task.baselines,
-        left_out=left_out,
-    )
-    if left_out:
-        print(f"ours is the network's alone, without {task.stacking}: {left_out[task.stacking]}")
+    fitted = mixed_in(task, data, normalisation, dataset.lead_steps)
+    if not fitted:
         return None
     weights = data.grid.area_weights.double()
     total = torch.zeros(2, 1, 1, dtype=torch.float64)

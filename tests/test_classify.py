@@ -97,6 +97,17 @@ def test_transitions_are_those_of_the_training_period(data):
     np.testing.assert_allclose(statistics.transition.numpy(), counts / counts.sum(1, keepdims=True), rtol=1e-4)
 
 
+def test_an_index_that_often_has_one_value_leaves_no_class_without_a_chance(data, monkeypatch):
+    of_index = RegimeIndex.__call__
+    monkeypatch.setattr(RegimeIndex, "__call__", lambda self, values: of_index(self, values).clamp(min=10.0))
+    statistics = task().fit(data)
+    assert statistics.edges.tolist() == [10.0, 10.0]
+    for reference in REFERENCES:
+        found = statistics.probabilities(torch.tensor([10.0, torch.nan]), reference=reference)
+        assert (found > 0).all()
+        torch.testing.assert_close(found.sum(1), torch.ones(2))
+
+
 def test_probabilities_given_the_index_of_now(data):
     statistics = task().fit(data)
     period = data.training_period

@@ -200,6 +200,16 @@ def test_triton_reads_given_features_narrow_ids_and_strided_columns():
     _compare(appended, _operands(37), "triton", 2e-5)
 
 
+@pytest.mark.parametrize("name, number", [("channel", SIZES[1]), ("channel", -1), ("type", SIZES[0])])
+def test_an_id_that_a_table_does_not_have_is_no_row_of_another_table(name, number):
+    rows = _rows(70)
+    ids = getattr(rows, name).clone()
+    ids[3] = number
+    for path in ("reference", "vectorised"):
+        with pytest.raises(IndexError):
+            film_tokenizer(vars(replace(rows, **{name: ids})), *_operands(30), path=path)
+
+
 if INTERPRETED:
     import triton
     import triton.language as tl

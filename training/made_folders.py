@@ -1,4 +1,5 @@
-"""Which folders a job's output made, so that a job that writes nothing leaves the disk as it found it."""
+"""Which folders a run's output made, so that one that writes nothing leaves the disk as it found it; a job of a sweep
+removes its own folder, be it empty."""
 
 from __future__ import annotations
 

@@ -98,7 +98,8 @@ class RegimeStatistics:
         edges = torch.quantile(known.double(), torch.tensor(quantiles, dtype=torch.float64)).float()
         classes = torch.bucketize(found.nan_to_num(0.0), edges, right=True)
         number = len(quantiles) + 1
-        frequency = torch.bincount(classes[found.isfinite()], minlength=number) / known.numel()
+        # One more of each: where the index often has the same value, a class may have none, yet not no chance.
+        frequency = (torch.bincount(classes[found.isfinite()], minlength=number) + 1) / (known.numel() + number)
         start = torch.from_numpy(period[period + lead_step < data.times.size])
         end = start + lead_step
         gap = torch.from_numpy(data.segments[start.numpy()] != data.segments[end.numpy()])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from evaluation.baselines.ridge import LocalRidge
 from evaluation.baselines.simple import Climatology, DampedPersistence, Persistence
-from evaluation.baselines.situation import Situation, situation
+from evaluation.baselines.situation import Situation, Unsuitable, situation
 
 BASELINES = {
     "persistence": Persistence,
@@ -16,10 +16,6 @@ BASELINES = {
 }
 
 __all__ = ["BASELINES", "Situation", "Unsuitable", "build", "situation"]
-
-
-class Unsuitable(ValueError):
-    """A baseline that cannot be had for some data; the text says why."""
 
 
 def build(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.datasets.regimes import RegimeStatistics
 from evaluation.baselines.ridge import LocalRidge
-from evaluation.baselines.situation import Situation, situation
+from evaluation.baselines.situation import LAGS, Situation, situation
 
 _WINDOWS, _BATCH = 512, 64  # evenly spread over the training period
 
@@ -75,6 +75,8 @@ class RidgeIndex:
         frames, (step,) = np.setdiff1d(data.training_period, data.splits[split]), lead_steps
         bases = frames[np.isin(frames + step, frames)]
         bases = bases[data.segments[bases] == data.segments[bases + step]]
+        earlier = bases[:, None] - np.array(LAGS)
+        bases = bases[(np.isin(earlier, frames) | (earlier < 0)).all(axis=1)]
         bases = bases[np.linspace(0, bases.size - 1, min(_WINDOWS, bases.size)).astype(int)]
         errors = []
         for some in np.array_split(bases, -(-bases.size // _BATCH)):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from data.datasets.cache import time_blocks
 from data.sources.location import cache_folder
-from evaluation.baselines.situation import LAGS, Situation
+from evaluation.baselines.situation import LAGS, Situation, Unsuitable
 
 RADIUS = 4
 ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -50,6 +50,8 @@ class LocalRidge:
         """Fits on the training period (without the frames of `split`), or reads what an equal fit left in the cache."""
         from safetensors.torch import load_file, save_file
 
+        if not hasattr(data.grid, "wraps"):
+            raise Unsuitable(f"it reads the cells around in rows and columns, and this grid is {data.grid.kind}")
         frames = np.setdiff1d(data.training_period, data.splits[split])
         lead_steps = tuple(int(step) for step in lead_steps)
         rows, columns = _fitted_axes(data)

@@ -12,6 +12,10 @@ from torch import Tensor
 LAGS = (0, 1, 2)  # frames before the base time
 
 
+class Unsuitable(ValueError):
+    """A baseline that cannot be had for some data; the text says why."""
+
+
 @dataclass(frozen=True)
 class Situation:
     """B windows, physical units, NaN where missing.

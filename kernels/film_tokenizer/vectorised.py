@@ -31,6 +31,8 @@ class _Call:
         added = [table @ weight.T for table, weight in zip(self.tables, self.of_tables, strict=True)]
         added[0] += bias
         self.sizes = [len(part) for part in added]
+        if features.device.type == "cpu":  # elsewhere asking would wait for the device
+            _check(ids, self.sizes)
         self.starts = torch.tensor([0, *self.sizes[:-1]], device=features.device).cumsum(0)
         self.added, self.of_features = torch.cat(added).to(precision), of_features.to(precision)
         self.norm = [part.to(self.wide) for part in norm]
@@ -53,6 +55,15 @@ class _Call:
         """Scale and shift (rows, c)."""
         modulation = torch.addmm(self.project_bias, active.to(self.precision), self.project.T)
         return modulation.to(self.wide).chunk(2, dim=1)
+
+
+def _check(ids: Sequence[Tensor], sizes: Sequence[int]) -> None:
+    """Raises IndexError for an id that its table does not have: in the joined table it would be another's."""
+    for column, size in zip(ids, sizes, strict=True):
+        if len(column):
+            least, most = (int(value) for value in column.aminmax())
+            if least < 0 or most >= size:
+                raise IndexError(f"ids from {least} to {most} in a table of {size}")
 
 
 @torch.library.custom_op("hydrasphere::film_tokens", mutates_args=())
@@ -163,9 +174,10 @@ def _gradients(ctx, gradient):
     value, features, *rest = ctx.saved_tensors
     ids, tables, weights = rest[: ctx.count], rest[ctx.count : 2 * ctx.count], rest[2 * ctx.count :]
     wanted = ctx.needs_input_grad[:2]
-    found = torch.ops.hydrasphere.film_tokens_backward(
-        gradient, value, features, ids, tables, *weights, ctx.precision, *wanted
-    )
+    with torch.autocast(value.device.type, enabled=False):
+        found = torch.ops.hydrasphere.film_tokens_backward(
+            gradient, value, features, ids, tables, *weights, ctx.precision, *wanted
+        )
     count = len(tables) + len(weights)
     asked = iter(found[count:])
     of_value, of_features = (next(asked) if one else None for one in wanted)

@@ -142,7 +142,9 @@ class ClassifyTask(GriddedTask):
         known = RegimeSituation(dataset.index_now(batch), fields, frequency)
         return known, target.values.where(target.valid, torch.nan)
 
-    def fit_stacking(self, model: EncodeProcessDecode, data: GriddedData, statistics: RegimeStatistics) -> Stacking:
+    def fit_stacking(
+        self, model: EncodeProcessDecode, data: GriddedData, statistics: RegimeStatistics
+    ) -> Stacking | None:
         """The share of the baseline `stacking` in our probabilities, from the validation split."""
         from evaluation.classification import fit_class_stacking
 

@@ -124,6 +124,11 @@ class ReconstructTask(GriddedTask):
         no window."""
         check_series("reconstruct", data)
         self.check_variable_weights(data.variables)
+        if self.reference == "analysis" and not data.grid.geographic:
+            raise ValueError(
+                f"task.reference=analysis needs latitudes and longitudes, and this grid is {data.grid.kind}; use "
+                "task.reference=available_mean task.stacking=null"
+            )
         window = self.window()
         for split in data.splits:
             window.positions(data, split)
@@ -172,11 +177,6 @@ class ReconstructTask(GriddedTask):
             )
         analyses = None
         if self.reference == "analysis":
-            if not data.grid.geographic:
-                raise ValueError(
-                    f"task.reference=analysis needs latitudes and longitudes, and this grid is {data.grid.kind}; use "
-                    "task.reference=available_mean"
-                )
             analyses = [self.analysis_of(each, self.analysis) for each in series]
         return GapWindows(
             series,
