@@ -27,7 +27,6 @@ from benchmarks.kernel_cases import (
 )
 from benchmarks.roofline import largest_error, poisoned
 from data.healpix import cell_to_angles, num_cells
-from kernels.segments import plan
 from models.attention.disk import Disk
 from models.latents import ObservationContext
 from models.positions.fourier import unit_sphere
@@ -101,10 +100,6 @@ def inputs(setting: Setting, frames: int, places: int, hidden: int, rows: int) -
     return x, condition, setting.normal(rows, TOKEN), counted_offsets(setting, frames * places, rows, "uniform")
 
 
-def context_of(tokens: Tensor, offsets: Tensor) -> ObservationContext:
-    return ObservationContext(tokens, offsets, plan(offsets, len(tokens)))
-
-
 def their_arguments(tokens: Tensor, offsets: Tensor, rotary: FrameRotary) -> dict[str, dict]:
     packed = peer.packing(offsets)
     return {
@@ -124,7 +119,8 @@ def block_case(
 
     def run(name: str, module: Callable, x: Tensor, condition: Tensor, tokens: Tensor, offsets: Tensor) -> Callable:
         if name == OURS:
-            context = context_of(tokens, offsets)
+            with setting.autocast():
+                context = ours.observations.planned(ObservationContext(tokens, offsets))
             return setting.autocast()(lambda: module(x, condition, None, context, None))
         arguments = their_arguments(tokens, offsets, rotary)
         return setting.autocast()(lambda: module(x, condition, **arguments))
@@ -169,7 +165,7 @@ def _block_errors(
     gradient = setting.normal(*x.shape)
     exact = copy.deepcopy(modules[OURS]).double()
     wide = [part.double().requires_grad_() for part in (x, tokens)]
-    output = exact(wide[0], condition.double(), None, context_of(wide[1], offsets), None)
+    output = exact(wide[0], condition.double(), None, ObservationContext(wide[1], offsets), None)
     names = [name for name, _ in exact.named_parameters()]
     expected = [output, *torch.autograd.grad(output, [*wide, *exact.parameters()], gradient.double())]
     x.requires_grad_(), tokens.requires_grad_()

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from benchmarks import kernel_peer as peer
 from benchmarks.roofline import largest_error, poisoned
 from kernels.film_tokenizer import film_tokenizer, row_bytes
-from kernels.pixel_attention import pixel_attention
-from kernels.segments import plan
+from kernels.pixel_attention import pixel_attention, plan
 from kernels.sort_and_pack import sort_and_pack
 from kernels.temporal_attention import temporal_attention
 from models.positions.rotary import FrameRotary
@@ -149,7 +148,7 @@ def pixel_case(setting: Setting, *, cells: int, rows: int, heads: int, groups: i
     query, tokens = setting.normal(cells, heads, width), setting.normal(rows, token)
     weights = [setting.normal(groups * width, token) * token**-0.5 for _ in range(2)] + [setting.normal(groups * width)]
     leaves = [part.requires_grad_() for part in (query, tokens, *weights)]
-    planned = plan(offsets, rows)
+    planned = plan(offsets, rows, query, weights[0])
 
     def ours(path: str) -> Callable[[], Tensor]:
         occupied = planned if path == "auto" and setting.device.type == "cuda" else None

@@ -61,7 +61,8 @@ class CurvilinearGrid(Grid):
         return torch.from_numpy(area / area.mean())
 
     def cell_of(self, coordinates: Tensor) -> Tensor:
-        """Flat index (int64) of the nearest centre, (..., 2) -> (...); -1 further from it than a cell reaches."""
+        """Flat index (int64) of the nearest centre, (..., 2) -> (...); -1 further from it than a cell reaches.
+        Looked for on the CPU, whatever the device."""
         from scipy.spatial import cKDTree
 
         points = np.deg2rad(coordinates.detach().cpu().double().numpy())
@@ -71,7 +72,8 @@ class CurvilinearGrid(Grid):
         finite = np.isfinite(places).all(axis=-1)
         distance, cell = cKDTree(self._places.reshape(-1, 3)).query(np.where(finite[:, None], places, 0.0))
         inside = finite & (distance <= self._reach.ravel()[cell])
-        return torch.from_numpy(np.where(inside, cell, -1).astype(np.int64)).reshape(coordinates.shape[:-1])
+        found = torch.from_numpy(np.where(inside, cell, -1).astype(np.int64))
+        return found.reshape(coordinates.shape[:-1]).to(coordinates.device)
 
     @cached_property
     def _reach(self) -> np.ndarray:

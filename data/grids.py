@@ -2,8 +2,9 @@
 
 Every grid answers the same questions: `shape`, `coordinates` (points, 2) as (latitude, longitude) in degrees, or
 (y, x) where it is not `geographic`, `area_weights` (exact cell areas over `shape`, mean 1), `is_global`, and
-`cell_of(coordinates)`, the flat index of the cell that holds a point (-1 outside). Grids are immutable, compare by
-value and travel as plain JSON (`to_dict`, `Grid.from_dict`), so a checkpoint can name the grid it was trained on.
+`cell_of(coordinates)`, the flat index of the cell that holds a point (-1 outside), where the points are. Grids are
+immutable, compare by value and travel as plain JSON (`to_dict`, `Grid.from_dict`), so a checkpoint can name the grid
+it was trained on.
 """
 
 from __future__ import annotations
@@ -175,24 +176,18 @@ class LatLonGrid(Grid):
 
     def cell_of(self, coordinates: Tensor) -> Tensor:
         """Flat cell index (int64) of each (latitude, longitude) in degrees, shape (..., 2) -> (...); -1 outside."""
-        points = coordinates.detach().cpu().double().numpy()
-        latitude, longitude = points[..., 0], points[..., 1]
-        row_edges, descending = self.latitude_bounds, self.latitude_bounds[0] > self.latitude_bounds[-1]
-        if descending:
-            row_edges = row_edges[::-1]
-        row = np.searchsorted(row_edges, latitude, side="right") - 1
-        row = np.where(latitude == row_edges[-1], self.latitude.size - 1, row)
-        inside = (row >= 0) & (row < self.latitude.size)
+        latitude, longitude = coordinates.detach().double().unbind(-1)
+        descending = self.latitude_bounds[0] > self.latitude_bounds[-1]
+        row = _interval(self.latitude_bounds[::-1] if descending else self.latitude_bounds, latitude)
+        inside = row >= 0
         if descending:
             row = self.latitude.size - 1 - row
-        west = self.longitude_bounds[0]
-        with np.errstate(invalid="ignore"):
-            turned = west + (longitude - west) % 360
-        column = np.searchsorted(self.longitude_bounds, turned, side="right") - 1
+        west, east = self.longitude_bounds[[0, -1]].tolist()
+        turned = west + (longitude - west) % 360
         if self.wraps:
-            column = np.minimum(column, self.longitude.size - 1)
-        inside &= (column >= 0) & (column < self.longitude.size) & np.isfinite(latitude) & np.isfinite(longitude)
-        return torch.from_numpy(np.where(inside, row * self.longitude.size + column, -1).astype(np.int64))
+            turned = turned.clamp(max=east)  # what rounding leaves between the last column and the first
+        column = _interval(self.longitude_bounds, turned, closed=self.wraps)
+        return torch.where(inside & (column >= 0), row * self.longitude.size + column, -1)
 
 
 class PlanarGrid(Grid):
@@ -264,10 +259,13 @@ class PlanarGrid(Grid):
 
     def cell_of(self, coordinates: Tensor) -> Tensor:
         """Flat cell index (int64) of each (y, x), shape (..., 2) -> (...); -1 outside."""
-        points = coordinates.detach().cpu().double().numpy()
-        row, column = _interval(self.y_bounds, points[..., 0]), _interval(self.x_bounds, points[..., 1])
-        inside = (row >= 0) & (column >= 0)
-        return torch.from_numpy(np.where(inside, row * self.x.size + column, -1).astype(np.int64))
+        row, column = (
+            _interval(-bounds, -place) if bounds[0] > bounds[-1] else _interval(bounds, place)
+            for bounds, place in zip(
+                (self.y_bounds, self.x_bounds), coordinates.detach().double().unbind(-1), strict=True
+            )
+        )
+        return torch.where((row >= 0) & (column >= 0), row * self.x.size + column, -1)
 
 
 def _part_of(axis: np.ndarray, part: np.ndarray) -> slice | None:
@@ -280,13 +278,15 @@ def _part_of(axis: np.ndarray, part: np.ndarray) -> slice | None:
     )
 
 
-def _interval(bounds: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which interval between monotonic bounds holds each value, -1 for none; the last bound belongs to the last."""
-    if bounds[0] > bounds[-1]:
-        bounds, values = -bounds, -values
-    index = np.searchsorted(bounds, values, side="right") - 1
-    index = np.where(values == bounds[-1], bounds.size - 2, index)
-    return np.where((index >= 0) & (index < bounds.size - 1), index, -1)
+def _interval(bounds: np.ndarray, values: Tensor, *, closed: bool = True) -> Tensor:
+    """Which interval between rising bounds holds each value, -1 for none. The last bound belongs to the last interval
+    where that is `closed`. Where the values are; a device is not waited for."""
+    edges = torch.from_numpy(np.ascontiguousarray(bounds)).to(values.device, non_blocking=True)
+    last = bounds.size - 2
+    index = torch.searchsorted(edges, values.contiguous(), right=True) - 1
+    if closed:
+        index = torch.where(values == edges[-1], last, index)
+    return torch.where((index >= 0) & (index <= last), index, -1)
 
 
 class Points(Grid):
@@ -320,8 +320,9 @@ class Points(Grid):
 
     def cell_of(self, coordinates: Tensor) -> Tensor:
         """Index of the point at exactly this place (to 1e-6 degrees), -1 where there is none."""
-        points = coordinates.detach().cpu().double()
-        distance = torch.cdist(points.reshape(-1, 2), self.coordinates, p=float("inf"))
+        points = coordinates.detach().double()
+        own = self.coordinates.to(points.device, non_blocking=True)
+        distance = torch.cdist(points.reshape(-1, 2), own, p=float("inf"))
         nearest, index = distance.min(dim=1)
         return torch.where(nearest <= 1e-6, index, -1).reshape(points.shape[:-1])
 

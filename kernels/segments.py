@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.dispatch import chosen_path
-
 PIECE = 1024  # rows: 100,000 rows in one cell make 98 pieces
 EXACT = 8  # segments of at most so many rows are not padded at all: most of them, where observations are sparse
 BLOCK_ROWS = 4096  # rows of a block, padding included, and segments of a block: intermediate results stay in the cache
@@ -130,10 +128,3 @@ def _work_list(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 @_work_list.register_fake
 def _(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return offsets.new_empty(offsets.shape[0] - 1 + num_rows // ITEM, 4), offsets.new_empty(4)
-
-
-def plan(offsets: Tensor, num_rows: int, path: str = "auto") -> Occupied | WorkList:
-    """What the path of `pixel_attention` wants to know of all cells; made once, used by every layer."""
-    if chosen_path(path, "pixel_attention", offsets) == "triton":
-        return WorkList.of(offsets, num_rows)
-    return Occupied.of(offsets)

@@ -98,7 +98,9 @@ class CategoricalHead:
         if presence is not None:
             truth, weight = torch.where(presence, truth, 0.0), weight * presence
         # A rate that was an edge before it was normalised may have lost its last digits.
-        wanted = torch.bucketize(truth.contiguous() * (1 + 1e-5), self.edges.to(truth.device), right=True)
+        wanted = torch.bucketize(
+            truth.contiguous() * (1 + 1e-5), self.edges.to(truth.device, non_blocking=True), right=True
+        )
         logits = self._by_bin(output)
         if presence is not None:
             logits = torch.where(presence.expand_as(truth).unsqueeze(3), logits, 0.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from data.grids import Grid
@@ -19,7 +20,7 @@ class ObservationContext:
     """Observation tokens sorted by the latent cell that holds them; n tokens, N = B T X cells (sample, frame, cell).
 
     tokens: (n, token_size). offsets: (N + 1,) int64; tokens offsets[i] .. offsets[i + 1] lie in cell i.
-    occupied: `kernels.segments.plan(offsets, n)`, so that layers do not each look for cells that hold tokens, or None.
+    occupied: which cells hold tokens, once `PixelCrossAttention.planned` has looked, so that layers do not each look.
     """
 
     tokens: Tensor
@@ -62,9 +63,9 @@ class Latents:
         if coordinates is not None and coordinates.ndim == 3:
             coordinates = coordinates.repeat_interleave(count, dim=0)
         return Latents(
-            tokens=self.tokens[:, frames].flatten(0, 1)[:, None],
-            times=self.times[:, frames].flatten()[:, None],
-            valid=None if self.valid is None else self.valid[:, frames].flatten(0, 1)[:, None],
+            tokens=at_frames(self.tokens, frames).flatten(0, 1)[:, None],
+            times=at_frames(self.times, frames).flatten()[:, None],
+            valid=None if self.valid is None else at_frames(self.valid, frames).flatten(0, 1)[:, None],
             coordinates=coordinates,
             condition=None if condition is None else condition.repeat_interleave(count, dim=0),
             held=tuple(self.frames[0] + frame for frame in frames),
@@ -72,6 +73,14 @@ class Latents:
 
     def with_tokens(self, tokens: Tensor) -> Latents:
         return replace(self, tokens=tokens)
+
+
+def at_frames(values: Tensor, frames: list[int]) -> Tensor:
+    """(B, T, ...) -> (B, L, ...), values[:, frames]; a list of indices would be copied to the device, which waits."""
+    first, last = (frames[0], frames[-1] + 1) if frames else (0, 0)
+    if frames == list(range(first, last)):
+        return values[:, first:last]
+    return torch.stack([values[:, frame] for frame in frames], dim=1)
 
 
 @dataclass(frozen=True)

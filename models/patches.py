@@ -20,6 +20,7 @@ from data.grids import ROWS_AND_COLUMNS, Grid
 from data.healpix import HEALPixGrid, nest_to_ring, padxy_to_nest
 from models.latents import LatentLayout
 from models.positions.fourier import unit_sphere
+from models.positions.tables import Tables
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Patches:
         return values[..., self.top : self.top + height, self.left : self.left + width]
 
 
-class HEALPixPatches:
+class HEALPixPatches(Tables):
     """Patches of a HEALPix grid: the cells of a coarser one, each a square of p x p cells in its face (p a power of 2).
 
     Tokens are in pad-XY order (`data/healpix/`), in which the children of a cell are a square of the fine face.
@@ -156,6 +157,7 @@ class HEALPixPatches:
     wraps = True
 
     def __init__(self, grid: HEALPixGrid, patch_size: int | tuple[int, int]):
+        super().__init__()
         size = patch_size if isinstance(patch_size, int) else patch_size[0]
         levels = int(size).bit_length() - 1
         if size < 1 or size != 2**levels or levels > grid.level:
@@ -167,13 +169,14 @@ class HEALPixPatches:
         self.cells = HEALPixGrid(grid.level - levels, "padxy")
         self.num_tokens = self.cells.num_points
         self.images = (12, 2**self.cells.level, 2**self.cells.level)  # faces, rows, columns of latent cells
-        if grid.order == "padxy":
-            self._order = self._inverse = None
-        else:
+        order = inverse = None
+        if grid.order != "padxy":
             flat = torch.arange(grid.num_points, device="cpu")
             nest = padxy_to_nest(flat, grid.level)
-            self._order = nest if grid.order == "nest" else nest_to_ring(nest, grid.level)  # where each pad-XY cell is
-            self._inverse = torch.argsort(self._order)
+            order = nest if grid.order == "nest" else nest_to_ring(nest, grid.level)
+            inverse = torch.argsort(order)
+        self.table("order", order)  # where each pad-XY cell is in the grid, or None
+        self.table("inverse", inverse)
 
     @property
     def coordinates(self) -> Tensor:
@@ -196,15 +199,15 @@ class HEALPixPatches:
 
     def to_images(self, values: Tensor) -> Tensor:
         """(B, C, cells) -> (B 12, C, n, n), the twelve faces."""
-        if self._order is not None:
-            values = values[..., self._order.to(values.device)]
+        if self.order is not None:
+            values = values[..., self.order]
         n = 2**self.grid.level
         return rearrange(values, "b c (f h w) -> (b f) c h w", f=12, h=n, w=n)
 
     def from_images(self, images: Tensor) -> Tensor:
         """(B 12, C, n, n) -> (B, C, cells): the inverse of `to_images`."""
         values = rearrange(images, "(b f) c h w -> b c (f h w)", f=12)
-        return values if self._inverse is None else values[..., self._inverse.to(values.device)]
+        return values if self.inverse is None else values[..., self.inverse]
 
 
 def patches_of(grid: Grid, patch_size: int | tuple[int, int]) -> Patches | HEALPixPatches:

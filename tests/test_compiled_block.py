@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from kernels.segments import plan
 from models.latents import LatentLayout, ObservationContext
 from models.processors.video_dit import VideoDiT, VideoDiTBlock
 from tests.interpreter import needs_triton, run_interpreted
@@ -41,7 +40,7 @@ def _outcome(function, block: VideoDiTBlock, count: int, *, marked: bool) -> lis
     x, condition, tokens = (
         torch.randn(shape, requires_grad=True) for shape in ((B, T, X, D), (B, CONDITION), (count, TOKEN))
     )
-    context = ObservationContext(tokens, offsets, plan(offsets, count))
+    context = block.observations.planned(ObservationContext(tokens, offsets))
     if marked:
         for part in (tokens, *(part for name, part in vars(context.occupied).items() if name != "count")):
             torch._dynamo.mark_dynamic(part, 0)

@@ -10,7 +10,7 @@ from torch.library import opcheck
 from data.observations import Observations
 from kernels.dispatch import INTERPRETED
 from kernels.film_tokenizer import LAYOUTS, features, film_tokenizer, row_bytes
-from kernels.pieces import CACHE
+from kernels.pieces import CACHE, LAUNCH, rows_at_once
 from tests.interpreter import interpreted, needs_triton, run_interpreted
 
 START = 1_700_000_000
@@ -198,6 +198,12 @@ def test_triton_reads_given_features_narrow_ids_and_strided_columns():
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     appended = replace(rows, features=torch.randn(70, 37), latitude=None, time_offset=None)
     _compare(appended, _operands(37), "triton", 2e-5)
+
+
+def test_rows_at_once_are_bounded_on_any_device():
+    few, many = (rows_at_once(rows, 2048, torch.device("cuda")) for rows in (1000, 31_000_000))
+    assert few == 1000 and many * 2048 == LAUNCH
+    assert rows_at_once(1000, 2 * LAUNCH, torch.device("cuda")) == 1
 
 
 @pytest.mark.parametrize("name, number", [("channel", SIZES[1]), ("channel", -1), ("type", SIZES[0])])

@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kernels import segments
-from kernels.pixel_attention import launches, pixel_attention
-from kernels.segments import ITEM, WorkList
+from kernels.pixel_attention import launches, pixel_attention, plan
+from kernels.segments import ITEM, Occupied, WorkList
 from kernels.sort_and_pack import sort_and_pack
 from models.attention.pixel import PixelCrossAttention
 from models.latents import ObservationContext
@@ -57,7 +57,8 @@ def _operands(counts, heads, kv_heads, *, width=8, token=16, bias=True, dtype=to
 def _outcome(operands, offsets, **options):
     query, tokens, *weights = operands
     output = pixel_attention(query, tokens, offsets, *weights, scale=0.4, **options)
-    towards = torch.linspace(-3, 3, output.numel(), dtype=torch.float64).view_as(output).cos().to(output.dtype)
+    towards = torch.linspace(-3, 3, output.numel(), dtype=torch.float64, device=output.device)
+    towards = towards.view_as(output).cos().to(output.dtype)
     given = [operand for operand in operands if operand is not None]
     return [output.detach(), *torch.autograd.grad((output * towards).sum(), given)]
 
@@ -272,7 +273,10 @@ def test_what_is_too_wide_without_tensor_cores_is_computed_by_pytorch(sizes):
         _outcome(exact, offsets, path="reference"), _outcome(operands, offsets, occupied=work), strict=True
     ):
         assert (found - expected).abs().max() < 1e-4 * max(expected.abs().max().item(), 1.0)
-    assert launches.suits(operands[0], operands[2], "tf32") and not launches.suits(operands[0], operands[2], "auto")
+    query, key_weight = operands[0], operands[2]
+    assert launches.suits(query, key_weight, "tf32") and not launches.suits(query, key_weight, "auto")
+    assert isinstance(plan(offsets, 5, query, key_weight), Occupied)
+    assert isinstance(plan(offsets, 5, query, key_weight, precision="tf32"), WorkList)
 
 
 @needs_triton

@@ -296,6 +296,16 @@ def test_recomputed_activations_change_no_gradient(checkpoint, recomputed):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_cells_that_hold_observations_are_looked_for_once(monkeypatch):
+    model, given = processor(depth=3, checkpoint="all").train(), latents()
+    expected = model(given).tokens
+    searches, of = [], Occupied.of
+    monkeypatch.setattr(Occupied, "of", lambda offsets: searches.append(offsets) or of(offsets))
+    found = model(replace(given, context=replace(given.context, occupied=None))).tokens
+    found.sum().backward()
+    assert len(searches) == 1 and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("masked", (False, True))
 def test_a_block_never_waits_for_the_device(masked):
     model, given = processor(drop_path=0.5).train(), latents(masked=masked)

@@ -135,7 +135,8 @@ class _Table:
     def __init__(self, num_features: int, like: Tensor):
         rows, series = len(like), COMPACT if num_features == 28 else FULL
         self.names, orders = list(series), [order for _, order in series.values()]
-        self.rates = like.new_tensor([TURN / period for period, _ in series.values()], dtype=torch.float64)[:, None]
+        rates = torch.tensor([[TURN / period] for period, _ in series.values()], dtype=torch.float64, device="cpu")
+        self.rates = rates.to(like.device, non_blocking=True)
         self.features = like.new_empty(num_features, rows, dtype=torch.float32)
         self.days = like.new_empty(rows, dtype=torch.float64)
         self.angles, self.known = like.new_empty(2, len(series), rows, dtype=torch.float64).unbind(0)

@@ -8,12 +8,13 @@ its features are all that is kept. Letters: n rows, M features, H hidden, c toke
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.pieces import pieces
+from kernels.pieces import add_rows, pieces
 
 NORM_EPS = 1e-5
 
@@ -33,7 +34,7 @@ class _Call:
         self.sizes = [len(part) for part in added]
         if features.device.type == "cpu":  # elsewhere asking would wait for the device
             _check(ids, self.sizes)
-        self.starts = torch.tensor([0, *self.sizes[:-1]], device=features.device).cumsum(0)
+        self.starts = [0, *accumulate(self.sizes[:-1])]
         self.added, self.of_features = torch.cat(added).to(precision), of_features.to(precision)
         self.norm = [part.to(self.wide) for part in norm]
         self.project, self.project_bias = project.to(precision), project_bias.to(precision)
@@ -42,8 +43,8 @@ class _Call:
         """Rows, their features (rows, M), and their ids (rows, tables), counted through all tables."""
         row_bytes = 2 * self.added.itemsize * self.added.shape[1]
         for rows in pieces(len(self.features), row_bytes, self.features.device):
-            ids = torch.stack([column[rows].long() for column in self.ids], dim=1).add_(self.starts)
-            yield rows, self.features[rows].to(self.precision), ids
+            ids = [column[rows].long() + first for column, first in zip(self.ids, self.starts, strict=True)]
+            yield rows, self.features[rows].to(self.precision), torch.stack(ids, dim=1)
 
     def hidden(self, features: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         """(rows, H) before and after the norm, and the norm's mean and rate."""
@@ -138,7 +139,7 @@ def _backward(
         found_norm += of_norm[0]
         found_norm_bias += of_norm[1]
         for column in some_ids.unbind(1):
-            by_id.index_add_(0, column, towards)
+            add_rows(by_id, column, towards)
         towards = towards.to(precision)
         _add_product(factors, towards.T, some)
         if of_features:

@@ -17,8 +17,17 @@ from kernels.pixel_attention import launches, vectorised  # noqa: F401 - registe
 from kernels.pixel_attention.reference import reference
 from kernels.segments import Occupied, WorkList
 
-__all__ = ["PATHS", "PRECISIONS", "pixel_attention"]
+__all__ = ["PATHS", "PRECISIONS", "pixel_attention", "plan"]
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+
+
+def plan(
+    offsets: Tensor, num_rows: int, query: Tensor, key_weight: Tensor, *, path: str = "auto", precision: str = "auto"
+) -> Occupied | WorkList:
+    """What calls of `pixel_attention` with such a query (N, q, d), of which only sizes, type and device are looked at,
+    want to know of all cells; made once, used by every layer. Waits for the device unless the path is triton."""
+    path = chosen_path(path, "pixel_attention", query, suits=launches.suits(query, key_weight, precision))
+    return WorkList.of(offsets, num_rows) if path == "triton" else Occupied.of(offsets)
 
 
 def pixel_attention(
@@ -38,7 +47,7 @@ def pixel_attention(
 
     Exact zeros in empty cells. Returned in the query's dtype, deterministic on every path: sums run in a fixed order,
     and no two programs add to one number. path: auto, triton, vectorised, or reference (`kernels/dispatch.py`).
-    occupied: `kernels.segments.plan(offsets, n)`, made here where it is not given. With an `Occupied` the query holds
+    occupied: `plan(offsets, n, ...)`, made here where it is not given. With an `Occupied` the query holds
     those cells only, in their order, and so does the result: (M, q, d) -> (M, q*d); such calls are never triton's.
     precision of the factors of products on the path triton: fp32, tf32, bf16, fp16, or auto, that of the query, with
     tf32 for float32 where `torch.get_float32_matmul_precision()` is not "highest"; sums are float32. Other paths

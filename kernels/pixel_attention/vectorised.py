@@ -12,6 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from kernels.pieces import add_rows
+
 
 def working_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -29,6 +31,11 @@ class _Call:
         self.key_weight, self.value_weight = (w.unflatten(0, (groups, width)) for w in (key_weight, value_weight))
         bias = torch.zeros_like(value_weight[:, 0]) if value_bias is None else value_bias.to(self.dtype)
         self.bias = bias.unflatten(0, (groups, 1, width))
+
+    @property
+    def num_whole(self) -> int:
+        """Cells that are not cut in pieces; they come first."""
+        return max((last for _, last, _, whole in self.blocks if whole), default=0)
 
     def projects(self, width: int, whole: int) -> bool:
         return bool(whole) and width < self.heads // self.groups
@@ -123,24 +130,22 @@ def _forward(
         else:
             pieces.append((place[first:last], values, block_logsum))
     if pieces:
-        _join(pieces, output, logsum)
+        _join(pieces, output[call.num_whole :], logsum[call.num_whole :], call.num_whole)
     return output.flatten(1), logsum
 
 
-def _join(pieces: list[tuple[Tensor, Tensor, Tensor]], output: Tensor, logsum: Tensor) -> None:
-    """Cells cut in pieces: the mean of the results of their pieces, weighted by the denominators of their softmaxes."""
+def _join(pieces: list[tuple[Tensor, Tensor, Tensor]], output: Tensor, logsum: Tensor, first: int) -> None:
+    """Cells cut in pieces, from the cell `first` on: the mean of the results of their pieces, weighted by the
+    denominators of their softmaxes."""
     place, values, parts = (torch.cat(part) for part in zip(*pieces, strict=True))
-    first = int(place.min())
     place = place - first
-    count = len(output) - first  # cut cells come last
-    peak = parts.new_full((count, parts.shape[1]), -torch.inf)
+    peak = parts.new_full((len(output), parts.shape[1]), -torch.inf)
     peak.scatter_reduce_(0, place[:, None].expand_as(parts), parts, "amax")
     shares = (parts - peak[place]).exp_()
-    total = torch.zeros_like(peak).index_add_(0, place, shares)
+    total = add_rows(torch.zeros_like(peak), place, shares)
     shares = shares / total[place]
-    joined = values.new_zeros(count, *values.shape[1:]).index_add_(0, place, shares[..., None] * values)
-    output[first:] = joined
-    logsum[first:] = total.log_() + peak
+    output.copy_(add_rows(values.new_zeros(output.shape), place, shares[..., None] * values))
+    logsum.copy_(total.log_() + peak)
 
 
 @_forward.register_fake
@@ -168,9 +173,8 @@ def _backward(
     """Gradients of query, tokens, key_weight, value_weight and value_bias; scores are computed again."""
     call = _Call(query, tokens, key_weight, value_weight, value_bias, place, start, length, blocks, scale)
     gradient, output = gradient.view(query.shape), output.view(query.shape)
-    num_whole = max((last for _, last, _, whole in call.blocks if whole), default=0)
     query_gradient = query.new_empty(query.shape, dtype=call.dtype)
-    query_gradient[num_whole:] = 0  # cells cut in pieces add up
+    query_gradient[call.num_whole :] = 0  # cells cut in pieces add up
     # One row more than tokens: where the gradients of padding go.
     token_gradient = tokens.new_zeros(len(tokens) + 1, tokens.shape[1], dtype=call.dtype)
     weight_gradient = torch.zeros_like(call.weight)
@@ -207,7 +211,7 @@ def _backward(
         if whole:
             query_gradient[first:last] = block_gradient
         else:
-            query_gradient.index_add_(0, place[first:last], block_gradient)
+            add_rows(query_gradient, place[first:last], block_gradient)
     # Weights of a cell sum to 1.
     bias_gradient = rearrange(gradient.sum(dim=0, dtype=call.dtype), "(g h) d -> g h d", g=call.groups).sum(dim=1)
     key_gradient, value_gradient = weight_gradient.chunk(2)

@@ -7,11 +7,14 @@ Letters: B batch, T frames, X cells a frame, N = B T X, M cells that hold observ
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.pixel_attention import PATHS, pixel_attention
-from kernels.segments import Occupied, plan
+from kernels.dispatch import autocast_dtype
+from kernels.pixel_attention import PATHS, pixel_attention, plan
+from kernels.segments import Occupied
 from models.initialisation import linear_
 from models.latents import ObservationContext
 
@@ -54,11 +57,19 @@ class PixelCrossAttention(nn.Module):
         for layer in (self.query, self.key, self.value, self.output):
             linear_(layer)
 
+    def planned(self, context: ObservationContext) -> ObservationContext:
+        """The context with what this layer and others of its sizes want to know of all cells."""
+        if context.occupied is not None:
+            return context
+        weight = self.query.weight
+        query = weight.new_empty(0, self.num_heads, self.head_dim, dtype=autocast_dtype(weight.device, weight.dtype))
+        num_rows = context.tokens.shape[0]
+        return replace(context, occupied=plan(context.offsets, num_rows, query, self.key.weight, path=self.path))
+
     def forward(self, x: Tensor, context: ObservationContext) -> Tensor:
         cells = rearrange(x, "b t x c -> (b t x) c")
+        context = self.planned(context)
         occupied = context.occupied
-        if occupied is None:
-            occupied = plan(context.offsets, context.tokens.shape[0], self.path)
         some = isinstance(occupied, Occupied)  # cells without observations take no part in any product
         query = self.query(cells.index_select(0, occupied.cells) if some else cells)
         heads = pixel_attention(

@@ -53,7 +53,7 @@ class LeadTimeFeatures(Tables):
         if self.kind != "fourier":
             parts.append(self._onehot(lead_time))
         if self.kind != "onehot":
-            low, high = self._compressed(self.known[[0, -1]])
+            low, high = (self._compressed(self.known[end]) for end in (0, -1))
             place = 2 * (self._compressed(lead_time) - low) / (high - low).clamp(min=1e-3) - 1
             parts.append(fourier_features(place[..., None], [self.bands]))
         return torch.cat(parts, dim=-1)

@@ -21,7 +21,7 @@ from models.decoders.composed_spread import composes, spread_composed, spread_in
 from models.decoders.frame_queries import FrameQueries
 from models.decoders.normed_gelu import normed_gelu
 from models.initialisation import zeros_
-from models.latents import LatentLayout, Latents
+from models.latents import LatentLayout, Latents, at_frames
 from models.patches import Patches
 
 NORMS = ("batch", "group")
@@ -103,7 +103,7 @@ class MonthlyConvDecoder(nn.Module):
     def forward(self, latents: Latents, query: Query) -> Tensor:
         tokens = latents.tokens
         if self.moment is not None:
-            tokens = tokens[:, self.months] + self.moment(query)[0][:, :, None]  # (B, L, N, D)
+            tokens = at_frames(tokens, self.months) + self.moment(query)[0][:, :, None]  # (B, L, N, D)
         if self.days is not None:
             tokens = tokens + self.days(query)
         leads = tokens.shape[1]

@@ -15,7 +15,6 @@ from data.layout import ObservationLayout
 from data.observation_features import described
 from data.observations import Observations
 from kernels.film_tokenizer import NORM_EPS, film_tokenizer
-from kernels.segments import plan
 from kernels.sort_and_pack import sort_and_pack
 from models.latents import ObservationContext
 
@@ -75,4 +74,4 @@ def pack(
     flat = observations.flat_frame().to(small) * num_cells + cell.to(small)
     flat = torch.where((cell >= 0) & (cell < num_cells), flat, total)
     order, offsets = sort_and_pack(flat, total)
-    return ObservationContext(tokens.index_select(0, order), offsets, plan(offsets, tokens.shape[0]))
+    return ObservationContext(tokens.index_select(0, order), offsets)

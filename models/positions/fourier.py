@@ -28,9 +28,8 @@ def frequencies(num_bands: int, max_frequency: float, spacing: str = "linear") -
 
 def fourier_features(positions: Tensor, bands: list[Tensor]) -> Tensor:
     """(..., d) in -1..1 with one (K,) of frequencies an axis -> (..., d + 2 sum K): all raw, all sin, all cos."""
-    angles = torch.cat(
-        [math.pi * positions[..., [i]] * band.to(positions.device) for i, band in enumerate(bands)], dim=-1
-    )
+    bands = [band.to(positions.device, non_blocking=True) for band in bands]
+    angles = torch.cat([math.pi * positions[..., i, None] * band for i, band in enumerate(bands)], dim=-1)
     return torch.cat([positions, angles.sin(), angles.cos()], dim=-1)
 
 
@@ -66,13 +65,15 @@ def geographic_features(coordinates: Tensor, num_bands: int, grid: Grid, *, spac
         return _planar_features(coordinates, num_bands, grid, spacing)
     bands = [frequencies(num_bands, max(1.0, limit), spacing) for limit in nyquist(grid)]
     places = coordinates.double()
-    scaled = places / places.new_tensor([90.0, 180.0])
+    latitude, longitude = places.unbind(-1)
+    scaled = torch.stack([latitude / 90, longitude / 180], dim=-1)
     return torch.cat([unit_sphere(places), fourier_features(scaled, [bands[0], bands[1].round()])], dim=-1).float()
 
 
 def _planar_features(coordinates: Tensor, num_bands: int, grid: PlanarGrid, spacing: str) -> Tensor:
-    edges = coordinates.new_tensor(np.stack([grid.y_bounds[[0, -1]], grid.x_bounds[[0, -1]]]), dtype=torch.float64)
-    scaled = (coordinates.double() - edges.mean(dim=1)) / (edges.diff(dim=1)[:, 0].abs() / 2)
+    edges = [bounds[[0, -1]] for bounds in (grid.y_bounds, grid.x_bounds)]
+    places = zip(coordinates.double().unbind(-1), edges, strict=True)
+    scaled = torch.stack([(place - ends.mean()) / (np.ptp(ends) / 2) for place, ends in places], dim=-1)
     bands = [frequencies(num_bands, max(1.0, cells / 2), spacing) for cells in grid.shape]
     return fourier_features(scaled, bands).float()
 

@@ -11,7 +11,7 @@ class Tables(nn.Module):
     `model.bfloat16()` rounds ordinary buffers: seconds of a day or angles of a rotation are useless after that.
     """
 
-    def table(self, name: str, values: Tensor, *, persistent: bool = False) -> None:
+    def table(self, name: str, values: Tensor | None, *, persistent: bool = False) -> None:
         self.register_buffer(name, values, persistent=persistent)
 
     def _apply(self, fn, recurse: bool = True):

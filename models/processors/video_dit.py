@@ -124,9 +124,11 @@ class VideoDiT(nn.Module):
         )
 
     def forward(self, latents: Latents) -> Latents:
-        tokens, valid = latents.tokens, latents.valid
+        tokens, valid, context = latents.tokens, latents.valid, latents.context
         if valid is not None:
             tokens = torch.where(valid[..., None], tokens, 0.0)  # finite, whatever was masked
+        if context is not None and self.blocks[0].observations is not None:
+            context = self.blocks[0].observations.planned(context)
         keep = self._kept_branches(tokens)
         key = draw_key(tokens.device) if self.training and self.dropout > 0 else None
         for index, block in enumerate(self.blocks):
@@ -137,7 +139,7 @@ class VideoDiT(nn.Module):
                 )
             kept = None if keep is None else keep[index]
             film = None if latents.modulation is None else latents.modulation.of(block)
-            arguments = (tokens, latents.condition, valid, latents.context, kept, dropped, film)
+            arguments = (tokens, latents.condition, valid, context, kept, dropped, film)
             if index in self.recomputed and self.training:
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
