@@ -69,6 +69,17 @@ def test_a_case_compares_with_float64_and_times_every_mode(case, setting):
         assert shown in kernels.table([row])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", TINY, ids=lambda case: f"{case.what}-{case.shape.get('features', '')}")
+def test_on_a_gpu_every_kernel_agrees_with_float64(case, dtype, monkeypatch):
+    monkeypatch.setenv("HYDRASPHERE_AUTOTUNE", "0")
+    random = torch.Generator("cuda").manual_seed(0)
+    rows = kernels.rows_of(case, Setting(random.device, dtype, random, theirs=False, loops=False), RATES, 1, "no peer")
+    assert rows and all("skipped" not in row and OURS in row["seconds"] for row in rows), rows
+
+
 @pytest.mark.parametrize(
     "harm", [lambda result: result * 1.01, lambda result: result.masked_fill(result > 3, math.nan)]
 )
