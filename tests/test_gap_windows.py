@@ -198,9 +198,12 @@ def test_settings_that_make_no_sense(options, sentence):
 
 
 def test_data_that_suit_no_months_or_hide_nothing(year, tmp_path):
-    statistics = task().fit(year)
-    with pytest.raises(ValueError, match="nothing is hidden, and the truth under the data's own gaps is not known"):
-        task(clouds=None).dataset(year, "train", statistics)
+    gappy = sea(tmp_path, dark=range(5, 300, 4))
+    for targets, chosen, data in (("monthly,filled", {}, year), ("monthly", dict(reference="climatology"), gappy)):
+        with pytest.raises(ValueError, match=rf"clouds=null hides nothing .* task\.targets=\[{targets}\] is in the"):
+            task(clouds=None, targets=targets.split(","), **chosen).layout(data)  # before anything is computed
+    event = LeaveOutBlocks(str(tmp_path / "sea.nc"), block=2, share=0.2, frames=4, repeats=2)
+    assert task(clouds=None, months=None, targets=[FILLED]).layout(event)  # hides cells by itself
     with pytest.raises(
         ValueError, match=r"validation split .* holds no 5 whole months in a row; .* or lower task\.months"
     ):

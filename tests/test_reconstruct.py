@@ -13,6 +13,7 @@ import torch
 
 import train
 from data.clouds import CloudMasks
+from data.datasets.cloudy_series import CloudySeries
 from data.datasets.gap_windows import BACKGROUND, FILLED, MONTHLY, GapWindows
 from data.datasets.gridded import GriddedData
 from evaluation.baselines import build
@@ -99,8 +100,8 @@ def test_a_domain_from_patches_and_the_file_of_it(tmp_path, data):
     """Patch by patch and in bands of rows is what patches blended in one piece are; what is observed stays."""
     import xarray as xr
 
-    chosen = task(crop=[4, 5], overlap=2, clouds=None)
-    statistics = task().fit(data)
+    chosen = task(crop=[4, 5], overlap=2)
+    statistics = chosen.fit(data)
     model = model_of("sst_spatiotemporal", chosen, data)
     filler = Filler(model, data, statistics, chosen.window(), chosen.overlap)
     notes = fill_gaps(filler, tmp_path / "filled.zarr")
@@ -127,8 +128,7 @@ def test_a_domain_from_patches_and_the_file_of_it(tmp_path, data):
         assert file["sst"].shape == (366, *SHAPE) and file["sst_monthly"].shape == (13, *SHAPE)
         np.testing.assert_allclose(file["sst"].values, data.read(range(366))[:, 0].numpy(), rtol=1e-6)
         monthly = file["sst_monthly"].values
-    series = [chosen.series(data, "test", statistics)[0]]
-    windows = GapWindows(series, "test", chosen.window())
+    windows = GapWindows([CloudySeries(data, statistics, None, 0)], "test", chosen.window())
     for window, row in enumerate(windows.rows[:, 0]):
         _, found = predicted(model, windows, window, 0, chosen.overlap)
         expected = found[MONTHLY][0, 0].where(data.domain[0], torch.nan).numpy()
@@ -142,12 +142,12 @@ def test_patches_go_on_behind_the_last_column_of_a_globe(tmp_path):
         file.assign_coords(longitude=file.longitude * 18).to_netcdf(tmp_path / "globe.nc")
     split = {"train": 0.4, "validation": 0.3, "test": 0.3}
     globe = GriddedData(str(tmp_path / "globe.nc"), split=split, annual_harmonics=0, diurnal_harmonics=0)
-    chosen = task(months=None, targets=[FILLED], crop=[4, 5], overlap=2, clouds=None)
+    chosen = task(months=None, targets=[FILLED], crop=[4, 5], overlap=2)
     statistics = chosen.fit(globe)
     model = model_of("sst_spatiotemporal", chosen, globe)
     filler = Filler(model, globe, statistics, chosen.window(), chosen.overlap)
     assert globe.grid.wraps and max(filler.patches[0]) + 5 > SHAPE[1]
-    windows = GapWindows([chosen.series(globe, "train", statistics)[0]], "train", chosen.window())
+    windows = GapWindows([CloudySeries(globe, statistics, None, 0)], "train", chosen.window())
     columns = windows.__getitems__(range(20)).inputs["prognostic"].coordinates[:, 0, 1].unique()
     assert len(columns) > 6  # training patches begin at more columns than those of a region may
     (window,), (number,) = (np.flatnonzero(item.frames[:, 3] == 15) for item in (windows, filler.one))

@@ -39,8 +39,9 @@ class ReconstructTask(GriddedTask):
 
     months: of a window, each padded to 31 days; None: a window is input_frames frames in a row. targets: filled,
     monthly or both. all_frames: whether the gaps of every frame of a window are filled, or those of its last one.
-    clouds: what hides values that are known (`data/clouds.py`), None: nothing, for prediction alone. draws: different
-    clouds that training windows are seen through. stride: frames from one training window in a row to the next.
+    clouds: what hides values that are known (`data/clouds.py`); None: nothing beyond what data withhold themselves.
+    draws: different clouds that training windows are seen through. stride: frames from one training window in a row to
+    the next.
     reference: what the output is added to: climatology, available_mean (of the visible days of a month or window) or
     analysis, an interpolation of what is visible that is an input as well and is corrected in units of its expected
     error; analysis: which one. stacking: an interpolation that is mixed into what the network makes, with a share for
@@ -123,6 +124,12 @@ class ReconstructTask(GriddedTask):
         """What the model reads and predicts. Raises ValueError where data and task do not fit, and where a split holds
         no window."""
         check_series("reconstruct", data)
+        if getattr(data, "clouds", self.clouds) is None:
+            raise ValueError(
+                f"task.clouds=null hides nothing of these data, so that what is known of task.targets="
+                f"[{','.join(self.targets)}] is in the input already and nothing is left to learn; leave it out, which "
+                "simulates clouds, or lay real ones over the data, like task.clouds.path=catalogue:alboranSST_small.nc"
+            )
         self.check_variable_weights(data.variables)
         if self.reference == "analysis" and not data.grid.geographic:
             raise ValueError(
@@ -166,16 +173,9 @@ class ReconstructTask(GriddedTask):
         return found
 
     def dataset(self, data: GriddedData, split: str, normalisation: Normalisation) -> GapWindows:
-        from data.datasets.gap_windows import FILLED, GapWindows
+        from data.datasets.gap_windows import GapWindows
 
-        series = self.series(data, split, normalisation)
-        if series[0].clouds is None and (FILLED in self.targets or not data.gaps):
-            raise ValueError(
-                f"nothing is hidden, and the truth under the data's own gaps is not known: task.targets="
-                f"{list(self.targets)} has nothing to learn from; give clouds, like "
-                "task.clouds.path=catalogue:alboranSST_small.nc"
-            )
-        analyses = None
+        series, analyses = self.series(data, split, normalisation), None
         if self.reference == "analysis":
             analyses = [self.analysis_of(each, self.analysis) for each in series]
         return GapWindows(
