@@ -19,7 +19,7 @@ from data.datasets.gridded import GriddedData
 from evaluation.baselines import build
 from evaluation.evaluation import NETWORK
 from evaluation.fill_gaps import Filler, _notes, fill_gaps
-from evaluation.gap_filling import filled_by, predicted, score_gap_filling
+from evaluation.gap_filling import filled_by, gap_table, predicted, score_gap_filling
 from evaluation.run_evaluation import Choices
 from evaluation.run_folder import RunFolder
 from models.composition import build_from_config, compose
@@ -187,8 +187,9 @@ def test_scores_of_every_method_are_of_the_same_hidden_cells(data, corrected):
     for parameter in model.decoder.parameters():
         torch.nn.init.zeros_(parameter)  # nothing is corrected: ours is the analysis
     names = ["climatology", "available_anomaly", "mean_interpolation"]
-    scores, left_out, count = score_gap_filling(model, chosen, data, statistics, Choices(baselines=names))
-    assert count == 3 and not left_out and list(scores[FILLED]) == ["ours", *names]
+    found = score_gap_filling(model, chosen, data, statistics, Choices(baselines=names))
+    scores = found.scores
+    assert found.windows == 3 and not found.left_out and list(scores[FILLED]) == ["ours", *names]
     for target in (FILLED, MONTHLY):
         values = {name: float(found.values()["rmse"][0, 0, 0]) for name, found in scores[target].items()}
         assert values["ours"] == pytest.approx(values["mean_interpolation"], rel=1e-4)
@@ -197,6 +198,11 @@ def test_scores_of_every_method_are_of_the_same_hidden_cells(data, corrected):
     hidden = series.truth(days).isfinite() & series.hidden(days)
     expected = float((hidden * data.grid.area_weights).sum())  # every day once, those after a short month as well
     assert float(scores[FILLED]["ours"].sums[0, 0]) == pytest.approx(expected)
+    content = found.content(["sst"], "all")
+    assert content["filled sst"]["cells"] == {"0": {"scored": int(hidden.sum()), "all": 68 * days.size}}
+    assert content["monthly sst"]["cells"] == {"0": {"scored": 2 * 68, "all": 3 * 68}}  # the last one is one day
+    lines = gap_table(content, ["sst"], min_share=chosen.min_share).splitlines()
+    assert lines[-1] == "monthly: 136 of 204 cell months known (task.min_share=0.9)"
 
 
 class Noisy(torch.nn.Module):
@@ -224,8 +230,8 @@ def test_shares_follow_from_validation_alone_and_noise_has_none(tmp_path, data, 
     assert not chosen.fit_stacking(Noisy(None), data, statistics).weights.any()
     assert task().fit_stacking(Noisy(0.3), data, statistics) is None
     choices = Choices(baselines=["mean_interpolation"])
-    scores, _, _ = score_gap_filling(Noisy(0.3), chosen, data, statistics, choices, stacking=fitted)
-    for by_method in scores.values():
+    scored = score_gap_filling(Noisy(0.3), chosen, data, statistics, choices, stacking=fitted)
+    for by_method in scored.scores.values():
         ours, alone, best = (
             float(by_method[name].values()["rmse"][0, 0, 0]) for name in ("ours", NETWORK, "mean_interpolation")
         )

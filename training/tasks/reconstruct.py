@@ -5,6 +5,7 @@ Letters: B batch, L target times, C variables.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from evaluation.stacking import Stacking
     from models.encode_process_decode import EncodeProcessDecode
 
+FEW = 0.05  # of the cell months: fewer that are known are worth a warning
 ANALYSES = (
     "optimal_interpolation",
     "space_time_interpolation",
@@ -46,10 +48,10 @@ class ReconstructTask(GriddedTask):
     analysis, an interpolation of what is visible that is an input as well and is corrected in units of its expected
     error; analysis: which one. stacking: an interpolation that is mixed into what the network makes, with a share for
     each target and variable that is fitted under the clouds of the validation split; None: the network alone.
-    min_share: of the days of a month that must be known, for its mean to be learnt from. crop: rows and columns of
-    patches that are trained on, patches: of a window in an epoch; overlap: cells by which they overlap where the whole
-    domain is predicted. head: see `models/heads.py`. loss: mse, l1 or huber with huber_delta, over known cells, in
-    units of the reference's error. query_fraction: share of the places decoded in a training step. Raises ValueError
+    min_share: of the days of a month that must be known, for its mean to be learnt and scored. crop: rows and columns
+    of patches that are trained on, patches: of a window in an epoch; overlap: cells by which they overlap where the
+    whole domain is predicted. head: see `models/heads.py`. loss: mse, l1 or huber with huber_delta, over known cells,
+    in units of the reference's error. query_fraction: share of the places decoded in a training step. Raises ValueError
     where a value is not allowed.
     """
 
@@ -142,10 +144,36 @@ class ReconstructTask(GriddedTask):
         return window.layout(data)
 
     def fit(self, data: GriddedData) -> Normalisation:
-        """Scale and climatology of the training range."""
+        """Scale and climatology of the training range. Warns where next to no mean of a month is known in it."""
+        from data.datasets.gap_windows import MONTHLY
         from data.normalisation import Normalisation
 
-        return Normalisation.fit(_seen(data, "train"), lead_steps=(1,))
+        seen = _seen(data, "train")
+        if MONTHLY in self.targets:
+            known, cells = self._known_months(seen)
+            if known < FEW * cells:
+                warnings.warn(
+                    f"{known:,} of {cells:,} cell months of the training windows are known, so that task.targets="
+                    f"[{MONTHLY}] is learnt and scored at few places: a cell's month counts where at least "
+                    f"task.min_share={self.min_share:g} of its days are known; lower it, like task.min_share=0.3, or "
+                    "use task.targets=[filled]",
+                    stacklevel=2,
+                )
+        return Normalisation.fit(seen, lead_steps=(1,))
+
+    def _known_months(self, data: GriddedData) -> tuple[int, int]:
+        """Of the months of training windows and the cells of every variable: (means that are known, all)."""
+        window, known = self.window(), 0
+        months, rows = window.slots(data), np.unique(window.positions(data, "train")[0])
+        for row, least in zip(rows, months.least(rows, self.min_share), strict=True):
+            frames = months.frames[row][months.frames[row] >= 0]
+            if frames.size < least:
+                continue
+            if data.gaps:
+                known += int(((data.read(frames).isfinite().sum(dim=0) >= least) & data.domain).sum())
+            else:
+                known += int(data.domain.sum())
+        return known, rows.size * int(data.domain.sum())
 
     def series(self, data: GriddedData, split: str, normalisation: Normalisation) -> list[CloudySeries]:
         """The data under each of the clouds of a split: draw 0 in validation and test, further ones in training. What
