@@ -10,7 +10,7 @@ from data.covariances import matern32
 from data.datasets.cloudy_series import CloudySeries
 from evaluation.baselines import build, local_interpolation
 from evaluation.baselines.eof_filling import chosen_modes, restored
-from evaluation.baselines.gap_filling import GAP_BASELINES
+from evaluation.baselines.gap_filling import GAP_BASELINES, LastSeen
 from evaluation.baselines.local_interpolation import (
     DAMPING,
     SPIN_UP,
@@ -121,6 +121,14 @@ def test_the_mean_of_interpolations_reads_no_frame_of_a_later_split(series):
     assert max(read) == end - 1
     hidden = [few.redrawn(more).hidden(frames) for more in (0, 1)]
     assert torch.equal(hidden[0], few.hidden(frames)) and not torch.equal(*hidden)
+
+
+def test_the_last_value_seen_is_at_most_24_frames_old(tmp_path):
+    dark = cloudy(sea(tmp_path, days=80, dark=range(20, 70)))
+    baseline, cell = LastSeen(CloudySeries(dark.data, dark.normalisation, None, 0)), (0, 3, 3)
+    last = dark.truth(np.array([19]))[0][cell]
+    found = [float(baseline.filled(frame, frame)[0][cell]) for frame in np.array([19, 20, 43, 44])[:, None]]
+    assert found == [last, last, last, 0.0]
 
 
 def test_every_baseline_fills_from_what_is_visible_alone_and_interpolation_is_best(series):
