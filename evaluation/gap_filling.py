@@ -107,8 +107,8 @@ def score_gap_filling(
             made = filled.made
             counts[filled.target] += torch.stack([filled.valid.sum(dim=0), filled.fresh.sum() * data.domain])
             if stacking:
-                share = stacking.weights[task.targets.index(filled.target)]
-                made[OURS] = torch.lerp(made[NETWORK], made[stacking.baseline], share[:, None, None])
+                parts = (made[name][None] for name in (NETWORK, stacking.baseline))
+                (made[OURS],) = stacking.mix(*parts, target=task.targets.index(filled.target))
             else:
                 made[OURS] = made[NETWORK]
             for method in (OURS, *([NETWORK] if stacking else []), *rivals):

@@ -22,6 +22,7 @@ from evaluation.fill_gaps import Filler, _notes, fill_gaps
 from evaluation.gap_filling import filled_by, gap_table, predicted, score_gap_filling
 from evaluation.run_evaluation import Choices
 from evaluation.run_folder import RunFolder
+from evaluation.stacking import Stacking
 from models.composition import build_from_config, compose
 from models.heads import Prediction
 from tests.gap_examples import SHAPE, sea, write_sea
@@ -252,7 +253,7 @@ def test_a_filler_mixes_as_scores_do(data, corrected):
     model = model_of("sst_spatiotemporal", chosen, data)
     series = chosen.series(data, "test", statistics)[0]
     share = torch.tensor([[0.25], [0.75]])
-    mixed = (chosen.analysis_of(series, "space_time_interpolation"), share)
+    mixed = (chosen.analysis_of(series, "space_time_interpolation"), Stacking("space_time_interpolation", share))
     analyst = chosen.analysis_of(series, chosen.analysis)
     plain, mixing = (Filler(model, data, statistics, chosen.window(), 0, analyst, each) for each in (None, mixed))
     (_, network), (_, found) = (next(filler.bands(1)) for filler in (plain, mixing))
