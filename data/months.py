@@ -56,6 +56,12 @@ class MonthSlots:
         start = month_start(self.months[rows], self.calendar)
         return start[..., None] + np.arange(self.frames.shape[1]) * self.step
 
+    def least(self, rows: np.ndarray, share: float) -> np.ndarray:
+        """(...) int64: slots that are at least that share of those that months `rows` (...) have; 1 or more."""
+        first, following = (month_start(self.months[rows] + after, self.calendar) for after in (0, 1))
+        wanted = np.ceil(share * ((following - first) // self.step) - 1e-6)
+        return np.maximum(1, wanted).astype(np.int64)
+
     def middles(self, rows: np.ndarray) -> np.ndarray:
         """(...) int64: the middle of months."""
         first, following = (month_start(self.months[rows] + after, self.calendar) for after in (0, 1))

@@ -29,6 +29,7 @@ from evaluation.baselines.local_interpolation import LocalInterpolation
 from evaluation.gap_file import GapFile
 from evaluation.gap_filling import filled_by
 from evaluation.rolling_mosaic import RollingMosaic
+from evaluation.stacking import Stacking
 from evaluation.stitching import starts
 
 ALL = "all"
@@ -55,8 +56,7 @@ class SeriesPart:
 class Filler:
     """A model and the series it is to fill. window: of the task it was trained for; overlap: cells by which patches
     overlap; analyst: the interpolation that is its reference, or None; mixed: one that is mixed into what it makes and
-    its share in each target and variable, or None; overcast: windows in which nothing is observed, of those that were
-    filled."""
+    how, or None; overcast: windows in which nothing is observed, of those that were filled."""
 
     model: nn.Module
     data: GriddedData
@@ -64,7 +64,7 @@ class Filler:
     window: GapWindow
     overlap: int
     analyst: LocalInterpolation | None = None
-    mixed: tuple[LocalInterpolation, Tensor] | None = None
+    mixed: tuple[LocalInterpolation, Stacking] | None = None
     overcast: dict[int, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -130,7 +130,7 @@ class Filler:
         for place, (name, prediction) in enumerate(self.model.predict(given.to(device)).items()):
             target, values = whole.targets[name], prediction.point.values.float().cpu()
             if analysis:
-                values = torch.lerp(values, analysis[name], self.mixed[1][place][:, None, None])
+                values = self.mixed[1].mix(values, analysis[name][None], target=place)
             if name == FILLED:
                 seen = target.values.isfinite()  # nothing is hidden: what is known is observed
                 values = torch.where(seen, target.physical(), values)

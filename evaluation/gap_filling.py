@@ -26,6 +26,8 @@ from evaluation.stacking import Stacking, departures, shares
 from evaluation.stitching import Stitched
 from evaluation.summary import REGIONS_FILE, SCORES_FILE, table, write_json
 
+CELLS = "cells"  # beside the scores of a target: how many were scored
+
 
 def evaluate_gap_filling(run: RunFolder, model: nn.Module, task, data, normalisation, choices: Choices) -> Findings:
     """Scores the windows of a split and writes the files. Raises ValueError, OSError."""
@@ -33,24 +35,57 @@ def evaluate_gap_filling(run: RunFolder, model: nn.Module, task, data, normalisa
     folder = output_folder(run, choices)
     folder.mkdir(exist_ok=True)
     stacking = Stacking.read(run.checkpoint(choices.checkpoint))
-    scores, left_out, count = score_gap_filling(model, task, data, normalisation, choices, stacking=stacking)
+    found = score_gap_filling(model, task, data, normalisation, choices, stacking=stacking)
     names = [variable.label for variable in data.variables]
-    regions = next(iter(next(iter(scores.values())).values())).regions
-    contents = {region: _content(scores, names, place) for place, region in enumerate(regions)}
+    contents = {region: found.content(names, region) for region in found.regions}
     write_json(folder / SCORES_FILE, contents["all"])
     write_json(folder / REGIONS_FILE, contents)
     heading = (
-        f"{count} windows of the {choices.split} split, checkpoint {choices.checkpoint}, {choices.weights} weights"
+        f"{found.windows} windows of the {choices.split} split, checkpoint {choices.checkpoint}, "
+        f"{choices.weights} weights"
     )
-    missing = "\n".join(f"left out: {name} ({reason})" for name, reason in left_out.items())
-    return Findings(folder, heading, "\n\n".join(filter(None, [gap_table(contents["all"], names), missing])))
+    missing = "\n".join(f"left out: {name} ({reason})" for name, reason in found.left_out.items())
+    tables = gap_table(contents["all"], names, min_share=task.min_share)
+    return Findings(folder, heading, "\n\n".join(filter(None, [tables, missing])))
+
+
+@dataclass(frozen=True)
+class GapScores:
+    """scores: {target: {method: sums over the windows}}. cells: {target: (2, C, H, W)}, how often a cell was scored and
+    how often the windows hold it. regions: {name: bool (H, W)}. left_out: {baseline: reason}. windows: how many."""
+
+    scores: dict[str, dict[str, ForecastScores]]
+    cells: dict[str, Tensor]
+    regions: dict[str, Tensor]
+    left_out: dict[str, str]
+    windows: int
+
+    def content(self, names: list[str], region: str) -> dict:
+        """{target variable: {score: {"0": {method: value}}}}, as `scores.json` of forecasts, and beside the scores how
+        many cells are behind them: "cells": {"0": {"scored": n, "all": n}}; what is no number is left out."""
+        place, found = list(self.regions).index(region), {}
+        for target, by_method in self.scores.items():
+            values = {method: each.values() for method, each in by_method.items()}
+            counts = (self.cells[target] * self.regions[region]).flatten(2).sum(dim=2)
+            for channel, name in enumerate(names):
+                found[f"{target} {name}"] = {
+                    score: {
+                        "0": {
+                            method: float(each[score][place, 0, channel])
+                            for method, each in values.items()
+                            if torch.isfinite(each[score][place, 0, channel])
+                        }
+                    }
+                    for score in SCORES
+                } | {CELLS: {"0": dict(zip(("scored", "all"), counts[:, channel].tolist(), strict=True))}}
+        return found
 
 
 def score_gap_filling(
     model: nn.Module, task, data, normalisation, choices: Choices, *, stacking: Stacking | None = None
-) -> tuple[dict[str, dict[str, ForecastScores]], dict[str, str], int]:
-    """({target: {method: scores}}, {baseline left out: reason}, number of windows). stacking: mixes an interpolation
-    into what the model makes; that alone is then scored as well."""
+) -> GapScores:
+    """Every method over the windows of a split. stacking: mixes an interpolation into what the model makes; that alone
+    is then scored as well."""
     dataset = task.dataset(data, choices.split, normalisation)
     windows = np.arange(len(dataset.frames))
     if choices.max_windows is not None:
@@ -62,6 +97,7 @@ def score_gap_filling(
     cells = cell_weights(data.grid, choices.weights)
     regions = regions_of(data.grid, land_fraction=land_fraction(data), boxes=choices.regions)
     scores: dict[str, dict[str, ForecastScores]] = {target: {} for target in task.targets}
+    counts = {target: torch.zeros(2, *data.domain.shape, dtype=torch.int64) for target in task.targets}
     for draw, series in enumerate(dataset.series):
         absent = left_out if choices.baselines is None else None
         rivals = _rivals(task, series, asked, split=choices.split, left_out=absent)
@@ -69,16 +105,17 @@ def score_gap_filling(
         further = _rivals(task, series, set(mixed) - set(rivals), split=choices.split, left_out=None)
         for filled in _fillings(model, task, dataset, windows, draw, rivals | further):
             made = filled.made
+            counts[filled.target] += torch.stack([filled.valid.sum(dim=0), filled.fresh.sum() * data.domain])
             if stacking:
-                share = stacking.weights[task.targets.index(filled.target)]
-                made[OURS] = torch.lerp(made[NETWORK], made[stacking.baseline], share[:, None, None])
+                parts = (made[name][None] for name in (NETWORK, stacking.baseline))
+                (made[OURS],) = stacking.mix(*parts, target=task.targets.index(filled.target))
             else:
                 made[OURS] = made[NETWORK]
             for method in (OURS, *([NETWORK] if stacking else []), *rivals):
                 values = (made[method], filled.truth, filled.usual, filled.valid)
                 found = scores[filled.target].setdefault(method, ForecastScores(cells, regions))
                 found.update(*(tensor[:, None] for tensor in values))
-    return scores, left_out, windows.size
+    return GapScores(scores, counts, regions, left_out, windows.size)
 
 
 def fit_gap_stacking(model: nn.Module, task, data, normalisation) -> Stacking | None:
@@ -113,12 +150,13 @@ def _rivals(task, series, names, *, split: str, left_out: dict[str, str] | None)
 @dataclass(frozen=True)
 class _Filled:
     """A target of one window, (L, C, H, W) in physical units: truth, the climatology, where truth is known and was not
-    scored yet, and what each method makes of it."""
+    scored yet, and what each method makes of it. fresh: (L,) bool, times of the target that were not scored yet."""
 
     target: str
     truth: Tensor
     usual: Tensor
     valid: Tensor
+    fresh: Tensor
     made: dict[str, Tensor]
 
 
@@ -132,12 +170,14 @@ def _fillings(model: nn.Module, task, dataset: GapWindows, windows, draw: int, r
             made |= {name: filled_by(rival, dataset, int(window), batch) for name, rival in rivals.items()}
             for target, field in batch.targets.items():
                 valid = field.presence.expand_as(field.values)[0]
-                fresh = _unscored(field.times[0].tolist(), valid.flatten(1).any(dim=1), scored[target])
+                there = valid.new_ones(len(valid)) if field.frame_valid is None else field.frame_valid[0]
+                fresh = _unscored(field.times[0].tolist(), there, scored[target])
                 yield _Filled(
                     target,
                     field.physical()[0],
                     field.physical(torch.zeros_like(field.values))[0],
                     valid & fresh[:, None, None, None],
+                    fresh,
                     {method: found[target] for method, found in made.items()},
                 )
 
@@ -176,46 +216,30 @@ def filled_by(rival, dataset: GapWindows, window: int, batch: Batch) -> dict[str
     return found
 
 
-def _unscored(times: list[int], known: Tensor, scored: set[int]) -> Tensor:
+def _unscored(times: list[int], there: Tensor, scored: set[int]) -> Tensor:
     """(L,) bool: times that no earlier window had; the last window of a run may overlap the one before.
 
-    known: (L,) bool, whether anything is; padded days have none, and the times of the next month's first ones.
+    there: (L,) bool, which are of the target: padded days have the times of the next month's first ones.
     """
-    fresh = torch.tensor([time not in scored for time in times])
-    scored.update(time for time, some in zip(times, known.tolist(), strict=True) if some)
+    fresh = there & torch.tensor([time not in scored for time in times])
+    scored.update(time for time, some in zip(times, there.tolist(), strict=True) if some)
     return fresh
 
 
-def _content(scores: dict[str, dict[str, ForecastScores]], names: list[str], place: int) -> dict:
-    """{target variable: {score: {"0": {method: value}}}}, as `scores.json` of forecasts; what is no number is left
-    out."""
-    values = {target: {method: each.values() for method, each in found.items()} for target, found in scores.items()}
-    return {
-        f"{target} {name}": {
-            score: {
-                "0": {
-                    method: float(found[score][place, 0, channel])
-                    for method, found in by_method.items()
-                    if torch.isfinite(found[score][place, 0, channel])
-                }
-            }
-            for score in SCORES
-        }
-        for target, by_method in values.items()
-        for channel, name in enumerate(names)
-    }
-
-
-def gap_table(content: dict, names: list[str]) -> str:
-    """One table a variable, for people: a row a method, a column a target."""
+def gap_table(content: dict, names: list[str], *, min_share: float) -> str:
+    """One table a variable, for people: a row a method, a column a target; under it how many cells are behind each."""
     tables = []
     for name in names:
-        columns = {
-            target: content[f"{target} {name}"]["rmse"]["0"]
-            for target in (FILLED, MONTHLY)
-            if f"{target} {name}" in content
-        }
+        found = {target: content[f"{target} {name}"] for target in (FILLED, MONTHLY) if f"{target} {name}" in content}
+        columns = {target: scores["rmse"]["0"] for target, scores in found.items()}
         largest = max((value for by_method in columns.values() for value in by_method.values()), default=0.0)
         decimals = int(np.clip(3 - np.floor(np.log10(largest)), 0, 9)) if largest else 3
         tables.append(table(f"RMSE of {name}", columns, decimals=decimals))
+        kinds = {FILLED: "cells hidden though known", MONTHLY: f"cell months known (task.min_share={min_share:g})"}
+        counts = {target: scores[CELLS]["0"] for target, scores in found.items()}
+        tables.append(
+            "\n".join(
+                f"{target}: {each['scored']:,} of {each['all']:,} {kinds[target]}" for target, each in counts.items()
+            )
+        )
     return "\n\n".join(tables)

@@ -53,7 +53,7 @@ def difference_interval(
     first, second = (
         _drawn_rmse(windows[f"squared_error_{name}"][:, lead, channel], weight, block=block) for name in (method, other)
     )
-    return _percentiles(first / second - 1)
+    return _percentiles(first / np.where(second > 0, second, np.nan) - 1)
 
 
 def rmse_interval(squared_error: np.ndarray, weight: np.ndarray, *, block: int) -> tuple[float, float]:

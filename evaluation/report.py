@@ -15,7 +15,7 @@ from evaluation.evaluation import OURS, Evaluation, rivals
 from evaluation.intervals import difference_interval, method_interval, read_windows
 from evaluation.run_folder import RunFolder
 from evaluation.scores import SCORES
-from evaluation.summary import WINDOWS_FILE, better_of
+from evaluation.summary import WINDOWS_FILE, better_of, excess
 
 REPORT_FILE = "report.html"
 MAX_FIGURE_VARIABLES = 12
@@ -159,7 +159,7 @@ def _comparison(leads: dict, windows: dict[str, np.ndarray], channel: int) -> st
         text = f"{hours} h: {by_method[OURS]:.4g}{_bracket(method_interval(windows, OURS, lead, channel), '.3g')}"
         if others:
             best = min(others, key=others.get)
-            change = 100 * (by_method[OURS] / others[best] - 1)
+            change = 100 * excess(by_method[OURS], others[best])
             interval = [100 * bound for bound in difference_interval(windows, OURS, best, lead, channel)]
             text += f", {change:+.1f} %{_bracket(interval, '+.1f')} against {best.replace('_', ' ')}"
         lines.append(f"<li>{escape(text)}</li>")

@@ -34,9 +34,11 @@ class Stacking:
     baseline: str
     weights: Tensor
 
-    def mix(self, network: Tensor, baseline: Tensor) -> Tensor:
-        """(B, L, C, *grid.shape), all in physical units."""
-        return network + self.weights.to(network)[:, :, *[None] * (network.ndim - 3)] * (baseline - network)
+    def mix(self, network: Tensor, baseline: Tensor, *, target: int | None = None) -> Tensor:
+        """(B, L, C, *grid.shape), all in physical units. target: place of the one that they are of, where shares belong
+        to targets."""
+        weights = self.weights if target is None else self.weights[target : target + 1]
+        return network + weights.to(network)[:, :, *[None] * (network.ndim - 3)] * (baseline - network)
 
     def write(self, checkpoint: Path) -> None:
         """Adds the weights to a checkpoint folder."""

@@ -50,6 +50,13 @@ def better_of(score: str) -> Callable:
     return max if score.startswith(("acc", "csi", "fss")) else min
 
 
+def excess(ours: float, best: float) -> float:
+    """ours / best - 1 of two errors; infinite where the other is exact and ours is not."""
+    if best == 0:
+        return 0.0 if ours == 0 else float("inf")
+    return ours / best - 1
+
+
 def table(heading: str, leads: dict[str, dict[str, float]], *, decimals: int, score: str = "rmse") -> str:
     """leads: {column: {method: value}}; `*` at the best of each column, our difference in the last row."""
     methods = list(dict.fromkeys(method for by_method in leads.values() for method in by_method))
@@ -67,7 +74,7 @@ def table(heading: str, leads: dict[str, dict[str, float]], *, decimals: int, sc
     baselines = [rivals(by_method) for by_method in leads.values()]
     if score in ("rmse", "mae") and all(baselines):
         changes = [
-            f"{100 * (by_method[OURS] / min(others.values()) - 1):+.1f}% " if OURS in by_method else "- "
+            f"{100 * excess(by_method[OURS], min(others.values())):+.1f}% " if OURS in by_method else "- "
             for by_method, others in zip(leads.values(), baselines, strict=True)
         ]
         rows.append(["ours vs best baseline", *changes])

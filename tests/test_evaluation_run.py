@@ -187,6 +187,8 @@ def test_the_table_marks_the_best_and_compares_with_the_best_baseline():
     assert lines[2].split() == ["ours", "1.200*", "3.600"]
     assert lines[4].split() == ["ridge", "1.500", "3.000*"]
     assert lines[5].split() == ["ours", "vs", "best", "baseline", "-20.0%", "+20.0%"]
+    exact = {"6": {"ours": 1.2, "persistence": 0.0}, "72": {"ours": 0.0, "persistence": 0.0}}
+    assert format_table({"air": {"rmse": exact}}).splitlines()[-1].split()[-2:] == ["+inf%", "+0.0%"]
 
 
 def script(name: str, *arguments: str, cache: Path) -> subprocess.CompletedProcess:

@@ -8,11 +8,12 @@ import torch
 
 from data.covariances import matern32
 from data.datasets.cloudy_series import CloudySeries
-from evaluation.baselines import build
+from evaluation.baselines import build, local_interpolation
 from evaluation.baselines.eof_filling import chosen_modes, restored
-from evaluation.baselines.gap_filling import GAP_BASELINES
+from evaluation.baselines.gap_filling import GAP_BASELINES, LastSeen
 from evaluation.baselines.local_interpolation import (
     DAMPING,
+    SPIN_UP,
     LocalCovariance,
     LocalInterpolation,
     MeanInterpolation,
@@ -71,6 +72,35 @@ def test_a_cycled_analysis_starts_from_the_damped_one_before(series):
     assert torch.equal(now[seen], visible[seen]) and not cycled(np.array([21]))[1][0, 0][seen].any()
 
 
+def test_an_analysis_follows_from_its_frame_alone(series, monkeypatch):
+    """Whatever was asked for before, and however few frames stay in memory; a split ends chains at the same frames."""
+    data, covariance = series.data, LocalCovariance("exponential", 300.0, 0.0, 0.01, 8)
+    readable = ~np.isin(np.arange(data.times.size), range(90, 100))
+    few = CloudySeries(data, series.normalisation, series.clouds, 1, training=series, readable=readable)
+    frames = np.setdiff1d(np.arange(40, 150), np.arange(90, 100))
+    cycled = {cycle: LocalInterpolation(few, [covariance], cycle=cycle) for cycle in (1, -1)}
+    two = TwoSidedInterpolation(*cycled.values())
+    expected = two(frames)
+    windows = [frames[start : start + 17] for start in range(0, frames.size, 11)]
+    orders = [windows[::-1], [windows[number] for number in np.random.default_rng(0).permutation(len(windows))]]
+    for order, kept in (*((order, 30_000_000) for order in orders), (windows, 5 * int(series.sea.sum()))):
+        monkeypatch.setattr(local_interpolation, "MOST_KEPT", kept)
+        again = two.under(few)
+        for window in order:
+            found = again(window)
+            for mine, all_of_them in zip(found, expected, strict=True):
+                assert torch.equal(mine, all_of_them[np.searchsorted(frames, window)])
+        assert all(len(part._known) * series.sea.sum() <= kept for part in again.parts)
+    monkeypatch.undo()
+    counted = LocalInterpolation(few, [covariance], cycle=1)
+    one, made = counted._one, []
+    counted._one = lambda frame, before: (made.append(frame), one(frame, before))[1]
+    for window in orders[1]:
+        counted(window)
+    assert set(made) == set(range(90)) | set(range(100, 150))  # from the start of the first run
+    assert len(made) == 140 + 2 * SPIN_UP  # each once, but for those that lead to the runs from 64 and 128 on
+
+
 def test_the_mean_of_interpolations_reads_no_frame_of_a_later_split(series):
     """Scales are chosen once, under further clouds where frames are few."""
     data, end = series.data, 40
@@ -91,6 +121,14 @@ def test_the_mean_of_interpolations_reads_no_frame_of_a_later_split(series):
     assert max(read) == end - 1
     hidden = [few.redrawn(more).hidden(frames) for more in (0, 1)]
     assert torch.equal(hidden[0], few.hidden(frames)) and not torch.equal(*hidden)
+
+
+def test_the_last_value_seen_is_at_most_24_frames_old(tmp_path):
+    dark = cloudy(sea(tmp_path, days=80, dark=range(20, 70)))
+    baseline, cell = LastSeen(CloudySeries(dark.data, dark.normalisation, None, 0)), (0, 3, 3)
+    last = dark.truth(np.array([19]))[0][cell]
+    found = [float(baseline.filled(frame, frame)[0][cell]) for frame in np.array([19, 20, 43, 44])[:, None]]
+    assert found == [last, last, last, 0.0]
 
 
 def test_every_baseline_fills_from_what_is_visible_alone_and_interpolation_is_best(series):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -118,6 +119,24 @@ def test_windows_hold_what_is_visible_and_want_what_is_hidden(year):
     assert windows.layout.frames_of(MONTHLY, 2) == [0, 1] and windows.layout.frames_of(FILLED) == list(range(62))
 
 
+def test_months_that_are_hardly_known_are_counted_and_warned_of(year, tmp_path):
+    """Two clear days in three, but for the end of January: no month of a day in ten is known by nine tenths."""
+    data = sea(tmp_path, days=366, dark=np.arange(20, 366, 3))
+    with pytest.warns(UserWarning, match=r"^0 of 476 cell months of the training .* task\.min_share=0\.9 of its days"):
+        task().fit(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen = task(min_share=0.6)
+        statistics = chosen.fit(data)
+        task(months=None, targets=[FILLED]).fit(data)
+    known, cells = chosen._known_months(data)
+    windows = GapWindows([cloudy(data)], "train", chosen.window(), min_share=0.6)
+    monthly = windows.__getitems__(range(len(windows.frames))).targets[MONTHLY]
+    assert cells == 7 * 68 and known == int(monthly.presence.expand_as(monthly.values).sum()) == cells
+    assert task(min_share=0.8)._known_months(data)[0] == 68  # January
+    assert task()._known_months(year) == (cells, cells) and statistics.scale > 0
+
+
 def test_splits_keep_apart_months_without_data_are_left_out_and_every_month_is_told_once(tmp_path):
     split = {"train": "2001", "validation": ["2002-01", "2002-03"], "test": ["2002-04", "2002-10"]}
     data = sea(tmp_path, days=730, skipped=range(120, 151), split=split)
@@ -198,9 +217,12 @@ def test_settings_that_make_no_sense(options, sentence):
 
 
 def test_data_that_suit_no_months_or_hide_nothing(year, tmp_path):
-    statistics = task().fit(year)
-    with pytest.raises(ValueError, match="nothing is hidden, and the truth under the data's own gaps is not known"):
-        task(clouds=None).dataset(year, "train", statistics)
+    gappy = sea(tmp_path, dark=range(5, 300, 4))
+    for targets, chosen, data in (("monthly,filled", {}, year), ("monthly", dict(reference="climatology"), gappy)):
+        with pytest.raises(ValueError, match=rf"clouds=null hides nothing .* task\.targets=\[{targets}\] is in the"):
+            task(clouds=None, targets=targets.split(","), **chosen).layout(data)  # before anything is computed
+    event = LeaveOutBlocks(str(tmp_path / "sea.nc"), block=2, share=0.2, frames=4, repeats=2)
+    assert task(clouds=None, months=None, targets=[FILLED]).layout(event)  # hides cells by itself
     with pytest.raises(
         ValueError, match=r"validation split .* holds no 5 whole months in a row; .* or lower task\.months"
     ):

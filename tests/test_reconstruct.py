@@ -13,14 +13,16 @@ import torch
 
 import train
 from data.clouds import CloudMasks
+from data.datasets.cloudy_series import CloudySeries
 from data.datasets.gap_windows import BACKGROUND, FILLED, MONTHLY, GapWindows
 from data.datasets.gridded import GriddedData
 from evaluation.baselines import build
 from evaluation.evaluation import NETWORK
 from evaluation.fill_gaps import Filler, _notes, fill_gaps
-from evaluation.gap_filling import filled_by, predicted, score_gap_filling
+from evaluation.gap_filling import filled_by, gap_table, predicted, score_gap_filling
 from evaluation.run_evaluation import Choices
 from evaluation.run_folder import RunFolder
+from evaluation.stacking import Stacking
 from models.composition import build_from_config, compose
 from models.heads import Prediction
 from tests.gap_examples import SHAPE, sea, write_sea
@@ -99,8 +101,8 @@ def test_a_domain_from_patches_and_the_file_of_it(tmp_path, data):
     """Patch by patch and in bands of rows is what patches blended in one piece are; what is observed stays."""
     import xarray as xr
 
-    chosen = task(crop=[4, 5], overlap=2, clouds=None)
-    statistics = task().fit(data)
+    chosen = task(crop=[4, 5], overlap=2)
+    statistics = chosen.fit(data)
     model = model_of("sst_spatiotemporal", chosen, data)
     filler = Filler(model, data, statistics, chosen.window(), chosen.overlap)
     notes = fill_gaps(filler, tmp_path / "filled.zarr")
@@ -127,8 +129,7 @@ def test_a_domain_from_patches_and_the_file_of_it(tmp_path, data):
         assert file["sst"].shape == (366, *SHAPE) and file["sst_monthly"].shape == (13, *SHAPE)
         np.testing.assert_allclose(file["sst"].values, data.read(range(366))[:, 0].numpy(), rtol=1e-6)
         monthly = file["sst_monthly"].values
-    series = [chosen.series(data, "test", statistics)[0]]
-    windows = GapWindows(series, "test", chosen.window())
+    windows = GapWindows([CloudySeries(data, statistics, None, 0)], "test", chosen.window())
     for window, row in enumerate(windows.rows[:, 0]):
         _, found = predicted(model, windows, window, 0, chosen.overlap)
         expected = found[MONTHLY][0, 0].where(data.domain[0], torch.nan).numpy()
@@ -142,12 +143,12 @@ def test_patches_go_on_behind_the_last_column_of_a_globe(tmp_path):
         file.assign_coords(longitude=file.longitude * 18).to_netcdf(tmp_path / "globe.nc")
     split = {"train": 0.4, "validation": 0.3, "test": 0.3}
     globe = GriddedData(str(tmp_path / "globe.nc"), split=split, annual_harmonics=0, diurnal_harmonics=0)
-    chosen = task(months=None, targets=[FILLED], crop=[4, 5], overlap=2, clouds=None)
+    chosen = task(months=None, targets=[FILLED], crop=[4, 5], overlap=2)
     statistics = chosen.fit(globe)
     model = model_of("sst_spatiotemporal", chosen, globe)
     filler = Filler(model, globe, statistics, chosen.window(), chosen.overlap)
     assert globe.grid.wraps and max(filler.patches[0]) + 5 > SHAPE[1]
-    windows = GapWindows([chosen.series(globe, "train", statistics)[0]], "train", chosen.window())
+    windows = GapWindows([CloudySeries(globe, statistics, None, 0)], "train", chosen.window())
     columns = windows.__getitems__(range(20)).inputs["prognostic"].coordinates[:, 0, 1].unique()
     assert len(columns) > 6  # training patches begin at more columns than those of a region may
     (window,), (number,) = (np.flatnonzero(item.frames[:, 3] == 15) for item in (windows, filler.one))
@@ -187,8 +188,9 @@ def test_scores_of_every_method_are_of_the_same_hidden_cells(data, corrected):
     for parameter in model.decoder.parameters():
         torch.nn.init.zeros_(parameter)  # nothing is corrected: ours is the analysis
     names = ["climatology", "available_anomaly", "mean_interpolation"]
-    scores, left_out, count = score_gap_filling(model, chosen, data, statistics, Choices(baselines=names))
-    assert count == 3 and not left_out and list(scores[FILLED]) == ["ours", *names]
+    found = score_gap_filling(model, chosen, data, statistics, Choices(baselines=names))
+    scores = found.scores
+    assert found.windows == 3 and not found.left_out and list(scores[FILLED]) == ["ours", *names]
     for target in (FILLED, MONTHLY):
         values = {name: float(found.values()["rmse"][0, 0, 0]) for name, found in scores[target].items()}
         assert values["ours"] == pytest.approx(values["mean_interpolation"], rel=1e-4)
@@ -197,6 +199,11 @@ def test_scores_of_every_method_are_of_the_same_hidden_cells(data, corrected):
     hidden = series.truth(days).isfinite() & series.hidden(days)
     expected = float((hidden * data.grid.area_weights).sum())  # every day once, those after a short month as well
     assert float(scores[FILLED]["ours"].sums[0, 0]) == pytest.approx(expected)
+    content = found.content(["sst"], "all")
+    assert content["filled sst"]["cells"] == {"0": {"scored": int(hidden.sum()), "all": 68 * days.size}}
+    assert content["monthly sst"]["cells"] == {"0": {"scored": 2 * 68, "all": 3 * 68}}  # the last one is one day
+    lines = gap_table(content, ["sst"], min_share=chosen.min_share).splitlines()
+    assert lines[-1] == "monthly: 136 of 204 cell months known (task.min_share=0.9)"
 
 
 class Noisy(torch.nn.Module):
@@ -224,8 +231,8 @@ def test_shares_follow_from_validation_alone_and_noise_has_none(tmp_path, data, 
     assert not chosen.fit_stacking(Noisy(None), data, statistics).weights.any()
     assert task().fit_stacking(Noisy(0.3), data, statistics) is None
     choices = Choices(baselines=["mean_interpolation"])
-    scores, _, _ = score_gap_filling(Noisy(0.3), chosen, data, statistics, choices, stacking=fitted)
-    for by_method in scores.values():
+    scored = score_gap_filling(Noisy(0.3), chosen, data, statistics, choices, stacking=fitted)
+    for by_method in scored.scores.values():
         ours, alone, best = (
             float(by_method[name].values()["rmse"][0, 0, 0]) for name in ("ours", NETWORK, "mean_interpolation")
         )
@@ -246,7 +253,7 @@ def test_a_filler_mixes_as_scores_do(data, corrected):
     model = model_of("sst_spatiotemporal", chosen, data)
     series = chosen.series(data, "test", statistics)[0]
     share = torch.tensor([[0.25], [0.75]])
-    mixed = (chosen.analysis_of(series, "space_time_interpolation"), share)
+    mixed = (chosen.analysis_of(series, "space_time_interpolation"), Stacking("space_time_interpolation", share))
     analyst = chosen.analysis_of(series, chosen.analysis)
     plain, mixing = (Filler(model, data, statistics, chosen.window(), 0, analyst, each) for each in (None, mixed))
     (_, network), (_, found) = (next(filler.bands(1)) for filler in (plain, mixing))

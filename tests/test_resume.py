@@ -9,9 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_data, tiny_loop, write_weather
+import torch
+from tiny_run import SPLIT, tiny_data, tiny_loop, write_weather
 
+from data.datasets.gridded import GriddedData
+from models.composition import build_from_config, compose
 from training.arguments import rewrite
+from training.run import build_task
 from training.run_folder import last_checkpoint
 from training.tracking import NoTracker
 
@@ -88,6 +92,39 @@ def test_stopping_anywhere_changes_nothing(uninterrupted, tmp_path, stop):
     else:
         with pytest.raises(ValueError, match="holds no checkpoint"):
             last_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_windows_with_gaps_are_analysed_alike_after_a_stop_and_in_worker_processes(tmp_path):
+    """What the interpolations of `task=reconstruct` have analysed is in no checkpoint, and each process has its own."""
+
+    class Stop(NoTracker):
+        def log(self, step, values):
+            if step == 5:
+                raise KeyboardInterrupt
+
+    weather = str(write_weather(tmp_path / "weather.nc", times=240))
+
+    def loop(name: str, workers: int = 0):
+        data = GriddedData(weather, split=SPLIT, cache="ram", num_workers=workers)
+        overrides = ["task=reconstruct", "task.months=null", "task.targets=[filled]", "model=perceiver_io"]
+        config = compose([*overrides, "model/size=tiny", "model.hidden_size=16", "model.depth=1", "model.num_heads=2"])
+        task = build_task(config)
+        torch.manual_seed(0)
+        model = build_from_config(config, task.layout(data))
+        changes = dict(max_steps=12, batch_size=2, validate_every=6, checkpoint_every=2)
+        return tiny_loop(tmp_path / name, data, task=task, model=model, **changes)
+
+    loop("straight").run(NoTracker())
+    with pytest.raises(KeyboardInterrupt):
+        loop("stopped").run(Stop())
+    resumed = loop("stopped")
+    resumed.resume(last_checkpoint(tmp_path / "stopped"))
+    assert resumed.progress.step == 4
+    resumed.run(NoTracker())
+    loop("workers", workers=2).run(NoTracker())
+    straight = files(tmp_path / "straight")
+    assert files(tmp_path / "stopped") == straight and files(tmp_path / "workers") == straight
 
 
 def test_validating_more_often_does_not_change_training(uninterrupted, tmp_path):

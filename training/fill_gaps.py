@@ -30,7 +30,7 @@ def filler_of(run: RunFolder, *, checkpoint: str = "best", path: str | None = No
     normalisation = read_normalisation(folder)
     (training, *_), stacking = task.series(data, "train", normalisation), Stacking.read(folder)
     analyst = task.analysis_of(training, task.analysis) if task.reference == "analysis" else None
-    mixed = (task.analysis_of(training, stacking.baseline), stacking.weights) if stacking else None
+    mixed = (task.analysis_of(training, stacking.baseline), stacking) if stacking else None
     model, given = run.model(checkpoint), data
     if path is not None:
         names = dict.fromkeys(variable.name for variable in (*data.variables, *data.static_variables))

@@ -308,6 +308,7 @@ class GapWindows:
         in_month = times.unflatten(1, (-1, per_group)) < following[..., None]  # (B, M, D)
         days = in_month.sum(dim=2)[..., None, None, None]
         known = truth.isfinite().unflatten(1, (-1, per_group)).sum(dim=2)
+        least = torch.from_numpy(months.least(rows, self.min_share))[..., None, None, None]
         mean = truth.unflatten(1, (-1, per_group)).nanmean(dim=2)
         inside = in_month[..., None, None, None]
         offset = climatology.unflatten(1, (-1, per_group)).where(inside, 0.0).sum(dim=2) / days
@@ -316,7 +317,7 @@ class GapWindows:
         return Field(
             mean,
             times=times[:, per_group - 1 :: per_group],
-            valid=known >= (self.min_share * days).ceil().clamp_min(1),
+            valid=known >= least,
             scale=self.normalisation.scale[:, None, None],
             offset=offset,
             reference=reference,

@@ -73,7 +73,8 @@ class DayOffset(_Filling):
 
 
 class LastSeen(_Filling):
-    """The last anomaly that was visible, as old as it may be."""
+    """The last anomaly that was visible, at most `_BACK` frames ago and since the last gap in time; the climatology
+    where there is none."""
 
     def filled(self, frames: np.ndarray, wanted: np.ndarray) -> Tensor:
         found = []

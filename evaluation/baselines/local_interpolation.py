@@ -1,5 +1,6 @@
 """Optimal interpolation of gappy fields from the nearest visible values (Gandin 1965), in space, in space and time, or
-cycled: with a damped analysis of the frame before, or of both neighbours, as background.
+cycled: with a damped analysis of the frame before, or of both neighbours, as background. What a frame's analysis is
+follows from the frame, whatever was analysed before: chains of cycled ones begin at fixed frames.
 
     analysis = background + c^T (C + noise)^-1 (visible - background),   error^2 = 1 - c^T (C + noise)^-1 c
 
@@ -26,7 +27,7 @@ TIMES = (0.5, 1.0, 2.0, 4.0, 8.0)  # frames
 MOST_KEPT = 30_000_000  # cells of analysed frames in memory
 DAMPING = 0.8  # of a cycled background, a frame later
 MOST_REACH = 3  # frames before and after that an analysis reads
-SPIN_UP = 8  # frames before the first one that is wanted
+RUN, SPIN_UP = 64, 8  # frames whose cycled analyses are one chain, and those that lead to its first one
 _TRIED_FRAMES, _TRIED_CELLS, _BLOCK = 48, 80, 128  # targets at once: what is computed of them stays in the cache
 
 
@@ -116,32 +117,40 @@ class LocalInterpolation:
 
     def __call__(self, frames: np.ndarray) -> tuple[Tensor, Tensor]:
         """Anomalies and their expected errors, (n, C, H, W), of `frames` (n,); the visible is kept, with error 0."""
-        for frame in np.unique(frames):
-            self._analyse(int(frame))
         shape = (len(frames), len(self.covariance), *self.series.data.grid.shape)
         found, error = np.zeros(shape, np.float32), np.ones(shape, np.float32)
-        for number, frame in enumerate(frames):
-            found[number][:, self.sea], error[number][:, self.sea] = self._known[int(frame)]
+        for frame in np.unique(frames)[:: self.cycle or 1]:  # as cycled, so that each goes on from the one before
+            values, wrong = self._analysis(int(frame))
+            for number in np.flatnonzero(frames == frame):
+                found[number][:, self.sea], error[number][:, self.sea] = values, wrong
         return torch.from_numpy(found), torch.from_numpy(error)
 
     def filled(self, frames: np.ndarray, wanted: np.ndarray) -> Tensor:
         """(L, C, H, W) of the frames `wanted`, whatever else the window `frames` holds."""
         return self(wanted)[0]
 
-    def _analyse(self, frame: int) -> None:
-        """Fills in a frame and, where it is cycled, those that lead to it and are not known yet."""
+    def _analysis(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        """(C, P) anomalies and errors. A chain begins SPIN_UP frames before the first of the frame's run; what it makes
+        of those is not kept: their own analyses belong to the chain of the run before."""
         if frame in self._known:
-            return
-        while len(self._known) * self.sea.sum() > MOST_KEPT:
-            self._known.pop(next(iter(self._known)))
-        path = [frame]
-        while len(path) <= SPIN_UP:
-            earlier = self._earlier(path[-1])
-            if earlier is None or earlier in self._known:
+            return self._known[frame]
+        since = frame % RUN if self.cycle > 0 else RUN - 1 - frame % RUN  # frames of the run that lead here
+        path, before = [frame], None
+        while len(path) <= since + SPIN_UP and (earlier := self._earlier(path[-1])) is not None:
+            if len(path) <= since and earlier in self._known:
+                before = self._known[earlier]
                 break
             path.append(earlier)
-        for each in reversed(path):
-            self._known[each] = self._one(each)
+        for steps in reversed(range(len(path))):
+            before = self._one(path[steps], before)
+            if steps <= since:
+                self._keep(path[steps], before)
+        return before
+
+    def _keep(self, frame: int, analysis: tuple[np.ndarray, np.ndarray]) -> None:
+        while self._known and (len(self._known) + 1) * self.sea.sum() > MOST_KEPT:
+            self._known.pop(next(iter(self._known)))
+        self._known[frame] = analysis
 
     def _earlier(self, frame: int) -> int | None:
         """The frame whose analysis is the background, None where there is none, or none that may be read."""
@@ -150,11 +159,10 @@ class LocalInterpolation:
             return None
         return earlier if self.series.readable[earlier] else None
 
-    def _one(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """(C, P) anomalies and errors of one frame."""
+    def _one(self, frame: int, before: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
+        """(C, P) anomalies and errors of one frame, with the analysis `before` as background; None: the climatology."""
         around, later = _around(self.series, frame, max(covariance.reach for covariance in self.covariance))
         visible = self.series.visible(around)[:, :, self.sea].numpy()
-        before = self._known.get(self._earlier(frame))
         background = np.zeros(visible.shape[1:]) if before is None else DAMPING * before[0]
         now = visible[around == frame][0]
         found, error = np.where(np.isfinite(now), now, background), np.zeros(now.shape)

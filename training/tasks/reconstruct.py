@@ -5,6 +5,7 @@ Letters: B batch, L target times, C variables.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from evaluation.stacking import Stacking
     from models.encode_process_decode import EncodeProcessDecode
 
+FEW = 0.05  # of the cell months: fewer that are known are worth a warning
 ANALYSES = (
     "optimal_interpolation",
     "space_time_interpolation",
@@ -39,16 +41,17 @@ class ReconstructTask(GriddedTask):
 
     months: of a window, each padded to 31 days; None: a window is input_frames frames in a row. targets: filled,
     monthly or both. all_frames: whether the gaps of every frame of a window are filled, or those of its last one.
-    clouds: what hides values that are known (`data/clouds.py`), None: nothing, for prediction alone. draws: different
-    clouds that training windows are seen through. stride: frames from one training window in a row to the next.
+    clouds: what hides values that are known (`data/clouds.py`); None: nothing beyond what data withhold themselves.
+    draws: different clouds that training windows are seen through. stride: frames from one training window in a row to
+    the next.
     reference: what the output is added to: climatology, available_mean (of the visible days of a month or window) or
     analysis, an interpolation of what is visible that is an input as well and is corrected in units of its expected
     error; analysis: which one. stacking: an interpolation that is mixed into what the network makes, with a share for
     each target and variable that is fitted under the clouds of the validation split; None: the network alone.
-    min_share: of the days of a month that must be known, for its mean to be learnt from. crop: rows and columns of
-    patches that are trained on, patches: of a window in an epoch; overlap: cells by which they overlap where the whole
-    domain is predicted. head: see `models/heads.py`. loss: mse, l1 or huber with huber_delta, over known cells, in
-    units of the reference's error. query_fraction: share of the places decoded in a training step. Raises ValueError
+    min_share: of the days of a month that must be known, for its mean to be learnt and scored. crop: rows and columns
+    of patches that are trained on, patches: of a window in an epoch; overlap: cells by which they overlap where the
+    whole domain is predicted. head: see `models/heads.py`. loss: mse, l1 or huber with huber_delta, over known cells,
+    in units of the reference's error. query_fraction: share of the places decoded in a training step. Raises ValueError
     where a value is not allowed.
     """
 
@@ -123,6 +126,12 @@ class ReconstructTask(GriddedTask):
         """What the model reads and predicts. Raises ValueError where data and task do not fit, and where a split holds
         no window."""
         check_series("reconstruct", data)
+        if getattr(data, "clouds", self.clouds) is None:
+            raise ValueError(
+                f"task.clouds=null hides nothing of these data, so that what is known of task.targets="
+                f"[{','.join(self.targets)}] is in the input already and nothing is left to learn; leave it out, which "
+                "simulates clouds, or lay real ones over the data, like task.clouds.path=catalogue:alboranSST_small.nc"
+            )
         self.check_variable_weights(data.variables)
         if self.reference == "analysis" and not data.grid.geographic:
             raise ValueError(
@@ -135,10 +144,36 @@ class ReconstructTask(GriddedTask):
         return window.layout(data)
 
     def fit(self, data: GriddedData) -> Normalisation:
-        """Scale and climatology of the training range."""
+        """Scale and climatology of the training range. Warns where next to no mean of a month is known in it."""
+        from data.datasets.gap_windows import MONTHLY
         from data.normalisation import Normalisation
 
-        return Normalisation.fit(_seen(data, "train"), lead_steps=(1,))
+        seen = _seen(data, "train")
+        if MONTHLY in self.targets:
+            known, cells = self._known_months(seen)
+            if known < FEW * cells:
+                warnings.warn(
+                    f"{known:,} of {cells:,} cell months of the training windows are known, so that task.targets="
+                    f"[{MONTHLY}] is learnt and scored at few places: a cell's month counts where at least "
+                    f"task.min_share={self.min_share:g} of its days are known; lower it, like task.min_share=0.3, or "
+                    "use task.targets=[filled]",
+                    stacklevel=2,
+                )
+        return Normalisation.fit(seen, lead_steps=(1,))
+
+    def _known_months(self, data: GriddedData) -> tuple[int, int]:
+        """Of the months of training windows and the cells of every variable: (means that are known, all)."""
+        window, known = self.window(), 0
+        months, rows = window.slots(data), np.unique(window.positions(data, "train")[0])
+        for row, least in zip(rows, months.least(rows, self.min_share), strict=True):
+            frames = months.frames[row][months.frames[row] >= 0]
+            if frames.size < least:
+                continue
+            if data.gaps:
+                known += int(((data.read(frames).isfinite().sum(dim=0) >= least) & data.domain).sum())
+            else:
+                known += int(data.domain.sum())
+        return known, rows.size * int(data.domain.sum())
 
     def series(self, data: GriddedData, split: str, normalisation: Normalisation) -> list[CloudySeries]:
         """The data under each of the clouds of a split: draw 0 in validation and test, further ones in training. What
@@ -166,16 +201,9 @@ class ReconstructTask(GriddedTask):
         return found
 
     def dataset(self, data: GriddedData, split: str, normalisation: Normalisation) -> GapWindows:
-        from data.datasets.gap_windows import FILLED, GapWindows
+        from data.datasets.gap_windows import GapWindows
 
-        series = self.series(data, split, normalisation)
-        if series[0].clouds is None and (FILLED in self.targets or not data.gaps):
-            raise ValueError(
-                f"nothing is hidden, and the truth under the data's own gaps is not known: task.targets="
-                f"{list(self.targets)} has nothing to learn from; give clouds, like "
-                "task.clouds.path=catalogue:alboranSST_small.nc"
-            )
-        analyses = None
+        series, analyses = self.series(data, split, normalisation), None
         if self.reference == "analysis":
             analyses = [self.analysis_of(each, self.analysis) for each in series]
         return GapWindows(
