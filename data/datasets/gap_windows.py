@@ -200,7 +200,7 @@ class GapWindows:
         """(B, T) int64."""
         if self.months is None:
             return torch.from_numpy(self.data.times[frames])
-        return torch.from_numpy(self.months.times(self.rows[windows]).reshape(frames.shape))
+        return torch.from_numpy(self.months.times[self.rows[windows]].reshape(frames.shape))
 
     def _scene(self, frames: np.ndarray, draws: np.ndarray) -> dict[str, Tensor]:
         """Truth, what is hidden, and the analysis and its expected error, (B, T, C, H, W); NaN and 0 where no frame

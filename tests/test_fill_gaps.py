@@ -1,0 +1,45 @@
+"""Filling the gaps of files: what stays, which files are filled, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from data.datasets.gap_windows import FILLED, MONTHLY, GapWindow
+from data.datasets.gridded import GriddedData
+from data.normalisation import Normalisation
+from evaluation.fill_gaps import Filler, fill_gaps
+from models.composition import build_from_config, compose
+from tests.gap_examples import write_sea
+
+SPLIT = {"train": 0.9, "validation": 0.05, "test": 0.05}  # nearly a year to train on: there is a season
+MONTHS = GapWindow(1, 1, (MONTHLY, FILLED), True, None, "climatology")
+
+
+def filler_of_a_sea(path: str, *, window: GapWindow = MONTHS, name: str = "perceiver_io") -> Filler:
+    """With random weights everywhere, so that nothing is 0 by its initial value."""
+    data = GriddedData(path, split=SPLIT, annual_harmonics=1, diurnal_harmonics=1)
+    torch.manual_seed(0)
+    tiny = ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.patch_size=4"]
+    model = build_from_config(compose(["task=reconstruct", f"model={name}", *tiny]), window.layout(data)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return Filler(model, data, Normalisation.fit(data, lead_steps=(1,)), window, 0)
+
+
+@pytest.mark.parametrize("step_hours, start", ((24, "2001-01-01 12:00"), (6, "2001-01-01 03:00")))
+def test_what_is_observed_stays_whenever_frames_are(tmp_path, step_hours, start):
+    import xarray as xr
+
+    path = write_sea(tmp_path / "sea.nc", days=380, step_hours=step_hours, start=start, dark=[3, 4])
+    filler = filler_of_a_sea(str(path))
+    filler.data.series.times[::7] += 3600  # some an hour late
+    fill_gaps(filler, tmp_path / "filled.nc")
+    known = filler.data.read(np.arange(filler.data.times.size))[:, 0].numpy()
+    with xr.open_dataset(tmp_path / "filled.nc", decode_times=False) as file:
+        found = file["sst"].values
+        assert np.array_equal(file["time"].values, filler.data.times)
+    observed = np.isfinite(known)
+    np.testing.assert_allclose(found[observed], known[observed], rtol=1e-6)
+    assert np.isfinite(found[3:5][:, observed[0]]).all()
