@@ -103,7 +103,7 @@ class Filler:
 
     def bands(self, number: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
         """Rows of a window that are complete, top to bottom: {target: (L, C, rows, W)} in physical units, NaN where a
-        variable does not exist."""
+        variable does not exist (no value in training) and nothing is observed."""
         tops, mosaics = list(self.patches), {}
         for place, top in enumerate(tops):
             for left, windows in self.patches[top].items():
@@ -128,14 +128,19 @@ class Filler:
         self.overcast[number] = self.overcast.get(number, True) & dark
         found, analysis = {}, self._mixed_in(windows, number, whole)
         for place, (name, prediction) in enumerate(self.model.predict(given.to(device)).items()):
-            target, values = whole.targets[name], prediction.point.values.float().cpu()
+            values = prediction.point.values.float().cpu()
             if analysis:
                 values = torch.lerp(values, analysis[name], self.mixed[1][place][:, None, None])
-            if name == FILLED:
-                seen = target.values.isfinite()  # nothing is hidden: what is known is observed
-                values = torch.where(seen, target.physical(), values)
-            found[name] = values.masked_fill(~windows.data.domain, torch.nan)[0]
+            values = values.masked_fill(~windows.data.domain, torch.nan)[0]
+            found[name] = self._kept(windows, number, values) if name == FILLED else values
         return found
+
+    def _kept(self, windows: GapWindows, number: int, values: Tensor) -> Tensor:
+        """Filled frames (L, C, h, w) with what is observed as the file has it, be it where training never saw any."""
+        frames = windows.frames[number][windows.filled_slots]
+        there, observed = np.flatnonzero(frames >= 0), torch.full_like(values, torch.nan)
+        observed[there] = windows.data.read(frames[there])
+        return observed.where(observed.isfinite(), values)
 
     def _mixed_in(self, windows: GapWindows, number: int, batch: Batch) -> dict[str, Tensor]:
         """Targets (L, C, h, w) by the interpolation that is mixed in."""

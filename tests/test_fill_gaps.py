@@ -17,9 +17,8 @@ SPLIT = {"train": 0.9, "validation": 0.05, "test": 0.05}  # nearly a year to tra
 MONTHS = GapWindow(1, 1, (MONTHLY, FILLED), True, None, "climatology")
 
 
-def filler_of_a_sea(path: str, *, window: GapWindow = MONTHS, name: str = "perceiver_io") -> Filler:
+def filler_of(data: GriddedData, *, window: GapWindow = MONTHS, name: str = "perceiver_io") -> Filler:
     """With random weights everywhere, so that nothing is 0 by its initial value."""
-    data = GriddedData(path, split=SPLIT, annual_harmonics=1, diurnal_harmonics=1)
     torch.manual_seed(0)
     tiny = ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.patch_size=4"]
     model = build_from_config(compose(["task=reconstruct", f"model={name}", *tiny]), window.layout(data)).eval()
@@ -30,10 +29,15 @@ def filler_of_a_sea(path: str, *, window: GapWindow = MONTHS, name: str = "perce
 
 @pytest.mark.parametrize("step_hours, start", ((24, "2001-01-01 12:00"), (6, "2001-01-01 03:00")))
 def test_what_is_observed_stays_whenever_frames_are(tmp_path, step_hours, start):
+    """Also in a cell that is seen for the first time when training is over."""
     import xarray as xr
 
     path = write_sea(tmp_path / "sea.nc", days=380, step_hours=step_hours, start=start, dark=[3, 4])
-    filler = filler_of_a_sea(str(path))
+    with xr.open_dataset(path, decode_times=False) as file:
+        file = file.load()
+    file["sst"][-1, 0, 0] = 17.0
+    file.to_netcdf(path)
+    filler = filler_of(GriddedData(str(path), split=SPLIT, annual_harmonics=1, diurnal_harmonics=1))
     filler.data.series.times[::7] += 3600  # some an hour late
     fill_gaps(filler, tmp_path / "filled.nc")
     known = filler.data.read(np.arange(filler.data.times.size))[:, 0].numpy()
@@ -42,4 +46,10 @@ def test_what_is_observed_stays_whenever_frames_are(tmp_path, step_hours, start)
         assert np.array_equal(file["time"].values, filler.data.times)
     observed = np.isfinite(known)
     np.testing.assert_allclose(found[observed], known[observed], rtol=1e-6)
-    assert np.isfinite(found[3:5][:, observed[0]]).all()
+    assert observed[-1, 0, 0] and not observed[:-1, 0, 0].any()
+    assert np.isfinite(found[3:5][:, observed[0]]).all() and np.isnan(found[:-1, 0, 0]).all()
+    window = filler.one.batch(np.array([2]), np.array([0])).inputs["daily"]
+    seen = window.presence[0]
+    frames = filler.one.frames[2][filler.one.frames[2] >= 0]
+    read = filler.data.read(frames)[seen[: frames.size]]  # the model is given what is observed at its own time
+    torch.testing.assert_close(window.physical()[0][seen], read, rtol=0, atol=1e-5)
