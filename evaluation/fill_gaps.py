@@ -31,8 +31,6 @@ from evaluation.gap_filling import filled_by
 from evaluation.rolling_mosaic import RollingMosaic
 from evaluation.stitching import starts
 
-ALL = "all"
-
 
 class SeriesPart:
     """Rows and columns of a `GriddedData`, read without the rest of it. domain: (C, h, w) bool, of the part."""
@@ -41,9 +39,8 @@ class SeriesPart:
 
     def __init__(self, data: GriddedData, domain: Tensor, rows: slice, columns: np.ndarray):
         self.series, self.domain = data.series.part(rows, columns), domain
-        self.splits = {ALL: np.arange(data.times.size)}
         self.variables, self.grid, self.times = self.series.variables, self.series.grid, self.series.times
-        self.calendar, self.step, self.segments = self.series.calendar, self.series.step, self.series.segments
+        self.calendar, self.step, self.segments = data.calendar, data.step, data.segments
         self.static_variables = data.static_variables
         self.static = None if data.static is None else data.static[..., rows, columns]
 
@@ -90,7 +87,7 @@ class Filler:
         series = CloudySeries(part, replace(self.normalisation, coefficients=coefficients), None, 0)
         return GapWindows(
             [series],
-            ALL,
+            None,
             replace(self.window, crop=None),
             analyses=None if self.analyst is None else [self.analyst.under(series)],
             static=None if self._static is None else (self._static[0][..., rows, columns], *self._static[1:]),

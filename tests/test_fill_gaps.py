@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from data.datasets.gap_windows import FILLED, MONTHLY, GapWindow
 from data.datasets.gridded import GriddedData
+from data.datasets.leave_out_blocks import LeaveOutBlocks
 from data.normalisation import Normalisation
 from evaluation.fill_gaps import Filler, fill_gaps
 from models.composition import build_from_config, compose
@@ -53,3 +56,17 @@ def test_what_is_observed_stays_whenever_frames_are(tmp_path, step_hours, start)
     frames = filler.one.frames[2][filler.one.frames[2] >= 0]
     read = filler.data.read(frames)[seen[: frames.size]]  # the model is given what is observed at its own time
     torch.testing.assert_close(window.physical()[0][seen], read, rtol=0, atol=1e-5)
+
+
+def test_a_missing_day_does_not_end_an_event(tmp_path):
+    import xarray as xr
+
+    event = LeaveOutBlocks(str(write_sea(tmp_path / "sea.nc", days=8, skipped=[4])), block=2, frames=3, repeats=1)
+    window = GapWindow(None, 7, (FILLED,), True, None, "climatology")
+    filler = filler_of(event, window=window)
+    assert not fill_gaps(filler, tmp_path / "filled.nc")
+    with xr.open_dataset(tmp_path / "filled.nc") as file:
+        assert file["sst"].shape[0] == 7 and np.isfinite(file["sst"].values[:, 1:]).all()
+    for wanted, said in ((dict(frames=9), "9 frames"), (dict(months=2, targets=(MONTHLY,)), "2 months")):
+        with pytest.raises(ValueError, match=f"^the model reads {said} in a row, and 7 time steps hold none; give"):
+            replace(window, **wanted).positions(event, None)
