@@ -15,6 +15,7 @@ from data.normalisation import Normalisation
 from evaluation.fill_gaps import Filler, fill_gaps
 from models.composition import build_from_config, compose
 from tests.gap_examples import write_sea
+from training.fill_gaps import check_alike
 
 SPLIT = {"train": 0.9, "validation": 0.05, "test": 0.05}  # nearly a year to train on: there is a season
 MONTHS = GapWindow(1, 1, (MONTHLY, FILLED), True, None, "climatology")
@@ -68,5 +69,52 @@ def test_a_missing_day_does_not_end_an_event(tmp_path):
     with xr.open_dataset(tmp_path / "filled.nc") as file:
         assert file["sst"].shape[0] == 7 and np.isfinite(file["sst"].values[:, 1:]).all()
     for wanted, said in ((dict(frames=9), "9 frames"), (dict(months=2, targets=(MONTHLY,)), "2 months")):
-        with pytest.raises(ValueError, match=f"^the model reads {said} in a row, and 7 time steps hold none; give"):
+        with pytest.raises(ValueError, match=f"^the model reads {said} in a row at .* there are none .*: 7"):
             replace(window, **wanted).positions(event, None)
+
+
+def test_today_alone_is_filled_in_steps_of_the_run(tmp_path):
+    """Six-hourly data; one frame of another file, and two with one left out between them."""
+    import xarray as xr
+
+    sea = GriddedData(str(write_sea(tmp_path / "sea.nc", step_hours=6)), split=SPLIT)
+    filler = filler_of(sea, window=replace(MONTHS, reference="available_mean"))
+    known = sea.read([301, 303])[:, 0].numpy()
+    with xr.open_dataset(tmp_path / "sea.nc", decode_times=False) as file:
+        file["sst"][301, 4:] = np.nan
+        for name, chosen in (("one", [301]), ("two", [301, 303])):
+            file.isel(time=chosen).to_netcdf(tmp_path / f"{name}.nc")
+    _ = sea.summary
+    for name, segments in (("one", [0]), ("two", [0, 1])):
+        given = sea.with_files(str(tmp_path / f"{name}.nc"))
+        assert given.step == sea.step == 21_600 and given.segments.tolist() == segments
+        assert "summary" not in vars(given) and not given.splits and sea.splits["test"].size
+        assert not fill_gaps(replace(filler, data=given, overcast={}), tmp_path / f"filled_{name}.nc")
+        with xr.open_dataset(tmp_path / f"filled_{name}.nc") as file:
+            found = file["sst"].values
+            assert file["sst_monthly"].shape[0] == 1 and np.isfinite(found[:, 1:]).all()
+        np.testing.assert_allclose(found[0, :4], known[0, :4], rtol=1e-6)
+    np.testing.assert_allclose(found[1], known[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    (
+        (dict(units="K"), "a has sst in the units 'K', the model in ''; convert its values, or correct"),
+        (dict(calendar="standard"), "a counts its times in the calendar proleptic_gregorian, the model in noleap"),
+        (dict(frames=slice(0, 40, 7)), "a has frames at least 604800 seconds apart, the model reads steps of 86400"),
+        (dict(rows=slice(3)), "a lies on a grid of 3 x 10 cells, the model knows 7 x 10 at other places"),
+    ),
+)
+def test_what_differs_in_other_files_is_named(tmp_path, changes, said):
+    import xarray as xr
+
+    sea = GriddedData(str(write_sea(tmp_path / "sea.nc", days=60)), split=SPLIT)
+    with xr.open_dataset(tmp_path / "sea.nc", decode_times=False) as file:
+        file = file.isel(time=changes.get("frames", slice(None)), latitude=changes.get("rows", slice(None)))
+        file["sst"].attrs["units"] = changes.get("units", "")
+        file["time"].attrs["calendar"] = changes.get("calendar", "noleap")
+        file.to_netcdf(tmp_path / "a.nc")
+    with pytest.raises(ValueError, match=said.replace("a ", r"a\.nc ", 1)):
+        check_alike(sea.with_files(str(tmp_path / "a.nc")), sea)
+    check_alike(sea.with_files(str(tmp_path / "sea.nc")), sea)

@@ -87,14 +87,15 @@ class GapWindow:
         months = self.slots(data)
         found = self._in_a_row(data, split, stride) if months is None else self._whole_months(data, split, months)
         if not len(found[1]):
-            kind = "frames" if months is None else "whole months" if split else "months"
-            wanted = f"{self.frames if months is None else self.months} {kind} in a row"
+            wanted = f"{self.frames} frames" if months is None else f"{self.months} {'whole ' if split else ''}months"
             if split is None:
-                count = data.times.size
-                raise ValueError(f"the model reads {wanted}, and {count} time steps hold none; give files that do")
+                raise ValueError(
+                    f"the model reads {wanted} in a row at steps of {data.step} seconds, and there are none (frames "
+                    f"given: {data.times.size}); give files that hold them"
+                )
             raise ValueError(
-                f"the {split} split ({data.splits[split].size} of {data.times.size} time steps) holds no {wanted}; "
-                f"widen data.split.{split} or lower task.{'input_frames' if months is None else 'months'}"
+                f"the {split} split ({data.splits[split].size} of {data.times.size} time steps) holds no {wanted} in a "
+                f"row; widen data.split.{split} or lower task.{'input_frames' if months is None else 'months'}"
             )
         return found
 
