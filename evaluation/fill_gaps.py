@@ -67,8 +67,10 @@ class Filler:
     @cached_property
     def patches(self) -> dict[int, dict[int, GapWindows]]:
         """{first row: {first column: windows of that patch}}; one where the model reads the whole domain."""
-        height, width = self.window.crop or self.data.grid.shape
         rows, columns = self.data.grid.shape
+        if self.window.crop is None:
+            return {0: {0: self._windows(slice(0, rows), np.arange(columns))}}
+        height, width = self.window.crop
         return {
             top: {
                 left: self._windows(slice(top, top + height), np.arange(left, left + width) % columns)

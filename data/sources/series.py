@@ -93,7 +93,7 @@ class Series:
 
     def part(self, rows: slice, columns: slice | np.ndarray) -> Series:
         """Some rows and columns of it, eastwards; no others are read."""
-        grid = LatLonGrid(self.grid.latitude[rows], self.grid.longitude[columns])
+        grid = self.grid.window(rows, columns)
         return replace(self, grid=grid, files=[file.part(rows, columns) for file in self.files])
 
 
