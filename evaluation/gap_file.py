@@ -7,23 +7,30 @@ Letters: n frames or months, H x W cells.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from data.curvilinear import CurvilinearGrid
 from data.grids import LatLonGrid
+from evaluation.written_whole import written_whole
+
+
+def check_ending(path: Path) -> None:
+    """Raises ValueError where it is neither a NetCDF file nor a Zarr store."""
+    if path.suffix not in (".nc", ".zarr"):
+        raise ValueError(f"{path} must end in .nc or .zarr, like {path.name}.nc")
 
 
 class GapFile:
-    """Use as a context manager and call `write`. The file appears under its name only when it is complete.
+    """Use as a context manager and call `write`. The file appears under its name only when it is complete, in a folder
+    that is made where there is none.
 
     path: ending in .nc or .zarr. fields: {name: (dimension of its first axis, units)}. axes: {dimension: (n,) int64
-    seconds since 1970-01-01 of `calendar`}. Raises ValueError for another ending and where there is no such folder,
-    OSError where it cannot be written.
+    seconds since 1970-01-01 of `calendar`}. Raises ValueError for another ending, OSError where it cannot be
+    written.
     """
 
     def __init__(
@@ -35,27 +42,21 @@ class GapFile:
         fields: Mapping[str, tuple[str, str]],
         calendar: str,
     ):
-        if path.suffix not in (".nc", ".zarr"):
-            raise ValueError(f"{path} must end in .nc or .zarr, like {path.name}.nc")
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}; make it, or choose another")
-        self.path, self._beside = path, path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-        create = _netcdf if path.suffix == ".nc" else _zarr
+        check_ending(path)
+        self.path = path
         flat = isinstance(grid, LatLonGrid)
         cells = ("latitude", "longitude") if flat else ("y", "x")
         epoch = {"units": "seconds since 1970-01-01 00:00:00", "calendar": calendar}
-        coordinates = {name: ((name,), values, {"standard_name": "time", **epoch}) for name, values in axes.items()}
+        self._coordinates = {
+            name: ((name,), values, {"standard_name": "time", **epoch}) for name, values in axes.items()
+        }
         for name, units in (("latitude", "degrees_north"), ("longitude", "degrees_east")):
             values = getattr(grid, name)
-            coordinates[name] = ((name,) if flat else cells, values, {"standard_name": name, "units": units})
-        described = {
+            self._coordinates[name] = ((name,) if flat else cells, values, {"standard_name": name, "units": units})
+        self._fields = {
             name: ((axis, *cells), {"units": units} | ({} if flat else {"coordinates": "latitude longitude"}))
             for name, (axis, units) in fields.items()
         }
-        try:
-            self._arrays, self._close = create(self._beside, coordinates, described)
-        except OSError as error:
-            raise OSError(f"cannot write {path} ({error}); free some space or choose another folder") from error
 
     def write(self, name: str, positions: np.ndarray, rows: slice, values: np.ndarray) -> None:
         """values (n, rows, W) at positions (n,) of the first axis."""
@@ -63,18 +64,21 @@ class GapFile:
             self._arrays[name][int(position), rows, :] = field
 
     def __enter__(self) -> GapFile:
+        create = _netcdf if self.path.suffix == ".nc" else _zarr
+        with ExitStack() as opened:
+            try:
+                beside = opened.enter_context(written_whole(self.path))
+                self._arrays, close = create(beside, self._coordinates, self._fields)
+            except OSError as error:
+                raise OSError(
+                    f"cannot write {self.path} ({error}); free some space or choose another folder"
+                ) from error
+            opened.callback(close)
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._close()
-        if kind is None:
-            if self.path.is_dir():
-                shutil.rmtree(self.path)
-            os.replace(self._beside, self.path)
-        elif self._beside.is_dir():
-            shutil.rmtree(self._beside)
-        else:
-            self._beside.unlink(missing_ok=True)
+        self._opened.__exit__(kind, error, trace)
 
 
 def _sizes(coordinates: Mapping) -> dict[str, int]:

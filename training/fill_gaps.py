@@ -14,6 +14,7 @@ import numpy as np
 
 from data.datasets.gridded import GriddedData
 from evaluation.fill_gaps import Filler, fill_gaps
+from evaluation.gap_file import check_ending
 from evaluation.run_folder import RunFolder
 from evaluation.stacking import Stacking
 from training.checkpoints import read_normalisation
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", default="best", help="best, last or step_00000100")
     options = parser.parse_args(arguments)
     try:
+        check_ending(options.file)
         filler = filler_of(RunFolder.open(options.run), checkpoint=options.checkpoint, path=options.path)
         notes = fill_gaps(filler, options.file)
     except Exception as error:
