@@ -34,6 +34,10 @@ class CurvilinearGrid(Grid):
         if not finite or np.abs(self.latitude).max() > 90 + 1e-6:
             raise ValueError("a curvilinear grid needs finite longitudes, and latitudes within -90..90 degrees")
 
+    def window(self, rows: slice, columns: slice | np.ndarray) -> CurvilinearGrid:
+        """Some of the rows and columns, with their places."""
+        return CurvilinearGrid(self.latitude[rows][:, columns], self.longitude[rows][:, columns])
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.latitude.shape

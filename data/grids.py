@@ -136,6 +136,10 @@ class LatLonGrid(Grid):
         """Global points from the north pole to the south, eastwards from Greenwich: (721, 1440) is 0.25 degrees."""
         return cls(np.linspace(90, -90, rows), np.arange(columns) * (360 / columns))
 
+    def window(self, rows: slice, columns: slice | np.ndarray) -> LatLonGrid:
+        """Some of the rows and columns, eastwards, with their places."""
+        return LatLonGrid(self.latitude[rows], self.longitude[columns])
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.latitude.size, self.longitude.size

@@ -19,11 +19,12 @@ LONGEST = 31  # days
 @dataclass(frozen=True)
 class MonthSlots:
     """months: (m,) int64, consecutive, counted from January 1970. frames: (m, D) int64 indices of a series, -1 where
-    the month or the file has none. step: seconds between slots. calendar: of the times."""
+    the month or the file has none. times: (m, D) int64 seconds of the calendar: those of the frames and, where there is
+    none, when one would be expected; padded slots go on into the next month."""
 
     months: np.ndarray
     frames: np.ndarray
-    step: int
+    times: np.ndarray
     calendar: str
 
     @staticmethod
@@ -39,7 +40,7 @@ class MonthSlots:
             )
         month = month_number(times, calendar)
         months = np.arange(month[0], month[-1] + 1)
-        slot = (times - month_start(month, calendar)) // step
+        slot, late = np.divmod(times - month_start(month, calendar), step)
         frames = np.full((months.size, LONGEST * SECONDS_PER_DAY // step), -1, dtype=np.int64)
         place = (month - month[0], slot)
         frames[place] = np.arange(times.size)
@@ -49,12 +50,16 @@ class MonthSlots:
                 f"{format_time(times[lost[0]], calendar)} and the time after it lie in one step of {step} seconds; "
                 "give files with one frame a step"
             )
-        return MonthSlots(months, frames, step, calendar)
+        # A value means what it does at its own time: turned into an anomaly and back at two times it would change.
+        expected = np.arange(frames.shape[1]) * step + int(np.median(late))
+        slots = month_start(months, calendar)[:, None] + expected
+        slots[place] = times
+        return MonthSlots(months, frames, slots, calendar)
 
-    def times(self, rows: np.ndarray) -> np.ndarray:
-        """(..., D) int64: when the slots of months `rows` (...) begin; padded ones go on into the next month."""
-        start = month_start(self.months[rows], self.calendar)
-        return start[..., None] + np.arange(self.frames.shape[1]) * self.step
+    @property
+    def step(self) -> int:
+        """Seconds from a slot to the next."""
+        return LONGEST * SECONDS_PER_DAY // self.frames.shape[1]
 
     def least(self, rows: np.ndarray, share: float) -> np.ndarray:
         """(...) int64: slots that are at least that share of those that months `rows` (...) have; 1 or more."""

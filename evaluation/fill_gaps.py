@@ -32,8 +32,6 @@ from evaluation.rolling_mosaic import RollingMosaic
 from evaluation.stacking import Stacking
 from evaluation.stitching import starts
 
-ALL = "all"
-
 
 class SeriesPart:
     """Rows and columns of a `GriddedData`, read without the rest of it. domain: (C, h, w) bool, of the part."""
@@ -42,9 +40,8 @@ class SeriesPart:
 
     def __init__(self, data: GriddedData, domain: Tensor, rows: slice, columns: np.ndarray):
         self.series, self.domain = data.series.part(rows, columns), domain
-        self.splits = {ALL: np.arange(data.times.size)}
         self.variables, self.grid, self.times = self.series.variables, self.series.grid, self.series.times
-        self.calendar, self.step, self.segments = self.series.calendar, self.series.step, self.series.segments
+        self.calendar, self.step, self.segments = data.calendar, data.step, data.segments
         self.static_variables = data.static_variables
         self.static = None if data.static is None else data.static[..., rows, columns]
 
@@ -70,8 +67,10 @@ class Filler:
     @cached_property
     def patches(self) -> dict[int, dict[int, GapWindows]]:
         """{first row: {first column: windows of that patch}}; one where the model reads the whole domain."""
-        height, width = self.window.crop or self.data.grid.shape
         rows, columns = self.data.grid.shape
+        if self.window.crop is None:
+            return {0: {0: self._windows(slice(0, rows), np.arange(columns))}}
+        height, width = self.window.crop
         return {
             top: {
                 left: self._windows(slice(top, top + height), np.arange(left, left + width) % columns)
@@ -90,7 +89,7 @@ class Filler:
         series = CloudySeries(part, replace(self.normalisation, coefficients=coefficients), None, 0)
         return GapWindows(
             [series],
-            ALL,
+            None,
             replace(self.window, crop=None),
             analyses=None if self.analyst is None else [self.analyst.under(series)],
             static=None if self._static is None else (self._static[0][..., rows, columns], *self._static[1:]),
@@ -103,7 +102,7 @@ class Filler:
 
     def bands(self, number: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
         """Rows of a window that are complete, top to bottom: {target: (L, C, rows, W)} in physical units, NaN where a
-        variable does not exist."""
+        variable does not exist (no value in training) and nothing is observed."""
         tops, mosaics = list(self.patches), {}
         for place, top in enumerate(tops):
             for left, windows in self.patches[top].items():
@@ -128,14 +127,19 @@ class Filler:
         self.overcast[number] = self.overcast.get(number, True) & dark
         found, analysis = {}, self._mixed_in(windows, number, whole)
         for place, (name, prediction) in enumerate(self.model.predict(given.to(device)).items()):
-            target, values = whole.targets[name], prediction.point.values.float().cpu()
+            values = prediction.point.values.float().cpu()
             if analysis:
                 values = self.mixed[1].mix(values, analysis[name][None], target=place)
-            if name == FILLED:
-                seen = target.values.isfinite()  # nothing is hidden: what is known is observed
-                values = torch.where(seen, target.physical(), values)
-            found[name] = values.masked_fill(~windows.data.domain, torch.nan)[0]
+            values = values.masked_fill(~windows.data.domain, torch.nan)[0]
+            found[name] = self._kept(windows, number, values) if name == FILLED else values
         return found
+
+    def _kept(self, windows: GapWindows, number: int, values: Tensor) -> Tensor:
+        """Filled frames (L, C, h, w) with what is observed as the file has it, be it where training never saw any."""
+        frames = windows.frames[number][windows.filled_slots]
+        there, observed = np.flatnonzero(frames >= 0), torch.full_like(values, torch.nan)
+        observed[there] = windows.data.read(frames[there])
+        return observed.where(observed.isfinite(), values)
 
     def _mixed_in(self, windows: GapWindows, number: int, batch: Batch) -> dict[str, Tensor]:
         """Targets (L, C, h, w) by the interpolation that is mixed in."""

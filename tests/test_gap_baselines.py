@@ -219,5 +219,13 @@ def test_files_are_written_in_pieces_and_appear_when_complete(tmp_path, series, 
     assert [path.name for path in tmp_path.iterdir()] == [name]
     with pytest.raises(ValueError, match=r"must end in \.nc or \.zarr"):
         GapFile(tmp_path / "filled.txt", **settings)
-    with pytest.raises(ValueError, match="there is no folder"):
-        GapFile(tmp_path / "nowhere" / "filled.nc", **settings)
+    deep = tmp_path / "new" / "folder" / name
+    with pytest.raises(RuntimeError), GapFile(deep, **settings):
+        raise RuntimeError
+    assert not (tmp_path / "new").exists()
+    with GapFile(deep, **settings) as file:
+        file.write("sst", np.arange(3), slice(0, 7), values)
+    assert [path.name for path in deep.parent.iterdir()] == [name]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"^cannot write .*free some space or choose another folder$"):
+        GapFile(tmp_path / "file" / name, **settings).__enter__()

@@ -73,7 +73,29 @@ def test_months_of_every_calendar_are_padded_to_31_slots(tmp_path, calendar, day
     assert february[40 - first] == -1 and (february[:days] >= 0).sum() == days - 1  # the day that is left out
     present = slots.frames >= 0
     assert np.array_equal(np.sort(slots.frames[present]), np.arange(data.times.size))
-    assert np.array_equal(slots.times(np.arange(len(slots.months)))[present], data.times)
+    assert np.array_equal(slots.times[present], data.times)
+
+
+@pytest.mark.parametrize("calendar", ("noleap", "standard", "360_day"))
+def test_frames_of_months_keep_their_times_and_others_follow_them(tmp_path, calendar):
+    """Frames at noon, some of them hours early or late; a day is missing on each side of a month's end."""
+    noon = sea(tmp_path, days=121, calendar=calendar, start="2004-01-01 12:00", skipped=[30, 31, 32])
+    jitter = np.where(np.arange(noon.times.size) % 5 == 0, 3600 * (np.arange(noon.times.size) % 11 - 5), 0)
+    slots = MonthSlots.of(noon.times + jitter, noon.step, noon.calendar)
+    there = slots.frames >= 0
+    assert np.array_equal(slots.times[there], noon.times + jitter)
+    assert (slots.times[~there] % 86_400 == 43_200).all() and (np.diff(slots.times, axis=1) > 0).all()
+    assert there.sum() == noon.times.size
+    windows = GapWindows([cloudy(noon)], "train", replace(MONTHS, months=1))
+    frames = windows.frames[0][windows.frames[0] >= 0]
+    usual = windows.normalisation.climatology(windows.months.times[0][: 30 if calendar == "360_day" else 31])
+    batch = windows.__getitems__([0])
+    assert np.array_equal(batch.inputs["daily"].times[0][: frames.size].numpy(), noon.times[frames])
+    torch.testing.assert_close(batch.targets[MONTHLY].offset[0, 0], usual.mean(dim=0), equal_nan=True)
+    visible = batch.inputs["daily"].presence[0, : frames.size]
+    torch.testing.assert_close(
+        batch.inputs["daily"].physical()[0, : frames.size][visible], noon.read(frames)[visible], rtol=0, atol=1e-5
+    )
 
 
 def test_hours_of_months_and_daily_means(tmp_path):

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.written_whole import written_whole
 from models.composition import load
 from models.stored_weights import HEADER, description
 from training.checkpoints import as_safetensors
@@ -22,6 +22,7 @@ from training.command_line import TRACEBACKS, fail, is_user_error, sentence
 
 def export(checkpoint: Path, file: Path, *, averaged: bool = True) -> None:
     """Writes the weights of a checkpoint folder, the averaged ones where it has them, to one file: complete or absent.
+    Its folder is made where there is none.
 
     Raises ValueError where this is no checkpoint or damaged, OSError where the file cannot be written.
     """
@@ -29,10 +30,8 @@ def export(checkpoint: Path, file: Path, *, averaged: bool = True) -> None:
         raise ValueError(f"{file} must end in .safetensors, like {file.name}.safetensors")
     model, stored = load(checkpoint, ema=averaged), description(checkpoint)
     stored["averaged"] = averaged and stored["averaged"]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.part")
-    beside.write_bytes(as_safetensors(model.state_dict(), {"format": "pt", HEADER: json.dumps(stored)}))
-    os.replace(beside, file)
+    with written_whole(file) as beside:
+        beside.write_bytes(as_safetensors(model.state_dict(), {"format": "pt", HEADER: json.dumps(stored)}))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

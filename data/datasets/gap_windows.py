@@ -81,21 +81,26 @@ class GapWindow:
         layout = Layout(inputs, targets)
         return layout if self.crop is None else crop_layout(layout, self.crop)
 
-    def positions(self, data: GriddedData, split: str, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Windows of a split: (rows of months (n, M), or (n, 0)), (frames (n, T), -1 where there is none). stride: of
-        training windows of frames in a row. Raises ValueError where there is no window."""
+    def positions(self, data: GriddedData, split: str | None, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Windows of a split, or of all frames (None): (rows of months (n, M), or (n, 0)), (frames (n, T), -1 where
+        there is none). stride: of training windows of frames in a row. Raises ValueError where there is no window."""
         months = self.slots(data)
         found = self._in_a_row(data, split, stride) if months is None else self._whole_months(data, split, months)
         if not len(found[1]):
-            wanted = f"{self.frames} frames in a row" if months is None else f"{self.months} whole months in a row"
+            wanted = f"{self.frames} frames" if months is None else f"{self.months} {'whole ' if split else ''}months"
+            if split is None:
+                raise ValueError(
+                    f"the model reads {wanted} in a row at steps of {data.step} seconds, and there are none (frames "
+                    f"given: {data.times.size}); give files that hold them"
+                )
             raise ValueError(
-                f"the {split} split ({data.splits[split].size} of {data.times.size} time steps) holds no {wanted}; "
-                f"widen data.split.{split} or lower task.{'input_frames' if months is None else 'months'}"
+                f"the {split} split ({data.splits[split].size} of {data.times.size} time steps) holds no {wanted} in a "
+                f"row; widen data.split.{split} or lower task.{'input_frames' if months is None else 'months'}"
             )
         return found
 
-    def _in_a_row(self, data: GriddedData, split: str, stride: int) -> tuple[np.ndarray, np.ndarray]:
-        inside = np.isin(np.arange(data.times.size), data.splits[split])
+    def _in_a_row(self, data: GriddedData, split: str | None, stride: int) -> tuple[np.ndarray, np.ndarray]:
+        inside = _inside(data, split)
         frames = np.arange(data.times.size - self.frames + 1)[:, None] + np.arange(self.frames)
         whole = data.segments[frames[:, 0]] == data.segments[frames[:, -1]]
         used = frames if split == "train" or self.all_frames else frames[:, -1:]
@@ -104,15 +109,20 @@ class GapWindow:
         frames = frames[::stride] if split == "train" else frames[_covering(frames[:, 0], filled)]
         return np.zeros((len(frames), 0), np.int64), frames
 
-    def _whole_months(self, data: GriddedData, split: str, months: MonthSlots) -> tuple[np.ndarray, np.ndarray]:
+    def _whole_months(self, data: GriddedData, split: str | None, months: MonthSlots) -> tuple[np.ndarray, np.ndarray]:
         present = months.frames
-        usable = np.append(np.isin(np.arange(data.times.size), data.splits[split]), True)  # -1: no frame
+        usable = np.append(_inside(data, split), True)  # -1: no frame
         known = (present >= 0).any(axis=1) & usable[present].all(axis=1)
         rows = np.arange(len(present) - self.months + 1)[:, None] + np.arange(self.months)
         rows = rows[known[rows].all(axis=1)]
         if split != "train":  # every month once, the last window back from the end of a run of months
             rows = rows[_covering(rows[:, 0], self.months)]
         return rows, present[rows].reshape(len(rows), self.months * present.shape[1])
+
+
+def _inside(data: GriddedData, split: str | None) -> np.ndarray:
+    """(N,) bool: frames of a split, or all (None)."""
+    return np.ones(data.times.size, bool) if split is None else np.isin(np.arange(data.times.size), data.splits[split])
 
 
 def background_variables(variables: Sequence[Variable]) -> tuple[Variable, ...]:
@@ -123,7 +133,8 @@ def background_variables(variables: Sequence[Variable]) -> tuple[Variable, ...]:
 
 
 class GapWindows:
-    """Windows of one split. A sample is a window under one of several clouds, of the whole domain or of a patch of it.
+    """Windows of one split, or of all frames (None). A sample is a window under one of several clouds, of the whole
+    domain or of a patch of it.
 
     series: the data under each of the clouds that samples draw from; analyses: of each of them, where the reference is
     one. stride: frames from one training window of frames in a row to the next; other windows fill every frame once.
@@ -140,7 +151,7 @@ class GapWindows:
     def __init__(
         self,
         series: Sequence[CloudySeries],
-        split: str,
+        split: str | None,
         window: GapWindow,
         *,
         analyses: Sequence[Analysis] | None = None,
@@ -200,7 +211,7 @@ class GapWindows:
         """(B, T) int64."""
         if self.months is None:
             return torch.from_numpy(self.data.times[frames])
-        return torch.from_numpy(self.months.times(self.rows[windows]).reshape(frames.shape))
+        return torch.from_numpy(self.months.times[self.rows[windows]].reshape(frames.shape))
 
     def _scene(self, frames: np.ndarray, draws: np.ndarray) -> dict[str, Tensor]:
         """Truth, what is hidden, and the analysis and its expected error, (B, T, C, H, W); NaN and 0 where no frame

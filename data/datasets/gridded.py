@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -74,19 +75,31 @@ class GriddedData(SeriesData):
         self.set_loading(cache=cache, num_workers=num_workers, fake=fake, inspect=inspect, recommended=recommended)
         if isinstance(variables, str):
             variables = [variables]
-        self.path = path if isinstance(path, str) else list(path)
-        self.series = open_series(
-            locate(path),
-            variables=None if variables is None else [str(name) for name in variables],
-            levels=None if levels is None else [float(level) for level in levels],
-            region=None if region is None else [float(bound) for bound in region],
-        )
-        if daily_means:
-            self.series = DailyMeans.of(self.series)
+        self._levels = None if levels is None else [float(level) for level in levels]
+        self._region = None if region is None else [float(bound) for bound in region]
+        self._daily_means = daily_means
+        self._open(path, None if variables is None else [str(name) for name in variables])
         self.annual_harmonics, self.diurnal_harmonics = annual_harmonics, diurnal_harmonics
         self.shared_climatology = shared_climatology
         parts = split_times(self.series.times, split, self.series.calendar)
         self.splits, self.training_period = parts.indices, parts.training_period
+
+    def _open(self, path: str | Sequence[str], names: Sequence[str] | None) -> None:
+        self.path = path if isinstance(path, str) else list(path)
+        series = open_series(locate(path), variables=names, levels=self._levels, region=self._region)
+        self.series = DailyMeans.of(series) if self._daily_means else series
+
+    def with_files(self, path: str | Sequence[str]) -> GriddedData:
+        """Other files, be it of one frame, read as these are: the same variables, levels, region and step. They have no
+        splits: they are for models that are trained. Raises ValueError or OSError where they cannot be read."""
+        other = copy(self)
+        for name in [name for name in vars(self) if isinstance(getattr(type(self), name, None), cached_property)]:
+            del other.__dict__[name]  # what was found in these files
+        described = (*self.variables, *self.static_variables)
+        other._open(path, list(dict.fromkeys(variable.name for variable in described)))
+        other.series = replace(other.series, known_step=self.step)
+        other.splits, other.training_period, other._array = {}, np.empty(0, np.int64), None
+        return other
 
     @property
     def static_variables(self) -> tuple[Variable, ...]:

@@ -23,6 +23,7 @@ class Series:
 
     variables: what `read` returns along its second axis. static_variables: fields without time, see `read_static`.
     times: (N,) int64 seconds since 1970-01-01 of `calendar`, strictly increasing. step: nominal seconds between frames.
+    known_step: what it is where frames may be too few to tell; None: they tell.
     """
 
     variables: tuple[Variable, ...]
@@ -31,10 +32,13 @@ class Series:
     times: np.ndarray
     calendar: str
     files: list[SeriesFile]
+    known_step: int | None = field(default=None, kw_only=True)
 
     @property
     def is_monthly(self) -> bool:
         """Whether frames are about a month apart and no two lie in one calendar month (30-day steps do)."""
+        if self.known_step is not None:
+            return self.known_step == MONTH_SECONDS
         spacing = np.diff(self.times) / 86_400
         if not spacing.size or not 27.5 <= np.median(spacing) <= 31.5:
             return False
@@ -43,6 +47,8 @@ class Series:
     @property
     def step(self) -> int:
         """Nominal seconds between frames: the median spacing; 30.4375 days for monthly series."""
+        if self.known_step is not None:
+            return self.known_step
         if self.times.size < 2:
             return 86_400
         return MONTH_SECONDS if self.is_monthly else int(np.median(np.diff(self.times)))
@@ -87,7 +93,7 @@ class Series:
 
     def part(self, rows: slice, columns: slice | np.ndarray) -> Series:
         """Some rows and columns of it, eastwards; no others are read."""
-        grid = LatLonGrid(self.grid.latitude[rows], self.grid.longitude[columns])
+        grid = self.grid.window(rows, columns)
         return replace(self, grid=grid, files=[file.part(rows, columns) for file in self.files])
 
 
