@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 
+import numpy as np
+
 from data.grids import Grid
+
+_CHOSEN = ("lead_times", "trained")  # of the same data a run may be asked to go on with others
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,10 @@ class Layout:
             "crops": self.crops,
         }
 
+    def differences(self, other: Layout) -> list[str]:
+        """What `other` has that this has not, in words, where it is of other data; lead times do not count."""
+        return _differences("", _by_name(self.to_dict()), _by_name(other.to_dict()))
+
     @staticmethod
     def from_dict(description: dict) -> Layout:
         def restored(kind, item):
@@ -212,3 +220,32 @@ class Layout:
             observations=ObservationLayout(**observed) if (observed := description.get("observations")) else None,
             crops=description.get("crops", False),
         )
+
+
+def _by_name(description: dict) -> dict:
+    """Descriptions of variables under their labels, beside the order of these."""
+    described = {key: _by_name(item) if isinstance(item, dict) else item for key, item in description.items()}
+    if isinstance(described.get("variables"), list):
+        variables = [Variable(**item) for item in described["variables"]]
+        described["variables"] = [variable.label for variable in variables]
+        described |= {f"variables.{variable.label}": variable.to_dict() for variable in variables}
+    return described
+
+
+def _differences(name: str, ours, theirs) -> list[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        keys = [key for key in ours | theirs if key not in _CHOSEN]
+        return [said for key in keys for said in _differences(f"{name}.{key}", ours.get(key), theirs.get(key))]
+    return [] if ours == theirs else [f"{name[1:]} is {_short(theirs)}, not {_short(ours)}"]
+
+
+def _short(value) -> str:
+    if value is None or isinstance(value, dict):
+        return "absent" if value is None else "given"
+    if isinstance(value, list | tuple):
+        numbers = np.asarray(value)
+        if numbers.size and numbers.dtype.kind in "if":
+            shape = " x ".join(map(str, numbers.shape))
+            return f"{shape} values from {numbers.flat[0]:g} to {numbers.flat[-1]:g}"
+        return f"[{', '.join(map(str, value))}]"
+    return repr(value)

@@ -117,7 +117,8 @@ class Comparison:
     @staticmethod
     def of(runs: Sequence[RunFolder]) -> Comparison:
         """Reads the runs' folders. Columns: what differs, best validation loss, test RMSE with its 95 % interval per
-        variable and lead time, parameters, samples per second; the best baseline stands in the last row."""
+        variable and lead time and that of the best baseline which the run was scored beside, parameters, samples per
+        second."""
         settings = [_settings(run) for run in runs]
         varied = [
             key
@@ -131,6 +132,9 @@ class Comparison:
             )
         )
         nearest = min(range(len(leads)), key=lambda index: abs(float(leads[index][1])), default=0)  # the shortest lead
+        rivalled = [
+            (name, hours) for name, hours in leads if any(_best_baseline(found, name, hours) for found in scores)
+        ]
         rows = []
         for run, setting, found in zip(runs, settings, scores, strict=True):
             tested = [_value(found, name, hours, OURS) for name, hours in leads]
@@ -142,22 +146,17 @@ class Comparison:
                         *(setting.get(key, "-") for key in varied),
                         _text(_best_validation(run)),
                         *_with_intervals(run, leads, tested),
+                        *(_best_baseline(found, name, hours) or "-" for name, hours in rivalled),
                         _count(run),
                         _text(run.outcome.get("samples_per_second")),
                     ),
                 )
             )
         ordered = [cells for _, cells in sorted(rows, key=lambda row: row[0])]
-        baselines = [
-            list(rivals(found.get(name, {}).get("rmse", {}).get(hours) or {}).values())
-            for name, hours in leads
-            for found in [next((found for found in scores if name in found), {})]
-        ]
-        if any(baselines):
-            best = [_text(min(values)) if values else "-" for values in baselines]
-            ordered.append(("best baseline", *["-"] * (len(varied) + 1), *best, "-", "-"))
-        columns = ("run", *varied, "best val loss", *(f"{name} rmse {hours} h" for name, hours in leads))
-        return Comparison((*columns, "parameters", "samples/s"), tuple(ordered))
+        tested = [f"{name} rmse {hours} h" for name, hours in leads]
+        beside = [f"{name} best baseline {hours} h" for name, hours in rivalled]
+        columns = ("run", *varied, "best val loss", *tested, *beside, "parameters", "samples/s")
+        return Comparison(columns, tuple(ordered))
 
     def text(self) -> str:
         """For a terminal."""
@@ -188,7 +187,7 @@ class Comparison:
             "th, td { padding: .25em .8em; text-align: left } thead th { border-bottom: 1.5px solid #444 } "
             "tbody tr:nth-child(odd) { background: #f6f6f6 }</style></head>\n"
             f"<body><h1>Comparison of runs</h1>\n<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
-            "\n<p>In brackets: 95 % interval from blocks of at least a week of forecasts.</p></body></html>\n"
+            "\n<p>In square brackets: 95 % interval from blocks of at least a week of forecasts.</p></body></html>\n"
         )
 
     def write(self, folder: Path) -> list[Path]:
@@ -220,6 +219,13 @@ def _best_validation(run: RunFolder) -> float | None:
 
 def _value(scores: dict, name: str, hours: str, method: str) -> float | None:
     return scores.get(name, {}).get("rmse", {}).get(hours, {}).get(method)
+
+
+def _best_baseline(scores: dict, name: str, hours: str) -> str:
+    """The least RMSE of the baselines beside the run and whose it is; empty where there is none."""
+    found = rivals(scores.get(name, {}).get("rmse", {}).get(hours, {}))
+    best = min(found, key=lambda method: (found[method], method), default=None)
+    return "" if best is None else f"{_text(found[best])} ({best})"
 
 
 def _with_intervals(run: RunFolder, leads: Sequence[tuple[str, str]], tested: Sequence[float | None]) -> list[str]:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, ListConfig
 from torch import Tensor, nn
 
 from data.grids import Grid
-from evaluation.baselines import build
+from evaluation.baselines import build, check_names
 from evaluation.evaluation import NETWORK, OURS, Evaluation, evaluate, forecasts
 from evaluation.long_rollout import ROLLOUT_FILE
 from evaluation.networks import NETWORKS_FILE, network_table, score_networks
@@ -67,11 +67,14 @@ class Choices:
 
     @property
     def marks(self) -> list[str]:
-        """What sets them apart from the whole test split of the best checkpoint."""
+        """What sets them apart from the whole test split of the best checkpoint beside all baselines."""
         marks = [self.split] if self.split != "test" else []
         marks += [self.checkpoint] if self.checkpoint != "best" else []
         marks += [self.weights] if self.weights != "area" else []
-        return marks + ([f"{self.max_windows}_windows"] if self.max_windows is not None else [])
+        marks += [f"{self.max_windows}_windows"] if self.max_windows is not None else []
+        if self.baselines is not None:
+            marks.append("-".join(sorted(set(self.baselines))) or "no_baselines")
+        return marks
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ def evaluate_windows(
 
     Raises ValueError, OSError.
     """
+    check_names(choices.baselines or (), task.baselines)
     folder = output_folder(run, choices)
     folder.mkdir(exist_ok=True)
     dataset = task.dataset(data, choices.split, normalisation)
@@ -156,7 +160,8 @@ def evaluate_windows(
 
 
 def output_folder(run: RunFolder, choices: Choices) -> Path:
-    """The run's folder for the whole test split of the best checkpoint; a folder inside it for anything else."""
+    """The run's folder, whose files are its record, for the whole test split of the best checkpoint beside all
+    baselines; a folder inside it for anything else."""
     return run.path / "_".join(["evaluation", *choices.marks]) if choices.marks else run.path
 
 

@@ -78,8 +78,16 @@ def train(ranks: Ranks, folder: Path, overrides: Sequence[str]) -> dict:
 def new_run(ranks: Ranks, folder: Path, overrides: Sequence[str]) -> Run:
     config = compose(overrides)
     data, task = build_data(config), build_task(config)
-    model = build_model(config, task.layout(data))
-    run = Run(config, data, task, model, job=Job(folder, tuple(overrides), {}, "train.py"), ranks=ranks)
+    layout = task.layout(data)
+    run = Run(
+        config,
+        data,
+        task,
+        build_model(config, layout),
+        layout=layout,
+        job=Job(folder, tuple(overrides), {}, "train.py"),
+        ranks=ranks,
+    )
     run.tracker = NoTracker()
     return run
 

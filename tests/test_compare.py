@@ -61,13 +61,26 @@ def test_a_sweep_becomes_one_table_best_first(sweep):
     assert [run.path.name for run in runs] == ["9", "10", "11"]
     table = Comparison.of(runs)
     assert table.columns == (
-        "run", "optimizer.lr", "model.hidden_size", "best val loss", "air rmse 6 h", "air rmse 24 h", "parameters",
-        "samples/s",
+        "run", "optimizer.lr", "model.hidden_size", "best val loss", "air rmse 6 h", "air rmse 24 h",
+        "air best baseline 6 h", "air best baseline 24 h", "parameters", "samples/s",
     )  # fmt: skip
-    assert [row[0] for row in table.rows] == ["10", "11", "9", "best baseline"]
+    assert [row[0] for row in table.rows] == ["10", "11", "9"]
     first = table.rows[0]
-    assert first[1:4] == ("3e-4", "64", "0.6") and first[4].startswith("1.2 [") and first[6:] == ("17", "100")
-    assert table.rows[2][-1] == "-" and table.rows[-1][4:6] == ("2.5", "3")
+    assert first[1:4] == ("3e-4", "64", "0.6") and first[4].startswith("1.2 [")
+    assert first[6:] == ("2.5 (persistence)", "3 (persistence)", "17", "100") and table.rows[2][-1] == "-"
+
+
+def test_the_best_baseline_is_each_runs_own_in_whatever_order_runs_are_given(tmp_path):
+    """Runs of other data, or scored beside other baselines, share columns."""
+    others = ({"persistence": 2.5, "climatology": 2.0}, {"climatology": 7.0, "network alone": 0.5}, {})
+    for name, beside in zip("abc", others, strict=True):
+        run = make_run(tmp_path / name, overrides=[f"data={name}"], rmse=1.0, val=1.0, windows=False)
+        (run / "scores.json").write_text(json.dumps({"air": {"rmse": {"6": {"ours": ord(name), **beside}}}}))
+    tables = [
+        Comparison.of(find_runs([str(tmp_path / name) for name in names], uri=NO_STORE)) for names in ("abc", "cba")
+    ]
+    assert tables[0] == tables[1] and tables[0].columns[4] == "air best baseline 6 h"
+    assert [row[4] for row in tables[0].rows] == ["2 (climatology)", "7 (climatology)", "-"]
 
 
 def test_analyses_are_sorted_by_their_last_frame(tmp_path):
@@ -84,10 +97,10 @@ def test_the_table_is_written_as_csv_markdown_and_html(sweep):
     with open(paths[0], newline="") as file:
         assert [tuple(row) for row in csv.reader(file)] == [table.columns, *table.rows]
     markdown = paths[1].read_text().splitlines()
-    assert markdown[0].startswith("| run | optimizer.lr |") and len(markdown) == 6
+    assert markdown[0].startswith("| run | optimizer.lr |") and len(markdown) == 5
     assert all(line.count("|") == markdown[0].count("|") for line in markdown)
     html = paths[2].read_text()
-    assert html.count("<tr>") == 5 and "<script" not in html and "http" not in html
+    assert html.count("<tr>") == 4 and "<script" not in html and "http" not in html
     assert table.text().splitlines()[2].startswith("10 ")
 
 
@@ -96,7 +109,7 @@ def test_runs_without_scores_stand_last_and_overrides_are_escaped(tmp_path):
     empty = make_run(tmp_path / "b", overrides=[], rmse=1.0, val=1.0, windows=False)
     (empty / "scores.json").unlink()
     table = Comparison.of(find_runs([str(tmp_path / "b"), str(tmp_path / "a"), str(tmp_path)], uri=NO_STORE))
-    assert [row[0] for row in table.rows] == ["a", "b", "best baseline"]
+    assert [row[0] for row in table.rows] == ["a", "b"]
     assert table.rows[0][3] == "2" and table.rows[1][3] == "-"
     assert "&lt;b&gt;|" in table.html() and "<b>\\|" not in table.html() and "<b>\\|" in table.markdown()
 

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_run import tiny_task
 from torch import nn
 
 from data.datasets.gridded import GriddedData
 from evaluation.baselines import build, situation
 from evaluation.evaluation import evaluate
+from evaluation.run_evaluation import Choices, evaluate_windows, output_folder
 from evaluation.run_folder import RunFolder
 from evaluation.stacking import Stacking, fit_stacking
 from evaluation.summary import format_table, write_scores
@@ -253,11 +255,22 @@ def test_other_choices_go_to_a_folder_of_their_own(trained, folder):
         "predictions=false", "checkpoint=last", "baselines=[climatology]", cache=folder,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
-    written = trained / "evaluation_validation_last_2_windows"
+    written = trained / "evaluation_validation_last_2_windows_climatology"
     assert sorted(path.name for path in written.iterdir()) == [
         "scores.json", "scores_by_region.json", "window_errors.npz",
     ]  # fmt: skip
     assert (trained / "scores.json").read_text() == before
+
+
+def test_a_list_of_baselines_is_no_record_of_the_run_in_whatever_order(tmp_path):
+    run = RunFolder(tmp_path)
+    assert output_folder(run, Choices()) == output_folder(run, Choices(report=False)) == tmp_path
+    for given in (["persistence", "climatology"], ["climatology", "persistence", "climatology"]):
+        assert output_folder(run, Choices(baselines=given)) == tmp_path / "evaluation_climatology-persistence"
+    assert output_folder(run, Choices(weights="cos", baselines=[])) == tmp_path / "evaluation_cos_no_baselines"
+    with pytest.raises(ValueError, match="unknown baseline 'climatolgy'; allowed: persistence, climatology, "):
+        evaluate_windows(run, None, tiny_task(), None, None, Choices(baselines=["climatolgy"]))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

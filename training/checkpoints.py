@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from data.layout import Layout
 from models.stored_weights import SHARDS, fill
 from training.averaging import WeightAverage
 from training.sharding import ShardWriter, copied, is_sharded, with_tensors, without_tensors
@@ -220,6 +221,19 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     with _readable(checkpoint):
         averaged = json.loads((checkpoint / "config.json").read_text())["averaged"]
         fill(model, checkpoint, "ema" if averaged else "model")
+
+
+def check_layout(checkpoint: Path, layout: Layout) -> None:
+    """Raises ValueError where a run would go on with other data than its weights and statistics are of: other
+    variables, units, grids or frames."""
+    with _readable(checkpoint):
+        stored = Layout.from_dict(json.loads((checkpoint / "config.json").read_text())["layout"])
+    if found := stored.differences(layout):
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"resume={checkpoint.parent.parent} cannot go on with what is given now: {', '.join(found[:3])}{more}; "
+            "give the data and settings that it was started with, or start anew without resume"
+        )
 
 
 def read_normalisation(checkpoint: Path) -> Normalisation | AnalysisNormalisation | InnovationStatistics:

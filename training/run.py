@@ -18,7 +18,7 @@ from data.loading import BatchLoader, SharedFrames
 from kernels import tuning
 from models.composition import build_from_config
 from training import environment
-from training.checkpoints import RunFiles, load_weights, read_normalisation
+from training.checkpoints import RunFiles, check_layout, load_weights, read_normalisation
 from training.cluster import cores_per_rank, started_again
 from training.devices import choose_device, choose_precision
 from training.job import Job
@@ -83,7 +83,8 @@ def complete(config: DictConfig, data) -> None:
 def train_on_rank(ranks: Ranks, config: DictConfig, job_here: Job, data, task) -> str | None:
     """Trains and scores, on one of the ranks; what a person reads at the end, on the first one."""
     job = ranks.from_first(lambda: job_here)  # under torchrun Hydra gives every process a folder of its own
-    run = Run(config, data, task, build_model(config, task.layout(data)), job=job, ranks=ranks)
+    layout = task.layout(data)
+    run = Run(config, data, task, build_model(config, layout), layout=layout, job=job, ranks=ranks)
     with run.tracked():
         outcome = run.train()
         findings = run.score()
@@ -91,12 +92,13 @@ def train_on_rank(ranks: Ranks, config: DictConfig, job_here: Job, data, task) -
 
 
 class Run:
-    """Everything of one run, on one of its ranks; the first writes its files.
+    """Everything of one run, on one of its ranks; the first writes its files. layout: what the model was built for.
 
-    Nothing is written before data, statistics and loaders exist. Raises ValueError where a setting does not fit them.
+    Nothing is written before data, statistics and loaders exist. Raises ValueError where a setting does not fit them,
+    or data do not fit the checkpoint to go on from.
     """
 
-    def __init__(self, config: DictConfig, data, task, model: nn.Module, *, job: Job, ranks: Ranks):
+    def __init__(self, config: DictConfig, data, task, model: nn.Module, *, layout: Layout, job: Job, ranks: Ranks):
         complete(config, data)
         trainer = config.trainer
         tuning.switch(trainer.autotune)
@@ -106,6 +108,8 @@ class Run:
         self.directory = job.directory
         goes_on = config.resume or (started_again() and (self.directory / "checkpoints" / "last").is_dir())
         checkpoint = last_checkpoint(self.directory) if goes_on else None
+        if checkpoint:
+            check_layout(checkpoint, layout)
         self.normalisation = ranks.from_first(lambda: read_normalisation(checkpoint) if checkpoint else task.fit(data))
         train_set, validation_set = (task.dataset(data, split, self.normalisation) for split in ("train", "validation"))
         self.loop = TrainingLoop(
@@ -116,7 +120,7 @@ class Run:
             settings=trainer,
             optimizer=config.optimizer,
             scheduler=config.scheduler,
-            files=RunFiles(self._description(train_set.layout), self.normalisation),
+            files=RunFiles(self._description(layout), self.normalisation),
             run_dir=self.directory,
             seed=config.seed,
             ranks=ranks,

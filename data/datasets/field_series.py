@@ -20,7 +20,7 @@ from data.regridding import Regridder
 from data.sources.axes import find_axes
 from data.sources.healpix_store import HEALPixStore
 from data.sources.netcdf import open_series
-from data.sources.series import Series, open_file
+from data.sources.series import DECODING, Series, open_file
 
 GRIDS = ("healpix", "latlon")
 _FACES = 12
@@ -59,9 +59,10 @@ class HEALPixSeries:
 
     @property
     def identity(self) -> tuple:
-        """Changes when the store or the selection changes."""
-        stat = self.store.path.stat()
-        return str(self.store.path.resolve()), stat.st_size, stat.st_mtime_ns, repr(self.variables), self.grid.order
+        """Changes when the store, the selection or the decoding does."""
+        path, stat = self.store.path, self.store.path.stat()
+        stamp = str(path.resolve()), stat.st_size, stat.st_mtime_ns
+        return DECODING, *stamp, repr(self.variables), self.grid.order
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """(n, C, X) float32, physical, NaN where missing."""

@@ -13,8 +13,10 @@ from data.calendars import month_number
 from data.grids import LatLonGrid
 from data.layout import Variable
 from data.sources.axes import Axes
+from data.sources.valid_range import mask_invalid
 
 MONTH_SECONDS = 2_629_800  # 30.4375 days: the nominal step of monthly series
+DECODING = 2  # version of what `open_file` makes of a file's values: part of what names cached arrays
 
 
 @dataclass
@@ -67,9 +69,9 @@ class Series:
 
     @property
     def identity(self) -> tuple:
-        """Changes when a file or the selection changes: paths, sizes, modification times, variables and grid."""
+        """Changes when a file, the selection or the decoding does: paths, sizes, times of change, variables, grid."""
         selection = [repr(item) for item in self.variables], self.grid.to_dict()
-        return *(stamp for file in self.files for stamp in _stamps(file.path)), *map(str, selection)
+        return DECODING, *(stamp for file in self.files for stamp in _stamps(file.path)), *map(str, selection)
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """(n, C, H, W) float32 in physical units, NaN where missing. indices: (n,) into `times`, any order.
@@ -175,7 +177,10 @@ class SeriesFile:
 
 
 def open_file(path: Path):
-    """The file or Zarr store as an xarray dataset: lazy, packed integers decoded on reading, times left as numbers."""
+    """The file or Zarr store as an xarray dataset: lazy, packed integers decoded on reading, times left as numbers.
+
+    Fill values and what lies outside the valid range of a variable are NaN.
+    """
     import warnings
 
     import xarray as xr
@@ -191,12 +196,13 @@ def open_file(path: Path):
             warnings.simplefilter("ignore")  # several fill values, missing consolidated metadata: both are handled
             if not is_store:
                 check_classic_size(path)
-            return xr.open_dataset(path, engine="zarr" if is_store else "netcdf4", **options)
+            dataset = xr.open_dataset(path, engine="zarr" if is_store else "netcdf4", **options)
     except Exception as error:  # each backend raises its own types for a broken file
         raise OSError(
             f"cannot open {path}: {first_line(error)}; it is not a readable NetCDF file or Zarr store (truncated or "
             "corrupt?), copy or download it again"
         ) from error
+    return mask_invalid(dataset, path)
 
 
 def check_classic_size(path: Path) -> None:

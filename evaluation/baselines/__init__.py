@@ -15,7 +15,14 @@ BASELINES = {
     "local_ridge": LocalRidge,
 }
 
-__all__ = ["BASELINES", "Situation", "Unsuitable", "build", "situation"]
+__all__ = ["BASELINES", "Situation", "Unsuitable", "build", "check_names", "situation"]
+
+
+def check_names(names: Sequence[str], known: Mapping[str, type]) -> None:
+    """Raises ValueError where a name is none of a task's baselines."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"unknown baseline {unknown[0]!r}; allowed: {', '.join(known)}")
 
 
 def build(
@@ -33,9 +40,7 @@ def build(
     data, normalisation: those of a task. known: the baselines of that task. left_out: gets {name: reason} of those that
     these data cannot have. Raises ValueError for unknown names and, without left_out, `Unsuitable`.
     """
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"unknown baseline {unknown[0]!r}; allowed: {', '.join(known)}")
+    check_names(names, known)
     fitted = {}
     for name in names:
         try:

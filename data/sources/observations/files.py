@@ -23,7 +23,7 @@ from data.sources.observations.formats import COLUMNS, Channel, Decoded, decode,
 from data.sources.observations.table import Table, concat
 from data.sources.stored_tensors import read_or_make
 
-_VERSION = 1  # of decoded files
+_VERSION = 2  # of decoded files
 _MAPPED = 4096  # files at a time; a process may not map any number
 _IDS = ("channel", "platform", "type")
 
