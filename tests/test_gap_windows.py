@@ -175,7 +175,7 @@ def test_splits_keep_apart_months_without_data_are_left_out_and_every_month_is_t
     frames = GapWindow(None, 5, (FILLED,), True, None, "climatology")
     tests = GapWindows(series, "test", frames)
     assert np.array_equal(np.unique(tests.frames), data.splits["test"]) and "prognostic" in tests.layout.inputs
-    with pytest.raises(ValueError, match=r"the test split .* holds no 500 frames in a row"):
+    with pytest.raises(ValueError, match=r"the test split .* holds no window of 500 frames in a row"):
         GapWindows(series, "test", GapWindow(None, 500, (FILLED,), True, None, "climatology"))
 
 
@@ -246,7 +246,7 @@ def test_data_that_suit_no_months_or_hide_nothing(year, tmp_path):
     event = LeaveOutBlocks(str(tmp_path / "sea.nc"), block=2, share=0.2, frames=4, repeats=2)
     assert task(clouds=None, months=None, targets=[FILLED]).layout(event)  # hides cells by itself
     with pytest.raises(
-        ValueError, match=r"validation split .* holds no 5 whole months in a row; .* or lower task\.months"
+        ValueError, match=r"validation split .* holds no window of 5 whole months in a row; .* lower task\.months"
     ):
         task(months=5).layout(year)  # before anything is trained
     times = np.arange(12) * 5 * 86_400

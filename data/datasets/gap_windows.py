@@ -87,15 +87,16 @@ class GapWindow:
         months = self.slots(data)
         found = self._in_a_row(data, split, stride) if months is None else self._whole_months(data, split, months)
         if not len(found[1]):
-            wanted = f"{self.frames} frames" if months is None else f"{self.months} {'whole ' if split else ''}months"
+            name, count = ("frames", self.frames) if months is None else ("months", self.months)
             if split is None:
                 raise ValueError(
-                    f"the model reads {wanted} in a row at steps of {data.step} seconds, and there are none (frames "
-                    f"given: {data.times.size}); give files that hold them"
+                    f"the model reads {count} {name} in a row at steps of {data.step} seconds, and there are none "
+                    f"(frames given: {data.times.size}); give files that hold them"
                 )
+            setting, whole = ("input_frames", "") if months is None else ("months", " whole")
             raise ValueError(
-                f"the {split} split ({data.splits[split].size} of {data.times.size} time steps) holds no {wanted} in a "
-                f"row; widen data.split.{split} or lower task.{'input_frames' if months is None else 'months'}"
+                f"the {split} split ({data.splits[split].size} of {data.times.size} time steps) holds no window of "
+                f"{count}{whole} {name} in a row; widen data.split.{split}, or lower task.{setting} where it is above 1"
             )
         return found
 
