@@ -134,8 +134,7 @@ def background_variables(variables: Sequence[Variable]) -> tuple[Variable, ...]:
 
 
 class GapWindows:
-    """Windows of one split, or of all frames (None). A sample is a window under one of several clouds, of the whole
-    domain or of a patch of it.
+    """Windows of a split, or of all frames (None): each under one of several clouds, of the whole domain or of a patch.
 
     series: the data under each of the clouds that samples draw from; analyses: of each of them, where the reference is
     one. stride: frames from one training window of frames in a row to the next; other windows fill every frame once.
