@@ -16,12 +16,21 @@ from evaluation.summary import format_table
 SCORES = ("accuracy", "brier")
 
 
-def score_classes(model: nn.Module, task, data, statistics, *, split: str, stacking: Stacking | None = None) -> dict:
+def score_classes(
+    model: nn.Module,
+    task,
+    data,
+    statistics,
+    *,
+    split: str,
+    stacking: Stacking | None = None,
+    left_out: dict[str, str] | None = None,
+) -> dict:
     """{"class": {score: {hours: {method: value}}}} of all windows of a split whose class is known.
 
     accuracy: share of windows whose likeliest class came. brier: mean over windows of the squared differences from what
     came, summed over classes (Brier 1950). stacking: mixes the model's probabilities with a baseline's; the model's own
-    are then scored as well.
+    are then scored as well. left_out: gets {name: reason} of baselines that these data cannot have.
     """
     dataset = task.dataset(data, split, statistics)
     baselines = build(
@@ -31,7 +40,7 @@ def score_classes(model: nn.Module, task, data, statistics, *, split: str, stack
         lead_steps=dataset.lead_steps,
         split=split,
         known=task.baselines,
-        left_out={},
+        left_out=left_out,
     )
     made: dict[str, list[Tensor]] = {name: [] for name in (OURS, *([NETWORK] if stacking else []), *baselines)}
     truth = []

@@ -24,7 +24,7 @@ from evaluation.run_folder import RunFolder
 from evaluation.scores import SCORES, ForecastScores, cell_weights
 from evaluation.stacking import Stacking, departures, shares
 from evaluation.stitching import Stitched
-from evaluation.summary import REGIONS_FILE, SCORES_FILE, table, write_json
+from evaluation.summary import REGIONS_FILE, SCORES_FILE, left_out_lines, table, write_json
 
 CELLS = "cells"  # beside the scores of a target: how many were scored
 
@@ -45,7 +45,7 @@ def evaluate_gap_filling(run: RunFolder, model: nn.Module, task, data, normalisa
         f"{found.windows} windows of the {choices.split} split, checkpoint {choices.checkpoint}, "
         f"{choices.weights} weights"
     )
-    missing = "\n".join(f"left out: {name} ({reason})" for name, reason in found.left_out.items())
+    missing = left_out_lines(found.left_out)
     tables = gap_table(contents["all"], names, min_share=task.min_share)
     return Findings(folder, heading, "\n\n".join(filter(None, [tables, missing])))
 

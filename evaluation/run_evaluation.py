@@ -25,7 +25,7 @@ from evaluation.predictions import PredictionsFile
 from evaluation.report import REPORT_FILE, typical_window, write_report
 from evaluation.run_folder import RunFolder
 from evaluation.stacking import Stacking
-from evaluation.summary import REGIONS_FILE, SCORES_FILE, WINDOWS_FILE, format_table, write_scores
+from evaluation.summary import REGIONS_FILE, SCORES_FILE, WINDOWS_FILE, format_table, left_out_lines, write_scores
 
 PREDICTIONS_FILE = "predictions.nc"
 
@@ -154,7 +154,7 @@ def evaluate_windows(
         f"{found.bases.size} {found.products} of the {found.split} split, checkpoint {choices.checkpoint}, "
         f"{found.weights} weights"
     )
-    missing = "\n".join(f"left out: {name} ({reason})" for name, reason in found.left_out.items())
+    missing = left_out_lines(found.left_out)
     tables = filter(None, [format_table(found.content()), missing, network_table(folder)])
     return Findings(folder, heading, "\n\n".join(tables))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,11 @@ def _variable_table(name: str, leads: dict, score: str) -> str:
     decimals = int(np.clip(3 - np.floor(np.log10(largest)), 0, 9)) if largest else 3
     columns = {f"{hours} h": by_method for hours, by_method in leads.items()}
     return table(f"{score.upper()} of {name}", columns, score=score, decimals=decimals)
+
+
+def left_out_lines(left_out: Mapping[str, str]) -> str:
+    """A line for each {baseline: reason} that the data cannot have."""
+    return "\n".join(f"left out: {name} ({reason})" for name, reason in left_out.items())
 
 
 def better_of(score: str) -> Callable:

@@ -12,10 +12,11 @@ import torch
 import train
 from data.datasets.forecast import REFERENCES
 from data.datasets.regimes import RegimeIndex, RegimeStatistics
-from evaluation.baselines import situation
+from evaluation.baselines import Unsuitable, situation
 from evaluation.baselines.regimes import RidgeIndex
 from evaluation.baselines.ridge import LocalRidge
 from evaluation.classification import score_classes
+from evaluation.summary import left_out_lines
 from models.composition import build_from_config, compose
 from models.heads import ClassHead
 from tests.tiny_run import tiny_data
@@ -210,6 +211,26 @@ def test_the_mixture_is_the_best_on_validation_and_adds_up_to_one(data):
     )
     network = torch.tensor([0.2, 0.3, 0.5]).reshape(1, 1, 3, 1)
     torch.testing.assert_close(stacking.mix(network, network.flip(2)).sum(2), torch.ones(1, 1, 1))
+
+
+def test_a_baseline_that_data_cannot_have_is_left_out_and_said(data, monkeypatch, capsys):
+    chosen, left_out = task(stacking="local_ridge"), {}
+    statistics = chosen.fit(data)
+
+    def refuse(*_, **__):
+        raise Unsuitable("no rows")
+
+    class Certain(torch.nn.Module):
+        def predict(self, batch):
+            target = batch.targets["class"]
+            return {"class": ClassHead().predict(torch.zeros(len(target.values), 1, 3, 1), target)}
+
+    monkeypatch.setattr(LocalRidge, "fit", refuse)
+    assert chosen.fit_stacking(Certain(), data, statistics) is None
+    assert "without local_ridge: no rows" in capsys.readouterr().out
+    scores = score_classes(Certain(), chosen, data, statistics, split="test", left_out=left_out)
+    assert left_out == {"local_ridge": "no rows"} and "local_ridge" not in scores["class"]["brier"]["12"]
+    assert left_out_lines(left_out) == "left out: local_ridge (no rows)"
 
 
 def test_the_ridge_forecast_of_the_field_makes_classes_likely(data):

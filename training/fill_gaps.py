@@ -32,7 +32,7 @@ def filler_of(run: RunFolder, *, checkpoint: str = "best", path: str | None = No
         raise ValueError(f"{run.path} was not trained to fill gaps; give a run of task=reconstruct")
     given = data if path is None else data.with_files(path)
     check_alike(given, data)
-    task.window().positions(given, None)
+    task.window().positions(given, None)  # refuses what holds no window, before anything is fitted
     normalisation = read_normalisation(folder)
     (training, *_), stacking = task.series(data, "train", normalisation), Stacking.read(folder)
     analyst = task.analysis_of(training, task.analysis) if task.reference == "analysis" else None

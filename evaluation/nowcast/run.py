@@ -27,7 +27,7 @@ from evaluation.nowcast.probability_thresholds import (
 from evaluation.nowcast.scores import NowcastScores, crps_of_bins
 from evaluation.run_evaluation import Choices, Findings, output_folder, predictions_file
 from evaluation.run_folder import RunFolder
-from evaluation.summary import SCORES_FILE, table, write_json
+from evaluation.summary import SCORES_FILE, left_out_lines, table, write_json
 from models.heads import CategoricalHead
 
 RELIABILITY_FILE = "reliability.json"
@@ -142,7 +142,7 @@ def evaluate_nowcasts(run: RunFolder, model: nn.Module, task, data, normalisatio
 
         write_nowcast_report(found, run, folder, checkpoint=choices.checkpoint, model=model, data=data)
     heading = f"{found.bases.size} forecasts of the {choices.split} split, checkpoint {choices.checkpoint}"
-    missing = "\n".join(f"left out: {name} ({reason})" for name, reason in found.left_out.items())
+    missing = left_out_lines(found.left_out)
     return Findings(folder, heading, "\n\n".join(filter(None, [nowcast_table(content["rain_rate"]), missing])))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.film_tokenizer import device_code
 from kernels.film_tokenizer.features import COLUMNS, SECONDS_PER_DAY
+from kernels.pieces import add_rows
 from kernels.tuning import Config, Tuning
 
 NUM_STAGES = 1
@@ -178,7 +179,7 @@ class _Call:
         for ids, table, size in zip(self.columns[2:5], self.tables, self.embedded, strict=True):
             if table is not None:
                 towards = torch.zeros_like(table, dtype=torch.float32)
-                found.append(towards.index_put_((ids.long(),), by_row[:, first : first + size], accumulate=True))
+                found.append(add_rows(towards, ids.long(), by_row[:, first : first + size]))
                 first += size
         return found
 

@@ -165,14 +165,15 @@ class ClassifyTask(GriddedTask):
         from evaluation.classification import format_scores, score_classes
         from evaluation.run_evaluation import Findings, output_folder
         from evaluation.stacking import Stacking
-        from evaluation.summary import SCORES_FILE, write_json
+        from evaluation.summary import SCORES_FILE, left_out_lines, write_json
 
         choices.only("checkpoint", "split", task="classify")
         folder = output_folder(run, choices)
         folder.mkdir(exist_ok=True)
         windows = len(self.dataset(data, choices.split, statistics))
-        stacking = Stacking.read(run.checkpoint(choices.checkpoint))
-        scores = score_classes(model, self, data, statistics, split=choices.split, stacking=stacking)
+        stacking, left_out = Stacking.read(run.checkpoint(choices.checkpoint)), {}
+        settings = dict(split=choices.split, stacking=stacking, left_out=left_out)
+        scores = score_classes(model, self, data, statistics, **settings)
         write_json(folder / SCORES_FILE, scores)
         heading = f"{windows} windows of the {choices.split} split, checkpoint {choices.checkpoint}"
-        return Findings(folder, heading, format_scores(scores))
+        return Findings(folder, heading, "\n\n".join(filter(None, [format_scores(scores), left_out_lines(left_out)])))
