@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from data.datasets.gap_windows import FILLED, MONTHLY, GapWindows
-from evaluation.baselines import build, check_names
+from evaluation.baselines import build
 from evaluation.evaluation import NETWORK, OURS, evaluating
 from evaluation.regions import land_fraction, regions_of
 from evaluation.run_evaluation import Choices, Findings, output_folder
@@ -32,7 +32,7 @@ CELLS = "cells"  # beside the scores of a target: how many were scored
 def evaluate_gap_filling(run: RunFolder, model: nn.Module, task, data, normalisation, choices: Choices) -> Findings:
     """Scores the windows of a split and writes the files. Raises ValueError, OSError."""
     choices.only("checkpoint", "split", "weights", "baselines", "regions", "max_windows", task="reconstruct")
-    check_names(choices.baselines or (), task.baselines)
+    choices.check(task, data)
     folder = output_folder(run, choices)
     folder.mkdir(exist_ok=True)
     stacking = Stacking.read(run.checkpoint(choices.checkpoint))

@@ -65,6 +65,12 @@ class Choices:
                     f"{item.name}={value} has no effect for task={task}; leave it out (what has: {', '.join(names)})"
                 )
 
+    def check(self, task, data) -> None:
+        """Raises ValueError for a split or baselines that there are not, before a folder is named after them."""
+        if self.split not in data.splits:
+            raise ValueError(f"unknown split {self.split!r}; allowed: {', '.join(data.splits)}")
+        check_names(self.baselines or (), task.baselines)
+
     @property
     def marks(self) -> list[str]:
         """What sets them apart from the whole test split of the best checkpoint beside all baselines."""
@@ -104,7 +110,7 @@ def evaluate_windows(
 
     Raises ValueError, OSError.
     """
-    check_names(choices.baselines or (), task.baselines)
+    choices.check(task, data)
     folder = output_folder(run, choices)
     folder.mkdir(exist_ok=True)
     dataset = task.dataset(data, choices.split, normalisation)

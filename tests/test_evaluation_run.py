@@ -18,6 +18,7 @@ from torch import nn
 from data.datasets.gridded import GriddedData
 from evaluation.baselines import build, situation
 from evaluation.evaluation import evaluate
+from evaluation.gap_filling import evaluate_gap_filling
 from evaluation.run_evaluation import Choices, evaluate_windows, output_folder
 from evaluation.run_folder import RunFolder
 from evaluation.stacking import Stacking, fit_stacking
@@ -268,8 +269,15 @@ def test_a_list_of_baselines_is_no_record_of_the_run_in_whatever_order(tmp_path)
     for given in (["persistence", "climatology"], ["climatology", "persistence", "climatology"]):
         assert output_folder(run, Choices(baselines=given)) == tmp_path / "evaluation_climatology-persistence"
     assert output_folder(run, Choices(weights="cos", baselines=[])) == tmp_path / "evaluation_cos_no_baselines"
-    with pytest.raises(ValueError, match="unknown baseline 'climatolgy'; allowed: persistence, climatology, "):
-        evaluate_windows(run, None, tiny_task(), None, None, Choices(baselines=["climatolgy"]))
+
+
+def test_no_folder_is_named_after_what_there_is_not(tmp_path):
+    run, data = RunFolder(tmp_path), SimpleNamespace(splits={"train": [], "test": []})
+    for evaluator, task in ((evaluate_windows, tiny_task()), (evaluate_gap_filling, SimpleNamespace(baselines={}))):
+        with pytest.raises(ValueError, match="unknown baseline 'climatolgy'; allowed: "):
+            evaluator(run, None, task, data, None, Choices(baselines=["climatolgy"]))
+        with pytest.raises(ValueError, match="unknown split 'tests'; allowed: train, test"):
+            evaluator(run, None, task, data, None, Choices(split="tests"))
     assert not list(tmp_path.iterdir())
 
 

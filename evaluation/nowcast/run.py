@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data.datasets.nowcast import TARGET, NowcastDataset
-from evaluation.baselines import build, check_names
+from evaluation.baselines import build
 from evaluation.baselines.nowcasts import RadarSituation
 from evaluation.evaluation import NETWORK, OURS, evaluating
 from evaluation.nowcast.probability_thresholds import (
@@ -122,7 +122,7 @@ def _assembled(tiles: Tensor, corners: np.ndarray, size: tuple[int, int]) -> Ten
 def evaluate_nowcasts(run: RunFolder, model: nn.Module, task, data, normalisation, choices: Choices) -> Findings:
     """Scores the windows of a split and writes the files of an evaluation and reliability.json. Raises ValueError."""
     choices.only("checkpoint", "split", "baselines", "max_windows", "report", "predictions", task="nowcast")
-    check_names(choices.baselines or (), task.baselines)
+    choices.check(task, data)
     folder = output_folder(run, choices)
     folder.mkdir(exist_ok=True)
     leads = {step: step * data.step / 3600 for step in task.scored_steps(data)}

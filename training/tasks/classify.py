@@ -168,6 +168,7 @@ class ClassifyTask(GriddedTask):
         from evaluation.summary import SCORES_FILE, left_out_lines, write_json
 
         choices.only("checkpoint", "split", task="classify")
+        choices.check(self, data)
         folder = output_folder(run, choices)
         folder.mkdir(exist_ok=True)
         windows = len(self.dataset(data, choices.split, statistics))
